@@ -1,0 +1,158 @@
+"""What a plugin author implements: five protocols and the few values that pass between them.
+
+A factory (a class or a function) is registered under an entry-point group; calling it with plain keyword
+arguments returns an object that follows the protocol of its kind. Nothing has to be subclassed.
+
+| kind      | entry-point group   | the factory returns                                             |
+|-----------|---------------------|-----------------------------------------------------------------|
+| backbone  | `vitkit.backbones`  | `nn.Module`: images `(b c h w)` or ids `(b l)` → tokens `(b n d)` |
+| head      | `vitkit.heads`      | `nn.Module`: features `(b d)` → whatever its task needs           |
+| loss      | `vitkit.losses`     | `nn.Module`: → `{"loss": scalar, part: scalar, ...}`              |
+| dataset   | `vitkit.datasets`   | `Dataset`: splits of tensors and what to know of them             |
+| evaluator | `vitkit.evaluators` | callable `(model, dataset) -> Scores`                             |
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """Images `(b c h w)` or token ids `(b l)` → tokens `(b n d)` with `d == embed_dim`.
+
+    A backbone that can take further tokens into its attention stack (a label, a caption) accepts
+    `extra_tokens` of shape `(b m d)` by keyword. A backbone may offer `encode_image(images) -> (b d)`, its own
+    pooled features; where it does not, evaluators take the mean over its tokens.
+    """
+
+    embed_dim: int
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class Head(Protocol):
+    """Features `(b in_dim)` → `(b out_dim)`. The factory takes `in_dim` and `out_dim` by keyword."""
+
+    def __call__(self, features: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class Loss(Protocol):
+    """Anything → a mapping of scalar tensors that holds `"loss"`, the value to minimise, and its named parts."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Mapping[str, Tensor]: ...
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """One split, cut into batches: what `run.fit` draws from.
+
+    `epoch(number)` yields that epoch's batches, a dict each with `images` and `labels`. The same number, seed, rank
+    and world give the same batches, and `start` skips that many without making them.
+    """
+
+    def __len__(self) -> int: ...
+
+    def epoch(
+        self, number: int, *, seed: int = 0, start: int = 0, device: Any = "cpu", rank: int = 0, world: int = 1
+    ) -> Iterator[dict[str, Tensor]]: ...
+
+
+@runtime_checkable
+class Split(Protocol):
+    """`images`: uint8 `(n c h w)`, memory-mapped; `labels`: int64 `(n,)`."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int: ...
+
+
+@runtime_checkable
+class Dataset(Protocol):
+    """Two splits of labelled images, and what a person must know of them.
+
+    `mean` and `std` are per channel, of pixels scaled to [0, 1]; `shape` is `(c, h, w)` as batches deliver it.
+    """
+
+    name: str
+    classes: list[str]
+    shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    source: str
+    licence: str
+    train: Split
+    test: Split
+
+
+@runtime_checkable
+class Evaluator(Protocol):
+    """A model and a dataset → `Scores`. It leaves the model's mode, gradients and random state as they were."""
+
+    def __call__(self, model: Any, dataset: Any) -> "Scores": ...
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How one number was measured: `frozen` what, on which `split`, over how many `samples`, and its `chance` level."""
+
+    split: str
+    samples: int
+    chance: float | None = None
+    frozen: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Counts `(k, k)`: rows are true classes, columns are predicted ones."""
+
+    matrix: Any
+    classes: list[str]
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Features `(n, d)` with the labels `(n,)` they belong to; the report draws them in two dimensions."""
+
+    features: Any
+    labels: Any
+    classes: list[str]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Images `(n c h w)` in [0, 1], one attention map `(n h w)` each in [0, 1], and a caption each."""
+
+    images: Any
+    maps: Any
+    captions: list[str]
+
+
+Picture = Confusion | Embeddings | Attention
+
+
+class Scores(dict[str, float]):
+    """Floats by name, each with its protocol, and the pictures that go with them."""
+
+    def __init__(
+        self,
+        values: Mapping[str, float] | None = None,
+        *,
+        protocols: Mapping[str, Measurement] | None = None,
+        pictures: Mapping[str, Picture] | None = None,
+    ) -> None:
+        super().__init__({name: float(value) for name, value in (values or {}).items()})
+        self.protocols: dict[str, Measurement] = dict(protocols or {})
+        self.pictures: dict[str, Picture] = dict(pictures or {})
+
+
+__all__ = [
+    "Attention", "Backbone", "Batches", "Confusion", "Dataset", "Embeddings", "Evaluator", "Head", "Loss",
+    "Picture", "Measurement", "Scores", "Split",
+]
