@@ -1,0 +1,6 @@
+"""The vision transformer and the plain heads: backbone `vit`, heads `linear` and `mlp`."""
+
+from vitkit_vit.heads import LinearHead, MLPHead
+from vitkit_vit.vit import PRESETS, ViT
+
+__all__ = ["PRESETS", "LinearHead", "MLPHead", "ViT"]

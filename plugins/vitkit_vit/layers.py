@@ -1,0 +1,77 @@
+"""The transformer block: multi-head self-attention and an MLP, each behind a layer norm and on a residual stream."""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+LAYER_NORM_EPS = 1e-6  # as in the published ViT and timm; torch's own default is 1e-5
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: softmax(Q·Kᵀ/√d_k)·V over all tokens, projected back; `(b n d)` → `(b n d)`."""
+
+    def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self._heads(x)
+        dropout = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        return self.proj(rearrange(mixed, "b h n d -> b n (h d)"))
+
+    def maps(self, x: Tensor) -> Tensor:
+        """The attention weights `(b heads n n)`; rows, the queries, sum to one."""
+        q, k, _ = self._heads(x)
+        return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+        return q, k, v
+
+
+class MLP(nn.Module):
+    """Linear, GELU, dropout, linear, dropout."""
+
+    def __init__(self, dim: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.dropout(F.gelu(self.fc1(x)), self.dropout, self.training)
+        return F.dropout(self.fc2(hidden), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block: x + Attention(LayerNorm(x)), then x + MLP(LayerNorm(x)).
+
+    In training each sample skips either branch with probability `drop_path`, and what is kept is scaled by
+    1/(1 − drop_path) (stochastic depth, arXiv 1603.09382).
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, mlp_ratio: float, dropout: float, attn_dropout: float, drop_path: float
+    ) -> None:
+        super().__init__()
+        self.drop_path = drop_path
+        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.attn = Attention(dim, num_heads, attn_dropout)
+        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.mlp = MLP(dim, int(dim * mlp_ratio), dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self._skip(self.attn(self.norm1(x)))
+        return x + self._skip(self.mlp(self.norm2(x)))
+
+    def _skip(self, branch: Tensor) -> Tensor:
+        if not (self.training and self.drop_path):
+            return branch
+        keep = 1.0 - self.drop_path
+        kept = torch.empty(branch.shape[0], 1, 1, dtype=branch.dtype, device=branch.device).bernoulli_(keep)
+        return branch * (kept / keep)

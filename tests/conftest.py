@@ -1,0 +1,51 @@
+"""What several tests need: made-up installed distributions, and the store of real images where there is one."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _few_threads() -> Iterator[None]:
+    """The same number of threads everywhere: sums on the CPU depend on it in their last bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(min(threads, 2))
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """`install("my-dist", "1.0", {"heads": {"name": "module:attr"}}, module="source")` puts a plugin on sys.path."""
+    site = tmp_path / "site"
+    site.mkdir()
+    monkeypatch.syspath_prepend(str(site))
+
+    def add(name: str, version: str, points: dict[str, dict[str, str]], **modules: str) -> Path:
+        info = site / f"{name.replace('-', '_')}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        groups = (
+            f"[vitkit.{group}]\n" + "\n".join(f"{key} = {value}" for key, value in names.items())
+            for group, names in points.items()
+        )
+        (info / "entry_points.txt").write_text("\n".join(groups))
+        for module, source in modules.items():
+            (site / f"{module}.py").write_text(source)
+            monkeypatch.delitem(sys.modules, module, raising=False)
+        return site
+
+    return add
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The store of real images; tests that need it skip where VITKIT_DATA names none."""
+    folder = Path(os.environ.get("VITKIT_DATA", ""))
+    if not os.environ.get("VITKIT_DATA") or not (folder / "mnist.safetensors").exists():
+        pytest.skip("needs the real MNIST: set VITKIT_DATA to a store that holds mnist.safetensors")
+    return folder

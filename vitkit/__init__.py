@@ -1,0 +1,45 @@
+"""vitkit: registries of backbones, heads, losses, datasets and evaluators, composed by plain Python recipes.
+
+Importing it imports no torch: what needs torch is loaded when it is first asked for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from vitkit.registry import REGISTRIES, Registry, Spec, backbones, datasets, evaluators, heads, losses
+
+if TYPE_CHECKING:
+    from vitkit.checkpoint import Model, load
+    from vitkit.contracts import Scores
+    from vitkit.run import Run
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "Run": "vitkit.run",
+    "load": "vitkit.checkpoint",
+    "Model": "vitkit.checkpoint",
+    "Scores": "vitkit.contracts",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'vitkit' has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)
+
+
+__all__ = [
+    "REGISTRIES",
+    "Model",
+    "Registry",
+    "Run",
+    "Scores",
+    "Spec",
+    "backbones",
+    "datasets",
+    "evaluators",
+    "heads",
+    "load",
+    "losses",
+]

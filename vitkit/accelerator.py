@@ -1,0 +1,72 @@
+"""Where and in which precision a run computes: the one file that knows accelerate."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.tracking import get_available_trackers
+
+from vitkit.errors import UsageError, nearest
+
+DeviceName = Literal["auto", "cpu", "cuda", "mps"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+TRACKERS = ("tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio")
+
+
+def has_fast_bf16(device: str) -> bool:
+    """Whether bf16 products run on the device's own units rather than being emulated."""
+    if device == "cuda":
+        return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+    if device == "cpu":
+        # AMX or AVX512-BF16; where only emulation is to be had fp32 is faster.
+        checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+        return any(check() for check in checks if check is not None)
+    return False
+
+
+def resolve_device(device: str) -> str:
+    """`auto` is CUDA, then Apple's MPS, then the CPU; `UsageError` for a device that is not there."""
+    there = ["cpu"]
+    if torch.cuda.is_available():
+        there.insert(0, "cuda")
+    elif torch.backends.mps.is_available():
+        there.insert(0, "mps")
+    if device == "auto":
+        return there[0]
+    if device not in there:
+        raise UsageError(f"--device {device}: this machine has {' and '.join(there)}{nearest(device, there)}")
+    return device
+
+
+def resolve_precision(precision: str, device: str) -> str:
+    """`auto` is bf16 where the hardware computes in it, else fp32; `UsageError` for what the device cannot do."""
+    if precision == "auto":
+        return "bf16" if has_fast_bf16(device) else "fp32"
+    if precision not in ("fp32", "bf16", "fp16"):
+        raise UsageError(f"--precision {precision}: expected auto, fp32, bf16 or fp16")
+    if precision == "fp16" and device != "cuda":
+        raise UsageError(f"--precision fp16 needs a CUDA device, this run is on {device}; use bf16 or fp32")
+    return precision
+
+
+def make_accelerator(device: str, precision: str, report_to: list[str], directory: Path) -> Accelerator:
+    """An accelerator for resolved `device` and `precision`, with accelerate's trackers beside vitkit's own CSV."""
+    trackers = [name for name in report_to if name != "csv"]
+    there = {str(tracker) for tracker in get_available_trackers()}
+    for name in trackers:
+        if name not in TRACKERS:
+            raise UsageError(f"--report-to {name}: no such tracker{nearest(name, TRACKERS)}; csv, {', '.join(TRACKERS)}")
+        if name not in there:
+            raise UsageError(f"--report-to {name} needs the package: pip install {name.replace('_', '-')}")
+    if PartialState._shared_state == {} or PartialState().num_processes == 1:
+        # accelerate keeps one state a process; a second run in a notebook may want another device or precision
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+    mixed = {"fp32": "no"}.get(precision, precision)
+    options: dict[str, Any] = {"log_with": trackers, "project_dir": directory} if trackers else {}
+    return Accelerator(cpu=device == "cpu", mixed_precision=mixed, **options)
+
+
+__all__ = ["DeviceName", "Precision", "has_fast_bf16", "make_accelerator", "resolve_device", "resolve_precision"]

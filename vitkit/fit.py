@@ -1,0 +1,337 @@
+"""The training loop, as a generator of epochs.
+
+Every step seeds torch's generators from (seed, step, rank), and batches come from (seed, epoch, index), so a run
+that goes on from a checkpoint needs no saved random state to give what an undisturbed run gives.
+"""
+
+import contextlib
+import hashlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from vitkit.contracts import Batches, Scores
+from vitkit.errors import RunError, UsageError
+from vitkit.rundir import BEST, LAST
+from vitkit.state import load_state, save_state
+
+if TYPE_CHECKING:
+    from vitkit.run import Run
+
+CHECKPOINT_SECONDS = 300.0
+"""How much work a kill may cost at most, besides the checkpoint at the end of every epoch."""
+LOOK_SECONDS = 0.25
+"""How often losses are read back from the device: each reading waits for it."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was asked to stop and has saved a checkpoint."""
+
+
+class Epoch:
+    """One epoch that has been trained: `number` counts from 1, `losses` are its mean loss and parts."""
+
+    def __init__(self, run: "Run", number: int, epochs: int, step: int, losses: dict[str, float]) -> None:
+        self.run, self.number, self.epochs, self.step, self.losses = run, number, epochs, step, losses
+        self.logged: dict[str, float] = {}
+
+    def due(self, every: int) -> bool:
+        """Whether to evaluate now: every so many epochs, and after the last. `UsageError` below 1."""
+        if every < 1:
+            raise UsageError(f"eval_every is {every}; expected at least 1")
+        return self.number % every == 0 or self.number == self.epochs
+
+    def log(self, *scores: Mapping[str, float], **values: float) -> None:
+        """Write metrics into this epoch's row of `metrics.csv`; `Scores` bring their protocols and pictures along."""
+        for score in scores:
+            self.logged |= {name: float(value) for name, value in score.items()}
+            if isinstance(score, Scores):
+                self.run.keep(score)
+        self.logged |= {name: float(value) for name, value in values.items()}
+        self.run.log_metrics(self)
+
+
+class Fit:
+    """What `Run.fit` iterates over; its arguments are documented there."""
+
+    def __init__(
+        self,
+        run: "Run",
+        model: nn.Module,
+        batches: Any,
+        *,
+        epochs: int,
+        optimizer: Optimizer,
+        schedule: LRScheduler | None,
+        clip: float | None,
+        ema: float | None,
+        monitor: str | None,
+        mode: Literal["max", "min"],
+        patience: int | None,
+    ) -> None:
+        if epochs < 1:
+            raise UsageError(f"epochs is {epochs}; expected at least 1")
+        if clip is not None and not clip > 0:
+            raise UsageError(f"clip is {clip}; expected a positive gradient norm, or None")
+        if ema is not None and not 0.0 < ema < 1.0:
+            raise UsageError(f"ema is {ema}; expected a decay between 0 and 1, or None")
+        if patience is not None and (monitor is None or patience < 1):
+            raise UsageError("patience needs monitor='METRIC', the metric to watch, and at least 1 evaluation")
+        for group in optimizer.param_groups:
+            if not (math.isfinite(group["lr"]) and group["lr"] >= 0):
+                raise UsageError(f"lr is {group['lr']}; expected a finite learning rate of at least 0")
+        self.run, self.epochs, self.clip = run, epochs, clip
+        self.monitor, self.mode, self.patience = monitor, mode, patience
+        self.batches: Batches = batches if hasattr(batches, "epoch") else _Loader(batches)
+        if len(self.batches) == 0:
+            raise UsageError("an epoch has no batches: the batch size is larger than the training set, or it is empty")
+        self.module = model
+        self.model, self.optimizer = run.accelerator.prepare(model, optimizer)
+        self.schedule = schedule
+        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True) if ema else None
+        self.progress: dict[str, Any] = {
+            "epoch": 0, "batch": 0, "step": 0, "trained": False, "sums": {}, "count": 0, "images": 0,
+            "train_seconds": 0.0, "best": None, "best_epoch": 0, "stale": 0,
+        }  # fmt: skip
+        self._pending: list[tuple[int, dict[str, Tensor]]] = []
+        self._saved = time.monotonic()
+
+    def __iter__(self) -> Iterator[Epoch]:
+        run, progress = self.run, self.progress
+        if run.resuming:
+            self._restore()
+        with _Signals() as signals, run.progress(self.epochs, len(self.batches)):
+            while progress["epoch"] < self.epochs:
+                if not progress["trained"]:
+                    with signals.deferred():
+                        self._train(signals)
+                    progress["trained"] = True
+                    self._checkpoint()
+                signals.raise_if_asked()
+                count = max(progress["count"], 1)
+                losses = {name: total / count for name, total in progress["sums"].items()}
+                epoch = Epoch(run, progress["epoch"] + 1, self.epochs, progress["step"], losses)
+                run.log_losses(epoch, lr=self.optimizer.param_groups[0]["lr"], fit=progress)
+                torch.manual_seed(_mix(run.seed, "evaluation", progress["epoch"]))
+                with self._averaged():
+                    yield epoch
+                stop = self._judge(epoch)
+                progress |= {"epoch": progress["epoch"] + 1, "batch": 0, "trained": False, "sums": {}, "count": 0}
+                if stop:
+                    run.say(stop)
+                    break
+        if self.average is not None:
+            self.module.load_state_dict(self.average.module.state_dict())
+
+    def _train(self, signals: "_Signals") -> None:
+        """The rest of one epoch."""
+        run, progress, accelerator = self.run, self.progress, self.run.accelerator
+        self.model.train()
+        total, k = len(self.batches), run.grad_accum
+        stream = self.batches.epoch(
+            progress["epoch"], seed=run.seed, start=progress["batch"], device=run.device,
+            rank=accelerator.process_index, world=accelerator.num_processes,
+        )  # fmt: skip
+        began, looked, images_then = time.monotonic(), time.monotonic(), progress["images"]
+        begin_seconds = progress["train_seconds"]
+        for batch in stream:
+            index = progress["batch"]
+            last_of_group = (index + 1) % k == 0 or index + 1 == total
+            group = min(k, total - index // k * k)  # the last group of an epoch may be smaller
+            torch.manual_seed(_mix(run.seed, "step", progress["epoch"], index, accelerator.process_index))
+            with contextlib.nullcontext() if last_of_group else accelerator.no_sync(self.model):
+                parts = self.model(batch)
+                accelerator.backward(_loss_of(parts) / group)
+            if last_of_group:
+                if self.clip is not None:
+                    accelerator.clip_grad_norm_(self.model.parameters(), self.clip)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                if self.schedule is not None:
+                    self.schedule.step()
+                if self.average is not None:
+                    self.average.update_parameters(self.module)
+                progress["step"] += 1
+            self._pending.append((index, {name: value.detach() for name, value in parts.items()}))
+            progress["batch"] = index + 1
+            progress["images"] += _samples(batch) * accelerator.num_processes
+            now = time.monotonic()
+            progress["train_seconds"] = begin_seconds + now - began
+            if now - looked > LOOK_SECONDS or len(self._pending) >= 50:
+                self._look()
+                rate = (progress["images"] - images_then) / max(now - began, 1e-9)
+                looked = time.monotonic()
+                run.show(progress, rate)
+            if last_of_group and (signals.asked or now - self._saved > CHECKPOINT_SECONDS):
+                self._checkpoint()
+            if signals.asked and last_of_group:
+                signals.raise_if_asked()
+        self._look()
+
+    def _look(self) -> None:
+        """Read pending losses back; a value that is not finite stops the run before anything of it is saved."""
+        for index, parts in self._pending:
+            values = {name: float(value) for name, value in parts.items()}
+            if not math.isfinite(values["loss"]):
+                self._not_finite(index, values)
+            for name, value in values.items():
+                self.progress["sums"][name] = self.progress["sums"].get(name, 0.0) + value
+            self.progress["count"] += 1
+        self._pending.clear()
+
+    def _not_finite(self, index: int, values: Mapping[str, float]) -> None:
+        shown = ", ".join(f"{name} {value:.6g}" for name, value in values.items())
+        last = self.run.directory / LAST
+        good = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was saved before"
+        raise RunError(
+            f"the loss is not finite at epoch {self.progress['epoch'] + 1}, batch {index + 1}: {shown}; {good}; "
+            f"try a lower learning rate, a longer warm-up, gradient clipping or --precision fp32"
+        )
+
+    def _checkpoint(self, path: Any = LAST) -> None:
+        self._look()
+        self._saved = time.monotonic()
+        if not self.run.is_main:
+            return
+        save_state(
+            self.run.directory / path,
+            model_state=self.module.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            ema_state=self.average.state_dict() if self.average is not None else None,
+            scheduler=self.schedule.state_dict() if self.schedule is not None else None,
+            progress={"fit": self.progress, "run": self.run.progress_to_keep()},
+        )
+
+    def _restore(self) -> None:
+        path = self.run.directory / LAST
+        if not path.exists():  # stopped before the first checkpoint: begin again
+            self.run.say("no checkpoint yet: starting from the beginning")
+            return
+        state = load_state(path)
+        self.module.load_state_dict(state.model_state)
+        self.optimizer.load_state_dict(state.optimizer)
+        if self.average is not None and state.ema_state is not None:
+            self.average.load_state_dict(state.ema_state)
+        if self.schedule is not None and state.scheduler is not None:
+            self.schedule.load_state_dict(state.scheduler)
+        self.progress |= state.progress["fit"]
+        self.run.restore_progress(state.progress["run"], self.progress["epoch"])
+        self.run.say(f"resuming at epoch {self.progress['epoch'] + 1}, batch {self.progress['batch'] + 1}")
+
+    def _judge(self, epoch: Epoch) -> str | None:
+        """Keep the best checkpoint of the monitored metric; a sentence where it has not improved for too long."""
+        if self.monitor is None or not epoch.logged:
+            return None
+        if self.monitor not in epoch.logged:
+            raise UsageError(f"monitor={self.monitor!r} was not logged; logged: {', '.join(epoch.logged)}")
+        value, best = epoch.logged[self.monitor], self.progress["best"]
+        if best is None or (value > best if self.mode == "max" else value < best):
+            self.progress |= {"best": value, "best_epoch": epoch.number, "stale": 0}
+            self._checkpoint(BEST)
+            return None
+        self.progress["stale"] += 1
+        if self.patience is not None and self.progress["stale"] >= self.patience:
+            return (
+                f"stopping early: {self.monitor} has not improved on {best:.4f} of epoch "
+                f"{self.progress['best_epoch']} for {self.patience} evaluations"
+            )
+        return None
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The model holds its averaged weights while an epoch is looked at, and its own again afterwards."""
+        if self.average is None:
+            yield
+            return
+        own = {name: value.clone() for name, value in self.module.state_dict().items()}
+        self.module.load_state_dict(self.average.module.state_dict())
+        yield
+        # Reached only when the loop goes on: after a `break` the averaged weights stay, to be saved.
+        self.module.load_state_dict(own)
+
+
+class _Signals:
+    """Ctrl-C and SIGTERM: at once outside a training step, and after it where one is under way."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._deferring = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "_Signals":
+        if threading.current_thread() is threading.main_thread():
+            for name in (signal.SIGINT, signal.SIGTERM):
+                self._previous[name] = signal.signal(name, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name, handler in self._previous.items():
+            signal.signal(name, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked or not self._deferring:  # the second one does not wait; an evaluation has nothing to save
+            raise Interrupted
+        self.asked = True
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+
+    def raise_if_asked(self) -> None:
+        if self.asked:
+            raise Interrupted
+
+
+class _Loader:
+    """Any sized iterable of batches, a torch DataLoader say, as `Batches`."""
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        try:
+            return len(self.loader)  # type: ignore[arg-type]
+        except TypeError:
+            raise UsageError("run.fit needs to know how many batches an epoch has: give it something with len()") from None
+
+    def epoch(
+        self, number: int, *, seed: int = 0, start: int = 0, device: Any = "cpu", rank: int = 0, world: int = 1
+    ) -> Iterator[dict[str, Tensor]]:
+        if world > 1:
+            raise UsageError("on several devices give run.fit `split.batches(...)`, which divides itself over the ranks")
+        torch.manual_seed(_mix(seed, "loader", number))
+        for index, batch in enumerate(self.loader):
+            if index >= start:
+                yield {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+
+
+def _loss_of(parts: Any) -> Tensor:
+    if not isinstance(parts, Mapping) or "loss" not in parts:
+        raise UsageError(f"a model given to run.fit returns a dict with 'loss'; got {type(parts).__name__}: {parts!r:.80}")
+    loss: Tensor = parts["loss"]
+    if loss.ndim != 0:
+        raise UsageError(f"'loss' is a scalar; got the shape {tuple(loss.shape)}: reduce it with mean() or sum()")
+    return loss
+
+
+def _samples(batch: Mapping[str, Tensor]) -> int:
+    return len(batch["labels"]) if "labels" in batch else len(next(iter(batch.values())))
+
+
+def _mix(*parts: Any) -> int:
+    """A seed that depends on every part, and on nothing else."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "little")

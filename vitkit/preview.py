@@ -1,0 +1,62 @@
+"""What `--dry-run` shows: every resolved value, and what the model is and costs, without training it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Group
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+if TYPE_CHECKING:
+    from vitkit.run import Run
+
+
+def preview(run: "Run", model: nn.Module, batches: Any, *, epochs: int) -> Group:
+    """Tables of arguments, settings and the model: parameters, tokens a view, FLOPs a sample (forward pass)."""
+    batch = next(iter(batches.epoch(0, seed=run.seed) if hasattr(batches, "epoch") else batches))
+    batch = {name: value.to(run.device) for name, value in batch.items()}
+    model = model.to(run.device)
+    counter = FlopCounterMode(display=False)
+    with _tokens(model) as tokens, torch.no_grad(), counter, run.accelerator.autocast():
+        model(batch)
+    samples = len(next(iter(batch.values())))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    rows = {
+        "batch": ", ".join(f"{name} {tuple(value.shape)}" for name, value in batch.items()),
+        "parameters": f"{parameters:,} ({trained:,} trained)",
+        "tokens": ", ".join(f"{count} × {views} sequences" for count, views in tokens.items()) or "unknown",
+        "FLOPs a sample": f"{counter.get_total_flops() / samples:,.0f} (forward; a training step is about three times that)",
+        "steps": f"{epochs} epochs × {-(-len(batches) // run.grad_accum)} steps",
+    }
+    return Group(
+        _table("arguments", run.arguments), _table("settings", run.settings() | {"out": str(run.directory)}),
+        _table("model", rows),
+    )  # fmt: skip
+
+
+@contextmanager
+def _tokens(model: nn.Module) -> Iterator[dict[int, int]]:
+    """Sequence lengths that backbones put out during the block, and how many sequences had each."""
+    seen: dict[int, int] = {}
+
+    def look(module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.ndim == 3:
+            seen[output.shape[1]] = seen.get(output.shape[1], 0) + output.shape[0]
+
+    handles = [m.register_forward_hook(look) for m in model.modules() if hasattr(m, "embed_dim") and hasattr(m, "spec")]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _table(title: str, rows: dict[str, Any]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    return table

@@ -1,0 +1,374 @@
+"""A run: a directory, a device and a log, and the loop that trains in between."""
+
+import contextlib
+import csv
+import io
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from vitkit import checkpoint, data
+from vitkit.accelerator import make_accelerator, resolve_device, resolve_precision
+from vitkit.contracts import Picture, Scores
+from vitkit.errors import RunError, UsageError
+from vitkit.files import write_json, write_text
+from vitkit.fit import Epoch, Fit
+from vitkit.preview import preview
+from vitkit.progress import Progress
+from vitkit.recipe import plain
+from vitkit.registry import version_of
+from vitkit.rundir import claim, read_summary
+
+
+class DryRun(Exception):
+    """Raised where training would begin when `dry_run=True`: everything has been resolved and shown."""
+
+
+class Run:
+    """A run directory, a device setup and a log of metrics.
+
+    `out` is the directory (default `runs/<name>/<time>`), `seed` fixes every random choice, `device` is auto, cpu,
+    cuda or mps, `precision` is auto, fp32, bf16 or fp16 (auto: bf16 where the hardware computes in it), `compile` is
+    auto, on or off, `resume` goes on with the run in `out`, `overwrite` replaces it, `grad_accum` adds up the
+    gradients of so many batches before a step, `report_to` names accelerate's trackers beside the CSV files.
+    Raises `UsageError` for a setting that this machine cannot give, `RunDirectoryError` for a directory in use.
+    """
+
+    def __init__(
+        self,
+        out: str | Path | None = None,
+        *,
+        seed: int = 0,
+        device: str = "auto",
+        precision: str = "auto",
+        compile: Literal["auto", "on", "off"] = "auto",
+        resume: bool = False,
+        overwrite: bool = False,
+        grad_accum: int = 1,
+        report_to: str | list[str] = "csv",
+        dry_run: bool = False,
+        name: str = "notebook",
+        recipe: Path | None = None,
+        arguments: Mapping[str, Any] | None = None,
+        command: str = "",
+        console: Console | None = None,
+    ) -> None:
+        if grad_accum < 1:
+            raise UsageError(f"--grad-accum {grad_accum}: expected at least 1")
+        if not 0 <= seed < 2**63:
+            raise UsageError(f"--seed {seed}: expected a whole number from 0 to 2**63 - 1")
+        self.name, self.seed, self.grad_accum, self.dry_run, self.compile = name, seed, grad_accum, dry_run, compile
+        self.arguments = {key: plain(value) for key, value in (arguments or {}).items()}
+        self.command, self.recipe = command, recipe
+        self.console = console or Console(stderr=True, highlight=False)
+        reports = report_to.split(",") if isinstance(report_to, str) else list(report_to)
+        kind = resolve_device(device)
+        self.precision = resolve_precision(precision, kind)
+        self.directory, self._lock = Path(out or "runs"), None
+        if not dry_run:
+            self.directory, self._lock = claim(Path(out) if out else None, name, resume=resume, overwrite=overwrite)
+        self.resuming = resume and not dry_run
+        self.accelerator = make_accelerator(kind, self.precision, [r for r in reports if r], self.directory)
+        self.device: torch.device = self.accelerator.device
+        self.is_main = self.accelerator.is_main_process
+        torch.manual_seed(seed)
+        self._began, self._earlier_seconds = time.monotonic(), 0.0
+        self._started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        self._dataset: dict[str, Any] = {}
+        self._preprocessing: dict[str, Any] = {}
+        self._losses: list[dict[str, Any]] = []
+        self._metrics: list[dict[str, Any]] = []
+        self._protocols: dict[str, dict[str, Any]] = {}
+        self._references: dict[str, dict[str, float]] = {}
+        self._pictures: dict[str, Picture] = {}
+        self._progress: Progress | None = None
+        self._fit: dict[str, Any] = {}
+        self._parameters = 0
+        if self.is_main and not dry_run:
+            if recipe is not None:
+                shutil.copyfile(recipe, self.directory / "recipe.py")
+            self._write_summary("running")
+        if len(reports) > 1 or reports != ["csv"]:
+            self.accelerator.init_trackers(name, config={k: v for k, v in self.arguments.items() if v is not None})
+
+    # -- what a recipe calls ------------------------------------------------------------------------------------
+
+    def dataset(self, name: str = "auto", *, default: str, **kwargs: Any) -> Any:
+        """The dataset of a recipe: `auto` is `default`, or else the embedded `digits` with a warning.
+
+        A dataset named by hand never falls back. What was really used stands in the summary, the report and the
+        saved model. Raises `UnknownNameError` and `DatasetError`.
+        """
+        found = data.resolve(name, default=default, **kwargs)
+        if found.notice:
+            self.console.print(f"[bold yellow]WARNING[/] {found.notice}")
+        self._dataset = {
+            "name": found.name, "asked": name, "fallback_for": found.fallback_for, "notice": found.notice,
+            "classes": list(found.classes), "shape": list(found.shape), "train": len(found.train),
+            "test": len(found.test), "source": found.source, "licence": found.licence,
+        }  # fmt: skip
+        self._preprocessing = found.preprocessing
+        return found
+
+    def fit(
+        self,
+        model: nn.Module,
+        batches: Any,
+        *,
+        epochs: int,
+        optimizer: Optimizer,
+        schedule: LRScheduler | None = None,
+        clip: float | None = None,
+        ema: float | None = None,
+        monitor: str | None = None,
+        mode: Literal["max", "min"] = "max",
+        patience: int | None = None,
+    ) -> Iterator[Epoch]:
+        """Train, yielding after each epoch; evaluate and `epoch.log(...)` in the loop's body, `break` to stop early.
+
+        `model(batch)` returns a dict with a scalar `loss` and its parts. `batches` is `split.batches(...)` or any
+        sized iterable of dicts of tensors. `schedule` is stepped once an optimiser step, `clip` bounds the gradient's
+        norm, `ema` is the decay of averaged weights, which the model holds while an epoch is yielded and at the end.
+        With `monitor` the best checkpoint of that metric is kept, and `patience` evaluations without a better one end
+        the loop. A loss that is not finite raises `RunError` with the step and the parts, within 50 batches.
+        """
+        self._parameters = sum(parameter.numel() for parameter in model.parameters())
+        if self.dry_run:
+            self.console.print(preview(self, model, batches, epochs=epochs))
+            raise DryRun
+        fit = Fit(
+            self, model, batches, epochs=epochs, optimizer=optimizer, schedule=schedule, clip=clip, ema=ema,
+            monitor=monitor, mode=mode, patience=patience,
+        )  # fmt: skip
+        self._fit = fit.progress
+        return iter(fit)
+
+    def save(self, **modules: nn.Module) -> Path:
+        """Write `model.safetensors` and `config.json`: modules by name, each built through a registry."""
+        if self.is_main:
+            checkpoint.save(
+                self.directory,
+                {name: self.accelerator.unwrap_model(module) for name, module in modules.items()},
+                preprocessing=self._preprocessing,
+                classes=self._dataset.get("classes", []),
+                arguments=self.arguments,
+                extra={"recipe": self.name, "dataset": self._dataset.get("name"), "seed": self.seed},
+            )
+        return self.directory
+
+    def reference(self, label: str, **lines: float) -> None:
+        """Horizontal lines for the report's plots: `run.reference("seed document", linear_top1=0.95)`."""
+        self._references.setdefault(label, {}).update({name: float(value) for name, value in lines.items()})
+
+    def picture(self, name: str, picture: Picture) -> None:
+        """A picture for the report: a confusion matrix, a map of embeddings, an attention sheet."""
+        self._pictures[name] = picture
+
+    def say(self, text: str) -> None:
+        """One line to the terminal and to `log.txt`."""
+        if not self.is_main:
+            return
+        if self._progress is not None:
+            self._progress.line(text)
+        else:
+            self.console.print(text, markup=False)
+        if not self.dry_run:
+            with (self.directory / "log.txt").open("a", encoding="utf-8") as log:
+                log.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+
+    def finish(self, status: Literal["finished", "interrupted", "failed"] = "finished") -> None:
+        """Write the summary and the report, and let the directory go. Called for a recipe by `vitkit run`."""
+        if self.is_main and not self.dry_run:
+            from vitkit.report import write_report  # matplotlib takes a second to import, and only this needs it
+
+            self._write_summary(status)
+            if self._losses:
+                write_report(self.directory, self._pictures)
+                if status == "finished":
+                    self.say(self._closing_line())
+        if self.accelerator.trackers:
+            self.accelerator.end_training()
+        self.close()
+
+    def close(self) -> None:
+        """Let the directory go to another process."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    # -- what the loop calls ------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def progress(self, epochs: int, steps: int) -> Iterator[None]:
+        """The progress bar, on the main process alone, as long as the loop runs."""
+        if not self.is_main:
+            yield
+            return
+        with Progress(epochs, steps, self.console) as self._progress:
+            try:
+                yield
+            finally:
+                self._progress, _ = None, self._progress
+
+    def show(self, fit: Mapping[str, Any], rate: float) -> None:
+        """Bring the progress bar up to date."""
+        if self._progress is not None:
+            count = max(fit["count"], 1)
+            parts = {name: total / count for name, total in fit["sums"].items()}
+            self._progress.step(fit["epoch"] + 1, fit["batch"], parts, rate)
+
+    def keep(self, scores: Scores) -> None:
+        """Keep the protocols and pictures that came with scores."""
+        self._protocols |= {name: asdict(protocol) for name, protocol in scores.protocols.items()}
+        self._pictures |= scores.pictures
+
+    def log_losses(self, epoch: Epoch, *, lr: float, fit: Mapping[str, Any]) -> None:
+        """Write an epoch's row of `losses.csv`, a line of the log, and what trackers want."""
+        row = {"epoch": epoch.number, "step": epoch.step, **epoch.losses, "lr": lr}
+        row["images_per_second"] = round(fit["images"] / max(fit["train_seconds"], 1e-9), 1)
+        row["seconds"] = round(self.seconds, 2)
+        self._losses = [*(old for old in self._losses if old["epoch"] < epoch.number), row]
+        parts = " | ".join(f"{name} {value:.4f}" for name, value in epoch.losses.items())
+        self.say(f"epoch {epoch.number}/{epoch.epochs} | {parts} | {row['images_per_second']:.0f} images/s")
+        if self.is_main:
+            _write_csv(self.directory / "losses.csv", self._losses)
+        if self.accelerator.trackers:
+            self.accelerator.log({**epoch.losses, "lr": lr}, step=epoch.step)
+
+    def log_metrics(self, epoch: Epoch) -> None:
+        """Write an evaluated epoch's row of `metrics.csv`."""
+        row = {"epoch": epoch.number, "step": epoch.step, "loss": epoch.losses.get("loss"), **epoch.logged}
+        self._metrics = [*(old for old in self._metrics if old["epoch"] < epoch.number), row]
+        self.say("  " + " | ".join(f"{name} {value:.4f}" for name, value in epoch.logged.items()))
+        if self.is_main:
+            _write_csv(self.directory / "metrics.csv", self._metrics)
+            self._write_summary("running")
+        if self.accelerator.trackers:
+            self.accelerator.log(epoch.logged, step=epoch.step)
+
+    def progress_to_keep(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the run besides the weights."""
+        return {
+            "losses": self._losses, "metrics": self._metrics, "protocols": self._protocols, "seconds": self.seconds,
+            "started": self._started,
+        }  # fmt: skip
+
+    def restore_progress(self, kept: Mapping[str, Any], epochs: int) -> None:
+        """Take back what a checkpoint kept; rows of epochs that will be trained again are dropped."""
+        self._losses = [row for row in kept["losses"] if row["epoch"] <= epochs]
+        self._metrics = [row for row in kept["metrics"] if row["epoch"] <= epochs]
+        self._protocols = dict(kept["protocols"])
+        self._earlier_seconds, self._started = kept["seconds"], kept["started"]
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of this run, earlier sittings included."""
+        return self._earlier_seconds + time.monotonic() - self._began
+
+    def settings(self) -> dict[str, Any]:
+        """What the runner resolved: device, precision, compile, seed, gradient accumulation, processes."""
+        return {
+            "device": str(self.device), "precision": self.precision, "compile": self.compile, "seed": self.seed,
+            "grad_accum": self.grad_accum, "processes": self.accelerator.num_processes,
+            "threads": torch.get_num_threads(),
+        }  # fmt: skip
+
+    def _write_summary(self, status: str) -> None:
+        final = {k: v for k, v in (self._metrics[-1] if self._metrics else {}).items() if k not in ("epoch", "step")}
+        fit = self._fit
+        if status == "running" and not self._metrics and self.resuming:
+            return  # the earlier sitting's summary says more
+        summary = {
+            "recipe": self.name,
+            "status": status,
+            "dataset": self._dataset,
+            "seed": self.seed,
+            "arguments": self.arguments,
+            "settings": self.settings(),
+            "final": final,
+            "best": _best(self._metrics),
+            "protocols": self._protocols,
+            "references": self._references,
+            "parameters": self._parameters,
+            "epochs": self._losses[-1]["epoch"] if self._losses else 0,
+            "steps": fit.get("step", 0),
+            "seconds": round(self.seconds, 2),
+            "images_per_second": round(fit.get("images", 0) / max(fit.get("train_seconds", 0.0), 1e-9), 1) if fit else 0.0,
+            "versions": _versions(),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            "started": self._started,
+            "command": self.command,
+        }
+        write_json(self.directory / "summary.json", summary)
+
+    def _closing_line(self) -> str:
+        final = self._metrics[-1] if self._metrics else self._losses[-1]
+        shown = ", ".join(f"{k} {v:.4f}" for k, v in final.items() if isinstance(v, float) and k not in ("lr", "seconds"))
+        return f"done in {self.seconds:.0f} s: {shown}\nreport: {self.directory / 'report.html'}"
+
+
+def _best(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """The largest value of each metric (of a loss the smallest) and the epoch it was reached in."""
+    best: dict[str, dict[str, float]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name in ("epoch", "step") or value is None:
+                continue
+            sign = -1.0 if name.endswith(("loss", "mse")) else 1.0
+            if name not in best or sign * value > sign * best[name]["value"]:
+                best[name] = {"value": value, "epoch": row["epoch"]}
+    return best
+
+
+def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def _versions() -> dict[str, str | None]:
+    names = ("vitkit", "torch", "torchvision", "accelerate", "safetensors", "numpy")
+    return {"python": platform.python_version(), **{name: version_of(name) for name in names}}
+
+
+def execute(recipe: Any, run_arguments: Mapping[str, Any], arguments: Mapping[str, Any], console: Console) -> int:
+    """Run a recipe as `vitkit run` does; the exit code: 0, or 130 after Ctrl-C."""
+    run = Run(**run_arguments, name=recipe.name, recipe=recipe.path, arguments=arguments, console=console)
+    status: Literal["finished", "interrupted", "failed"] = "failed"
+    try:
+        recipe.main(run, **arguments)
+        status = "finished"
+    except DryRun:
+        status = "finished"
+    except KeyboardInterrupt:
+        status = "interrupted"
+        run.say(f"stopped; go on with: {run.command} --out {run.directory} --resume")
+        return 130
+    except RunError as error:
+        run.say(f"stopped: {error}")
+        raise
+    finally:
+        try:
+            run.finish(status)
+        except Exception:
+            if sys.exc_info()[0] is None or status == "finished":
+                raise
+    return 0
+
+
+__all__ = ["DryRun", "Epoch", "Run", "execute", "read_summary"]
