@@ -1,0 +1,56 @@
+"""The LeJEPA loss: views of a sample agree, and embeddings are Gaussian."""
+
+import torch
+from torch import Tensor, nn
+
+from vitkit.distributed import all_reduce_sum
+from vitkit.errors import UsageError
+from vitkit_jepa.sigreg import SIGReg
+
+
+class LeJEPALoss(nn.Module):
+    """(1 − λ)·invariance + λ·SIGReg, with λ = `lamda` in [0, 1].
+
+    Call: projections z `(v n k)` of v views of n samples → {"loss", "invariance", "sigreg"}.
+
+        invariance = mean over views, samples and dimensions of (z_v − μ)²,  μ = mean over views of z_v.
+
+    `present` `(v n)` bool leaves views that a sample lacks out of μ and of every mean. SIGReg, see there, looks at the
+    first `regularised` views (None: all): a view with few distinct values, such as a label's alone, cannot be Gaussian.
+
+    Ranks: all three are those of the whole batch, the same everywhere, over parts that may differ in size; gradients by
+    the convention of `vitkit.distributed`. Raises `UsageError` for `lamda` outside [0, 1] and for shapes that don't fit.
+
+    Source: Balestriero and LeCun, LeJEPA, arXiv 2511.08544, λ = 0.05. Like lightly's `LeJEPALoss` the invariance is a
+    mean over dimensions too (the paper's norm is k times that). lightly's centre is the mean of global views alone,
+    here every view is one.
+    """
+
+    def __init__(self, lamda: float = 0.05, directions: int = 256, knots: int = 17) -> None:
+        super().__init__()
+        if not 0.0 <= lamda <= 1.0:
+            raise UsageError(f"lamda is {lamda}, expected a weight in [0, 1]")
+        self.lamda = lamda
+        self.sigreg = SIGReg(directions, knots)
+
+    def forward(
+        self, projections: Tensor, *, present: Tensor | None = None, regularised: int | None = None
+    ) -> dict[str, Tensor]:
+        if projections.ndim != 3:
+            raise UsageError(f"projections are {tuple(projections.shape)}, expected (views, samples, dim)")
+        views = slice(regularised)
+        sigreg = self.sigreg(projections[views], present=None if present is None else present[views])["sigreg"]
+        with torch.autocast(projections.device.type, enabled=False):
+            invariance = _invariance(projections.float(), present)
+        return {
+            "loss": (1.0 - self.lamda) * invariance + self.lamda * sigreg,
+            "invariance": invariance,
+            "sigreg": sigreg,
+        }
+
+
+def _invariance(z: Tensor, present: Tensor | None) -> Tensor:
+    weight = z.new_ones(z.shape[:2]) if present is None else present.to(z.dtype)  # (v n)
+    centre = torch.einsum("vn,vnk->nk", weight, z) / weight.sum(dim=0).clamp(min=1)[:, None]
+    squares = torch.einsum("vn,vn->", weight, (z - centre).square().mean(dim=-1))
+    return all_reduce_sum(squares) / all_reduce_sum(weight.sum()).clamp(min=1)

@@ -1,0 +1,94 @@
+"""Collectives that gradients flow through, and that do nothing where there is one process.
+
+One convention gives the gradient of the whole batch. Every rank computes the same loss from reduced (or gathered)
+values, and calls backward on it. The backward pass of a reduction is the sum over ranks of the incoming gradients,
+W times the true one; DDP's averaging over W ranks then gives, for θ on each rank,
+
+    (1/W) Σ_r ∂L_r/∂θ = Σ_r ∂L/∂s · ∂s_r/∂θ,
+
+which is what one process would have found with all samples. A mean over the whole batch must therefore be a reduced
+sum over a reduced count: with parts of different sizes the mean of the ranks' means is another number. With plain
+`torch.distributed.all_reduce` in the forward pass the result is silently W times too small.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank() -> int:
+    """This process's number in [0, world_size()); 0 where no process group was initialised."""
+    return dist.get_rank() if _initialised() else 0
+
+
+def world_size() -> int:
+    """How many processes take part; 1 where no process group was initialised."""
+    return dist.get_world_size() if _initialised() else 1
+
+
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """Σ_r x_r over ranks, the same on each of them; any shape, equal on all. Backward: the sum of their gradients."""
+    return x if world_size() == 1 else _Sum.apply(x)
+
+
+def all_reduce_mean(x: Tensor) -> Tensor:
+    """(1/W) Σ_r x_r over W ranks; of parts of different sizes it is not the whole batch's mean (see the module)."""
+    return all_reduce_sum(x) / world_size()
+
+
+def all_gather(x: Tensor) -> Tensor:
+    """The ranks' `(n_r ...)` one after another, `(Σ n_r ...)`; n_r may differ, further dimensions may not.
+
+    Backward: the sum over ranks of the gradients of this rank's own rows.
+    """
+    return x if world_size() == 1 else _Gather.apply(x)
+
+
+def broadcast(x: Tensor) -> Tensor:
+    """Rank 0's `x` on every rank, written into `x` itself; no gradient flows."""
+    if world_size() > 1:
+        dist.broadcast(x, src=0)
+    return x
+
+
+def _initialised() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return _sum(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _sum(grad)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        sizes = [torch.zeros((), dtype=torch.int64, device=x.device) for _ in range(world_size())]
+        dist.all_gather(sizes, torch.tensor(x.shape[0], device=x.device))
+        ctx.sizes = [int(size) for size in sizes]
+        # Collectives take equal shapes, so shorter parts are padded and cut again.
+        padded = x.new_zeros(max(ctx.sizes), *x.shape[1:])
+        padded[: x.shape[0]] = x
+        parts = [torch.empty_like(padded) for _ in ctx.sizes]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:size] for part, size in zip(parts, ctx.sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _sum(grad).split(ctx.sizes)[rank()]
+
+
+def _sum(x: Tensor) -> Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total
+
+
+__all__ = ["all_gather", "all_reduce_mean", "all_reduce_sum", "broadcast", "rank", "world_size"]
