@@ -94,6 +94,19 @@ class Preparation:
         """As `config.json` keeps it."""
         return {"shape": list(self.shape), "mean": list(self.mean), "std": list(self.std), "fit": self.fit}
 
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Preparation":
+        """The inverse of `to_json`; `UsageError` where it is something else."""
+        try:
+            channels, height, width = (int(size) for size in data["shape"])
+            mean, std = tuple(map(float, data["mean"])), tuple(map(float, data["std"]))
+            known = data["fit"] in ("pad", "resize") and len(mean) == len(std) == channels
+        except (KeyError, TypeError, ValueError):
+            known = False
+        if not known:
+            raise UsageError(f"preprocessing names shape, mean, std and fit; given {data!r:.120}")
+        return cls((channels, height, width), mean, std, data["fit"])
+
 
 class ImageBatches:
     """A split, cut into batches: `contracts.Batches`.

@@ -1,0 +1,133 @@
+"""MNIST, Fashion-MNIST, CIFAR-10, CIFAR-100 and digits."""
+
+import contextlib
+import io
+import socket
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitkit.data import ImageDataset, fetched, from_store
+from vitkit.store import Stored
+
+NETWORK_SECONDS = 10.0
+"""How long one connection may take: without a network a recipe should fall back soon."""
+
+
+def mnist(*, img_size: int | None = None) -> ImageDataset:
+    """Handwritten digits: 60,000 + 10,000 grey images of 28×28 pixels in 10 classes, about 6,000 each.
+
+    A larger `img_size` surrounds the image with black, as LeNet did to get 32×32; a smaller one resizes it. Raises
+    `DatasetError` where it is neither in the store nor can be downloaded.
+    """
+    return from_store(
+        fetched("mnist", partial(_torchvision, "MNIST")),
+        img_size=img_size,
+        fit="pad",
+        source="Y. LeCun, C. Cortes, C. Burges: The MNIST database of handwritten digits, 1998",
+        licence="CC BY-SA 3.0",
+        moments=((0.1307,), (0.3081,)),
+    )
+
+
+def fashion_mnist(*, img_size: int | None = None) -> ImageDataset:
+    """Clothing: 60,000 + 10,000 grey images of 28×28 pixels in 10 classes of 7,000 each.
+
+    A larger `img_size` surrounds the image with black; a smaller one resizes it. Raises `DatasetError` where it is
+    neither in the store nor can be downloaded.
+    """
+    return from_store(
+        fetched("fashion_mnist", partial(_torchvision, "FashionMNIST")),
+        img_size=img_size,
+        fit="pad",
+        source="H. Xiao, K. Rasul, R. Vollgraf: Fashion-MNIST, arXiv 1708.07747, 2017",
+        licence="MIT",
+        moments=((0.2860,), (0.3530,)),
+    )
+
+
+def cifar10(*, img_size: int | None = None) -> ImageDataset:
+    """Tiny photographs: 50,000 + 10,000 colour images of 32×32 pixels in 10 classes of 6,000 each.
+
+    Another `img_size` resizes it. Raises `DatasetError` where it is neither in the store nor can be downloaded.
+    """
+    return from_store(
+        fetched("cifar10", partial(_torchvision, "CIFAR10")),
+        img_size=img_size,
+        source="A. Krizhevsky: Learning Multiple Layers of Features from Tiny Images, 2009",
+        licence="unstated; for research",
+        moments=((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    )
+
+
+def cifar100(*, img_size: int | None = None) -> ImageDataset:
+    """Tiny photographs: 50,000 + 10,000 colour images of 32×32 pixels in 100 classes of 600 each.
+
+    Another `img_size` resizes it. Raises `DatasetError` where it is neither in the store nor can be downloaded.
+    """
+    return from_store(
+        fetched("cifar100", partial(_torchvision, "CIFAR100")),
+        img_size=img_size,
+        source="A. Krizhevsky: Learning Multiple Layers of Features from Tiny Images, 2009",
+        licence="unstated; for research",
+        moments=((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    )
+
+
+def digits(*, img_size: int | None = None) -> ImageDataset:
+    """Small handwritten digits from scikit-learn: 1,797 grey images of 8×8 pixels, always at hand.
+
+    Every fifth image of each class is a test image: 1,442 + 355. Another `img_size` resizes it, antialiased.
+    """
+    from sklearn.datasets import load_digits
+
+    found: Any = load_digits()
+    images = torch.from_numpy(found.images).mul(255 / 16).round().to(torch.uint8)[:, None]
+    labels = torch.from_numpy(found.target).long()
+    place = torch.zeros_like(labels)
+    for label in range(10):
+        mask = labels == label
+        place[mask] = torch.arange(int(mask.sum()))
+    test = place % 5 == 4
+    tensors = {
+        "train.images": images[~test], "train.labels": labels[~test],
+        "test.images": images[test], "test.labels": labels[test],
+    }  # fmt: skip
+    return from_store(
+        Stored("digits", [str(digit) for digit in range(10)], tensors),
+        img_size=img_size,
+        source="E. Alpaydin, C. Kaynak: Optical Recognition of Handwritten Digits, UCI, 1998 (scikit-learn's load_digits)",
+        licence="CC BY 4.0",
+    )
+
+
+def _torchvision(name: str) -> tuple[dict[str, Tensor], list[str]]:
+    """Download a dataset through torchvision and put it into the store's form."""
+    from torchvision import datasets as published
+
+    tensors: dict[str, Tensor] = {}
+    classes: list[str] = []
+    with tempfile.TemporaryDirectory() as folder, _impatient(), contextlib.redirect_stdout(io.StringIO()):
+        for split in ("train", "test"):
+            found = getattr(published, name)(folder, train=split == "train", download=True)
+            pixels = torch.as_tensor(found.data)
+            tensors[f"{split}.images"] = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
+            tensors[f"{split}.labels"] = torch.as_tensor(found.targets).long()
+            classes = [str(name) for name in found.classes]
+    if name == "MNIST":
+        classes = [str(digit) for digit in range(10)]
+    return tensors, classes
+
+
+@contextlib.contextmanager
+def _impatient() -> Iterator[None]:
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(NETWORK_SECONDS)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)

@@ -1,0 +1,81 @@
+"""A vision transformer whose attention stack takes a label's token beside the patches."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from vitkit import backbones
+from vitkit.errors import UsageError
+
+
+class MultimodalViT(nn.Module):
+    """Images `(b c h w)`, labels `(b,)` or both → features `(b d)`, by one stack of transformer blocks.
+
+    A label is a token, its class's embedding plus one embedding that marks it as a label and its place, and goes behind
+    the patches of backbone `vit`: patches attend to it and it attends to them. Features are pooled as `vit` does: the
+    mean over patches and label, or the CLS token.
+
+    All classes start from the same embedding, zero, so that before training, and in a model trained without labels, no
+    class is nearer to any image than another; training tells them apart from the first step. The other arguments are
+    `vit`'s, see there. Raises `UsageError` for fewer than one class and where `vit` does.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int = 10,
+        img_size: int | tuple[int, int] = 32,
+        patch_size: int = 4,
+        in_chans: int = 1,
+        embed_dim: int = 192,
+        depth: int = 6,
+        num_heads: int = 3,
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.0,
+        drop_path: float = 0.0,
+        pool: Literal["cls", "mean"] = "mean",
+        positions: Literal["learned", "sincos1d", "sincos2d", "none"] = "learned",
+        registers: int = 0,
+        checkpoint: bool = False,
+    ) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise UsageError(f"num_classes is {num_classes}, expected at least 1")
+        self.vit = backbones.build(
+            "vit", img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth,
+            num_heads=num_heads, mlp_ratio=mlp_ratio, dropout=dropout, drop_path=drop_path, pool=pool,
+            positions=positions, registers=registers, checkpoint=checkpoint,
+        )  # fmt: skip
+        self.num_classes = num_classes
+        self.embed_dim: int = self.vit.embed_dim
+        self.num_patches: int = self.vit.num_patches
+        self.grid_size: tuple[int, int] = self.vit.grid_size
+        self.label_embed = nn.Embedding(num_classes, embed_dim)
+        self.label_type = nn.Parameter(torch.empty(1, embed_dim))
+        nn.init.zeros_(self.label_embed.weight)
+        nn.init.normal_(self.label_type, std=0.02)
+
+    def forward(
+        self, x: Tensor | None, *, extra_tokens: Tensor | None = None, keep: Tensor | None = None
+    ) -> Tensor:
+        """Images `(b c h w)` → tokens `(b n d)`; arguments as for `vit`."""
+        return self.vit(x, extra_tokens=extra_tokens, keep=keep)
+
+    def label_tokens(self, labels: Tensor) -> Tensor:
+        """Labels `(b,)` int64 in [0, num_classes) → tokens `(b 1 d)`; `UsageError` for another dtype or shape."""
+        if labels.ndim != 1 or labels.dtype != torch.int64:
+            raise UsageError(f"labels are {labels.dtype} {tuple(labels.shape)}, expected int64 (batch,)")
+        return (self.label_embed(labels) + self.label_type)[:, None]
+
+    def encode_image(self, x: Tensor, *, keep: Tensor | None = None) -> Tensor:
+        """Images `(b c h w)` → `(b d)`; `keep` `(b k)` names the patches to look at."""
+        return self.vit.encode_image(x, keep=keep)
+
+    def encode_label(self, labels: Tensor) -> Tensor:
+        """Labels `(b,)` → `(b d)`, the label's token alone in the stack."""
+        return self.vit.encode_image(None, extra_tokens=self.label_tokens(labels))
+
+    def encode_multimodal(self, x: Tensor, labels: Tensor, *, keep: Tensor | None = None) -> Tensor:
+        """Images `(b c h w)` with their labels `(b,)` → `(b d)`; patches and label attend to each other."""
+        return self.vit.encode_image(x, extra_tokens=self.label_tokens(labels), keep=keep)
