@@ -1,0 +1,15 @@
+"""Evaluators of frozen features: a linear probe and nearest neighbours."""
+
+from vitkit_eval.features import Features, confusion_matrix, extract_features, topk_accuracy
+from vitkit_eval.knn import KNN
+from vitkit_eval.linear import LinearProbe, fit_logistic
+
+__all__ = [
+    "KNN",
+    "Features",
+    "LinearProbe",
+    "confusion_matrix",
+    "extract_features",
+    "fit_logistic",
+    "topk_accuracy",
+]
