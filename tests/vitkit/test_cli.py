@@ -1,12 +1,14 @@
 """The command line, as a person types it: what it prints, where it stops, and with which exit code."""
 
 import json
-import os
 import subprocess
 import sys
 import textwrap
+from dataclasses import dataclass
 
 import pytest
+
+from vitkit.cli import main
 
 RECIPE = '''
 """A line through points."""
@@ -40,16 +42,28 @@ def main(run: Run, epochs: Annotated[int, "passes"] = 2, lr: float = 0.1, multim
 '''
 
 
-@pytest.fixture
-def vitkit(tmp_path):
-    (tmp_path / "line.py").write_text(RECIPE)
+@dataclass
+class Answer:
+    returncode: int
+    stdout: str
+    stderr: str
 
-    def call(*arguments, **environment):
-        return subprocess.run(
-            [sys.executable, "-m", "vitkit", *arguments],
-            cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL,
-            env={**os.environ, "COLUMNS": "160", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
-        )  # fmt: skip
+
+@pytest.fixture
+def vitkit(tmp_path, monkeypatch, capfd):
+    """`vitkit("run", ...)` in a directory that holds line.py, within this process: importing torch takes seconds."""
+    (tmp_path / "line.py").write_text(RECIPE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+
+    def call(*arguments):
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", ["vitkit", *arguments])
+        with pytest.raises(SystemExit) as leaving:
+            main()
+        printed = capfd.readouterr()
+        return Answer(leaving.value.code, printed.out, printed.err)
 
     return call
 
@@ -131,7 +145,8 @@ def test_dry_run_shows_values_and_the_models_cost_and_trains_nothing(vitkit, tmp
         (["run", "line.py", "--out", "/proc/nowhere"], 1, "cannot write to /proc/nowhere"),
         (["run", "line.py", "--resume"], 2, "no unfinished run under runs/line"),
         (["nothing"], 2, "No such command"),
-        (["compare", "nowhere"], 2, "nowhere"),
+        (["compare", "nowhere"], 2, "compare needs at least two"),
+        (["compare", "nowhere", "line.py"], 2, "nowhere holds no run"),
     ],
 )
 def test_bad_input_is_answered_with_one_message_and_no_traceback(vitkit, arguments, code, text):
@@ -141,10 +156,12 @@ def test_bad_input_is_answered_with_one_message_and_no_traceback(vitkit, argumen
     assert "Traceback" not in answer.stderr
 
 
-def test_debug_shows_the_traceback(vitkit):
-    answer = vitkit("--debug", "run", "line.py", "--fail")
-    assert answer.returncode == 1
-    assert "Traceback" in answer.stderr
+def test_debug_lets_the_traceback_through(tmp_path, monkeypatch):
+    (tmp_path / "line.py").write_text(RECIPE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["vitkit", "run", "line.py", "--fail", "--debug"])
+    with pytest.raises(ValueError, match=r"inside \[the\] recipe"):
+        main()
 
 
 def test_resuming_takes_the_flags_that_the_run_was_started_with(vitkit, tmp_path):
@@ -159,10 +176,10 @@ def test_resuming_takes_the_flags_that_the_run_was_started_with(vitkit, tmp_path
 
 
 def test_doctor_names_what_is_broken(vitkit, install):
-    site = install("broken-one", "0.1", {"heads": {"x": "broken_one:X"}}, broken_one="import no_such_module")
     whole = vitkit("doctor")
     assert whole.returncode == 0, whole.stdout
     assert "nothing is broken" in whole.stdout
-    broken = vitkit("doctor", PYTHONPATH=str(site))
+    install("broken-one", "0.1", {"heads": {"x": "broken_one:X"}}, broken_one="import no_such_module")
+    broken = vitkit("doctor")
     assert broken.returncode == 1
     assert "head 'x' of broken-one 0.1 (broken_one:X) cannot be imported: ModuleNotFoundError" in broken.stdout
