@@ -63,10 +63,25 @@ class MultimodalViT(nn.Module):
         return self.vit(x, extra_tokens=extra_tokens, keep=keep)
 
     def label_tokens(self, labels: Tensor) -> Tensor:
-        """Labels `(b,)` int64 in [0, num_classes) → tokens `(b 1 d)`; `UsageError` for another dtype or shape."""
+        """Labels `(b,)` int64 in [0, num_classes), or −1 for an unknown one, which names no class → tokens `(b 1 d)`.
+
+        Raises `UsageError` for another dtype or shape, and on the CPU for labels outside the classes (elsewhere the device
+        stops at them: asking first would make every step wait for it).
+        """
         if labels.ndim != 1 or labels.dtype != torch.int64:
             raise UsageError(f"labels are {labels.dtype} {tuple(labels.shape)}, expected int64 (batch,)")
-        return (self.label_embed(labels) + self.label_type)[:, None]
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            self._check(labels)
+        known = (labels >= 0)[:, None]
+        return (self.label_embed(labels.clamp(min=0)) * known + self.label_type)[:, None]
+
+    def _check(self, labels: Tensor) -> None:
+        outside = labels[(labels < -1) | (labels >= self.num_classes)]
+        if len(outside):
+            raise UsageError(
+                f"label {int(outside[0])} is none of this model's {self.num_classes} classes, 0 … {self.num_classes - 1}; "
+                f"build it with the dataset's number of classes"
+            )
 
     def encode_image(self, x: Tensor, *, keep: Tensor | None = None) -> Tensor:
         """Images `(b c h w)` → `(b d)`; `keep` `(b k)` names the patches to look at."""
@@ -79,3 +94,15 @@ class MultimodalViT(nn.Module):
     def encode_multimodal(self, x: Tensor, labels: Tensor, *, keep: Tensor | None = None) -> Tensor:
         """Images `(b c h w)` with their labels `(b,)` → `(b d)`; patches and label attend to each other."""
         return self.vit.encode_image(x, extra_tokens=self.label_tokens(labels), keep=keep)
+
+    def label_attention(self, x: Tensor, labels: Tensor) -> Tensor:
+        """How much the label's token attends to each patch: `(b h w)` over the grid of patches.
+
+        Attention rollout (Abnar and Zuidema, arXiv 2005.00928): each block's weights, averaged over heads, plus the
+        identity of the residual stream, halved; their product over blocks, the label's row, the patches' columns.
+        """
+        maps = self.vit.attention_maps(x, extra_tokens=self.label_tokens(labels)).mean(dim=2)  # (b depth n n)
+        rollout = torch.eye(maps.shape[-1], device=maps.device, dtype=maps.dtype).expand(len(maps), -1, -1)
+        for depth in range(maps.shape[1]):
+            rollout = (maps[:, depth] @ rollout + rollout) / 2
+        return rollout[:, -1, -1 - self.num_patches : -1].unflatten(1, self.grid_size)

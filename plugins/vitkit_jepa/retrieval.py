@@ -105,3 +105,23 @@ class LabelRetrieval:
         ]
         m1 = torch.stack([F.cosine_similarity(alone, z, dim=-1) for z in with_label], dim=1)
         return m1, m2, features.float(), batch["labels"]
+
+    def _attention(self, backbone: Any, dataset: Any, device: torch.device) -> Attention:
+        """How much the label's token attends to each patch, for one test image of each class in turn."""
+        split = dataset.test.take(self.attention_samples)
+        batch = next(iter(split.batches(len(split)).epoch(0, device=device)))
+        maps = backbone.label_attention(batch["images"], batch["labels"]).float()  # (n h w)
+        scale = maps.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
+        mean, std = (torch.tensor(m, device=device)[:, None, None] for m in (dataset.mean, dataset.std))
+        return Attention(
+            (batch["images"] * std + mean).clamp(0, 1).cpu().numpy(),
+            (maps / scale).cpu().numpy(),
+            [f"label {dataset.classes[int(label)]}" for label in batch["labels"]],
+        )
+
+
+def topk(scores: Tensor, labels: Tensor, k: int) -> float:
+    """The share of samples whose label is among the `k` highest of scores `(n c)`, equal scores sharing their places."""
+    own = scores.gather(1, labels[:, None])
+    higher, equal = (scores > own).sum(1), (scores == own).sum(1)
+    return float(((k - higher) / equal).clamp(0, 1).mean())

@@ -49,17 +49,17 @@ class Line(nn.Module):
         return {"loss": error, "error": error.detach()}
 
 
-def train(out, *, model=None, epochs=3, batches=None, run_options=None, **options):
+def train(out, *, stop_at=None, poison_at=None, epochs=3, batches=None, run_options=None, **options):
     """Train a line; the run, the model and the epochs that were yielded."""
     run = Run(out, device="cpu", precision="fp32", **(run_options or {}))
     torch.manual_seed(0)
-    model = model or Line()
+    model = Line(stop_at, poison_at)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     schedule = warmup_cosine(optimizer, 15, warmup=2)
     seen = []
     try:
         for epoch in run.fit(
-            model, batches or Points(), epochs=epochs, optimizer=optimizer, schedule=schedule, clip=1.0, **options
+            model, Points() if batches is None else batches, epochs=epochs, optimizer=optimizer, schedule=schedule, clip=1.0, **options
         ):
             seen.append(epoch)
             epoch.log(error=epoch.losses["error"], weight=model.net[0].weight.sum().item())
@@ -104,7 +104,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path):
 def test_stopped_anywhere_and_resumed_it_ends_bit_for_bit_where_an_undisturbed_run_ends(tmp_path, call, ema):
     _, whole, _ = train(tmp_path / "whole", ema=ema, monitor="error", mode="min")
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "cut", model=Line(stop_at=call), ema=ema, monitor="error", mode="min")
+        train(tmp_path / "cut", stop_at=call, ema=ema, monitor="error", mode="min")
     _, resumed, _ = train(tmp_path / "cut", ema=ema, monitor="error", mode="min", run_options={"resume": True})
     assert same(whole, resumed)
     for name in ("metrics.csv", "losses.csv"):
@@ -192,9 +192,9 @@ def test_a_metric_that_no_longer_improves_ends_the_loop(tmp_path):
 
 def test_a_loss_that_is_not_finite_names_step_parts_and_the_last_good_checkpoint(tmp_path):
     with pytest.raises(RunError, match=r"not finite at epoch 2, batch 3: loss nan, .*last.safetensors"):
-        train(tmp_path / "run", model=Line(poison_at=8))
+        train(tmp_path / "run", poison_at=8)
     with pytest.raises(RunError, match="no checkpoint was saved before"):
-        train(tmp_path / "other", model=Line(poison_at=1))
+        train(tmp_path / "other", poison_at=1)
 
 
 @pytest.mark.parametrize(
