@@ -197,10 +197,12 @@ class ImageDataset:
     def std(self) -> tuple[float, ...]:
         return self.train.prepare.std
 
-    @property
-    def preprocessing(self) -> dict[str, Any]:
-        """What a saved model needs in order to see images as it did in training."""
-        return self.train.prepare.to_json()
+    def resized(self, img_size: int) -> "ImageDataset":
+        """The same images delivered at another size; `UsageError` below one pixel."""
+        if img_size < 1:
+            raise UsageError(f"img_size is {img_size}; expected at least 1 pixel")
+        prepare = replace(self.train.prepare, shape=(self.shape[0], img_size, img_size))
+        return replace(self, train=replace(self.train, prepare=prepare), test=replace(self.test, prepare=prepare))
 
 
 def from_store(

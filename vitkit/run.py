@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -116,10 +117,8 @@ class Run:
             self.console.print(f"[bold yellow]WARNING[/] {found.notice}")
         self._dataset = {
             "name": found.name, "asked": name, "fallback_for": found.fallback_for, "notice": found.notice,
-            "classes": list(found.classes), "shape": list(found.shape), "train": len(found.train),
-            "test": len(found.test), "source": found.source, "licence": found.licence,
+            "classes": list(found.classes), "train": len(found.train), "test": len(found.test), "source": found.source, "licence": found.licence,
         }  # fmt: skip
-        self._preprocessing = found.preprocessing
         return found
 
     def fit(
@@ -145,6 +144,8 @@ class Run:
         the loop. A loss that is not finite raises `RunError` with the step and the parts, within 50 batches.
         """
         self._parameters = sum(parameter.numel() for parameter in model.parameters())
+        if isinstance(batches, data.ImageBatches):  # what training really sees is what a saved model must be given
+            self._preprocessing = batches.split.prepare.to_json()
         if self.dry_run:
             self.console.print(preview(self, model, batches, epochs=epochs))
             raise DryRun
@@ -167,6 +168,14 @@ class Run:
                 extra={"recipe": self.name, "dataset": self._dataset.get("name"), "seed": self.seed},
             )
         return self.directory
+
+    def resolved(self, **arguments: Any) -> None:
+        """Arguments as the recipe resolved them: what a preset or the dataset decided, for the record."""
+        self.arguments |= {name: plain(value) for name, value in arguments.items()}
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The run's precision, for evaluating in it."""
+        return self.accelerator.autocast()
 
     def reference(self, label: str, **lines: float) -> None:
         """Horizontal lines for the report's plots: `run.reference("seed document", linear_top1=0.95)`."""

@@ -8,92 +8,158 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import platformdirs
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vitkit.errors import DatasetError, UsageError
+from vitkit.errors import DatasetError, RunError, UsageError
 from vitkit.files import atomic_write
 
 SPLITS = ("train", "test")
 
 
 @dataclass(frozen=True)
+class StoredSplit:
+    """`images` uint8 `(n c h w)` and `labels` int64 `(n,)`, both on disk until they are looked at."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
 class Stored:
-    """A store file's content: tensors that stay on disk until they are looked at, and the class names."""
+    """A store file's content: the tensors by their names in the file, the class names, and further metadata."""
 
     name: str
     classes: list[str]
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def train(self) -> StoredSplit:
+        return StoredSplit(self.tensors["train.images"], self.tensors["train.labels"])
+
+    @property
+    def test(self) -> StoredSplit:
+        return StoredSplit(self.tensors["test.images"], self.tensors["test.labels"])
 
 
 def store_directory() -> Path:
-    """Where datasets are kept: `$VITKIT_DATA`, or the platform's cache directory."""
-    return Path(os.environ.get("VITKIT_DATA") or platformdirs.user_cache_path("vitkit") / "data")
+    """Where datasets are kept: `$VITKIT_DATA`, or `vitkit/data` in the platform's cache directory."""
+    given = os.environ.get("VITKIT_DATA")
+    return Path(given).expanduser() if given else platformdirs.user_cache_path("vitkit") / "data"
 
 
 def store_path(name: str) -> Path:
     """The store file of a dataset; `UsageError` for a name that could lead out of the store."""
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or ".." in name:
-        raise UsageError(f"a dataset's name is made of letters, digits, '_', '-' and '.'; given {name!r}")
+    if not re.fullmatch(r"[^\W_][\w.-]*", name) or ".." in name:
+        raise UsageError(
+            f"a dataset's name begins with a letter or digit and goes on with letters, digits, '_', '-' and '.'; "
+            f"given {name!r}"
+        )
     return store_directory() / f"{name}.safetensors"
 
 
 def stored_names() -> list[str]:
     """The names of the datasets in the store, readable or not."""
     folder = store_directory()
-    return sorted(path.stem for path in folder.glob("*.safetensors")) if folder.is_dir() else []
+    found = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    return [path.stem for path in found if not path.name.startswith(".")]
+
+
+def store_lock(name: str) -> FileLock:
+    """Held while a dataset is made, so that the ranks of one job do not all download it; `DatasetError` if it cannot."""
+    path = store_path(name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.with_name(f".{path.name}.lock"))
+        lock.acquire()
+    except OSError as error:
+        raise _unwritable(path, error.strerror or str(error)) from None
+    return lock
 
 
 def read_store(path: str | Path) -> Stored:
-    """Map a store file into memory and check what is cheap to check.
+    """Map a store file into memory and check what is cheap to check; images stay unread until a batch takes them.
 
-    Raises `DatasetError` where it is missing, cut short, no store file, of other types or shapes, or holds labels
-    outside its classes.
+    Raises `DatasetError` where it is missing, cannot be read, is cut short or no store file, is of other types or
+    shapes, or holds labels outside its classes.
     """
     path = Path(path)
     if not path.is_file():
         raise DatasetError(f"no dataset file at {path}; `vitkit data list` shows what there is")
-    way = f"delete it and fetch it again with `vitkit data get {path.stem}`"
+    way = f"delete it and make it again with `vitkit data get {path.stem}` (or `vitkit data import`)"
     try:
         with safe_open(path, framework="pt") as file:
-            metadata: Mapping[str, str] = file.metadata() or {}
+            metadata: dict[str, str] = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
         classes = json.loads(metadata.get("classes", "null"))
-    except (SafetensorError, OSError, ValueError) as error:
+    except OSError as error:
+        raise DatasetError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (SafetensorError, ValueError) as error:
         raise DatasetError(f"{path} is cut short or no store file ({error}); {way}") from None
-    expected = {f"{split}.{part}" for split in SPLITS for part in ("images", "labels")}
-    if not expected <= set(tensors):
-        raise DatasetError(f"{path} lacks {', '.join(sorted(expected - set(tensors)))}; {way}")
+    problem = _problem(tensors, classes)
+    if problem:
+        raise DatasetError(f"{path}: {problem}; {way}")
+    return Stored(metadata.get("name", path.stem), classes, tensors, metadata)
+
+
+def write_store(name: str, tensors: Mapping[str, Tensor], classes: list[str], **metadata: str) -> Path:
+    """Write a dataset into the store, whole or not at all.
+
+    Raises `DatasetError` for tensors that `read_store` would refuse, and where the file cannot be written.
+    """
+    path = store_path(name)
+    problem = _problem(tensors, classes)
+    if problem:
+        raise DatasetError(f"dataset {name!r} cannot be stored: {problem}")
+    everything = {"name": name, "classes": json.dumps(classes, ensure_ascii=False), **metadata}
+    try:
+        with atomic_write(path) as temporary:
+            save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, metadata=everything)
+    except (RunError, SafetensorError) as error:  # safetensors wraps what the operating system says
+        cause = error.__cause__
+        said = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(error)
+        raise _unwritable(path, said) from None
+    return path
+
+
+def _unwritable(path: Path, said: str) -> DatasetError:
+    return DatasetError(
+        f"cannot write {path}: {said}; free some room there, or let the environment variable VITKIT_DATA name another "
+        f"directory; nothing was left half-written"
+    )
+
+
+def _problem(tensors: Mapping[str, Tensor], classes: object) -> str:
+    """What is wrong with a dataset's content, or an empty string."""
+    expected = [f"{split}.{part}" for split in SPLITS for part in ("images", "labels")]
+    missing = [name for name in expected if name not in tensors]
+    if missing:
+        return f"it lacks {', '.join(missing)}"
     if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
-        raise DatasetError(f"{path} names no classes: its metadata 'classes' should be a JSON list of names; {way}")
+        return "it names no classes: its metadata 'classes' should be a JSON list of names"
+    sizes = tensors["train.images"].shape[1:]
     for split in SPLITS:
         images, labels = tensors[f"{split}.images"], tensors[f"{split}.labels"]
-        if images.dtype != torch.uint8 or images.ndim != 4:
-            raise DatasetError(
-                f"{path}: {split}.images is {images.dtype} {tuple(images.shape)}, expected uint8 (n, c, h, w); {way}"
-            )
+        if images.dtype != torch.uint8 or images.ndim != 4 or 0 in images.shape[1:]:
+            return f"{split}.images is {images.dtype} {tuple(images.shape)}, expected uint8 (n, c, h, w)"
+        if images.shape[1:] != sizes:
+            return f"{split}.images is {tuple(images.shape)}, expected (n, {', '.join(map(str, sizes))}) as in train"
         if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-            raise DatasetError(
-                f"{path}: {split}.labels is {labels.dtype} {tuple(labels.shape)}, expected int64 ({len(images)},); {way}"
-            )
+            return f"{split}.labels is {labels.dtype} {tuple(labels.shape)}, expected int64 ({len(images)},)"
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(classes):
-            raise DatasetError(
-                f"{path}: {split}.labels run from {int(labels.min())} to {int(labels.max())}, "
-                f"expected 0 to {len(classes) - 1} for its {len(classes)} classes; {way}"
+            return (
+                f"{split}.labels run from {int(labels.min())} to {int(labels.max())}, "
+                f"expected 0 to {len(classes) - 1} for its {len(classes)} classes"
             )
-    return Stored(metadata.get("name", path.stem), classes, tensors)
-
-
-def write_store(name: str, tensors: Mapping[str, Tensor], classes: list[str]) -> Path:
-    """Write a dataset into the store, whole or not at all; `RunError` where it cannot be written."""
-    path = store_path(name)
-    metadata = {"name": name, "classes": json.dumps(classes)}
-    with atomic_write(path) as temporary:
-        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, metadata=metadata)
-    return path
+    return "" if len(tensors["train.labels"]) else "it holds no training images"

@@ -1,0 +1,203 @@
+"""Batches cut from memory-mapped images, sized, augmented and normalised as a whole on the device."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitkit.augment import Transform
+from vitkit.distributed import world_size
+from vitkit.errors import UsageError
+
+HIDDEN = -1
+"""The label of an image whose label is not shown."""
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """From stored pixels to what a model sees: `shape` `(c h w)`, and `mean` and `std` of pixels scaled to [0, 1].
+
+    `fit` "pad" surrounds a smaller image with black (LeNet's way with MNIST), "resize" resizes it, antialiased.
+    """
+
+    shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    fit: Literal["pad", "resize"] = "resize"
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """uint8 `(n c h w)` → float32 in [0, 1] of this size."""
+        images = images.float().div_(255)
+        height, width = self.shape[1:]
+        down, across = height - images.shape[2], width - images.shape[3]
+        if not down and not across:
+            return images
+        if self.fit == "pad" and down >= 0 and across >= 0:
+            return F.pad(images, (across // 2, across - across // 2, down // 2, down - down // 2))
+        return F.interpolate(images, size=(height, width), mode="bilinear", antialias=True, align_corners=False)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """(x − mean)/std per channel; images `(… c h w)` in [0, 1]."""
+        mean, std = (_column(values, images.device) for values in (self.mean, self.std))
+        return (images - mean).div_(std)
+
+    def to_json(self) -> dict[str, Any]:
+        """As `config.json` keeps it."""
+        return {"shape": list(self.shape), "mean": list(self.mean), "std": list(self.std), "fit": self.fit}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Preparation":
+        """The inverse of `to_json`; `UsageError` where it is something else."""
+        try:
+            channels, height, width = (int(size) for size in data["shape"])
+            mean, std = tuple(map(float, data["mean"])), tuple(map(float, data["std"]))
+            known = data["fit"] in ("pad", "resize") and len(mean) == len(std) == channels
+        except (KeyError, TypeError, ValueError):
+            known = False
+        if not known:
+            raise UsageError(f"preprocessing names shape, mean, std and fit; given {data!r:.120}")
+        return cls((channels, height, width), mean, std, data["fit"])
+
+
+@dataclass(frozen=True)
+class ImageSplit:
+    """One split: `images` uint8 `(n c h w)`, memory-mapped, `labels` int64 `(n,)`, and how batches are prepared."""
+
+    images: Tensor
+    labels: Tensor
+    prepare: Preparation
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, indices: Tensor) -> "ImageSplit":
+        """The images at `indices`, in that order: a copy of these alone, in memory."""
+        return replace(self, images=self.images.index_select(0, indices), labels=self.labels[indices])
+
+    def take(self, count: int, *, seed: int = 0) -> "ImageSplit":
+        """`count` images, the classes as evenly as they can be had, chosen by `seed`; all where there are no more.
+
+        Raises `UsageError` for fewer than one.
+        """
+        if count < 1:
+            raise UsageError(f"take({count}): expected at least 1 image")
+        return self if count >= len(self) else self.subset(_evenly(self.labels, count, seed))
+
+    def hide_labels(self, fraction: float, *, seed: int = 0) -> "ImageSplit":
+        """The same images, with the labels of all but a `fraction` of them hidden (−1), evenly over the classes.
+
+        Raises `UsageError` where `fraction` lies outside (0, 1] or leaves no label.
+        """
+        if not 0.0 < fraction <= 1.0 or round(fraction * len(self)) < 1:
+            raise UsageError(f"a label fraction lies in (0, 1] and leaves at least one label; given {fraction}")
+        shown = _evenly(self.labels, round(fraction * len(self)), seed)
+        labels = torch.full_like(self.labels, HIDDEN)
+        labels[shown] = self.labels[shown]
+        return replace(self, labels=labels)
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        augment: Transform | None = None,
+        views: int = 1,
+    ) -> "ImageBatches":
+        """This split in batches of normalised images `(b c h w)`, or `(b v c h w)` for several augmented views."""
+        return ImageBatches(self, batch_size, shuffle=shuffle, drop_last=drop_last, augment=augment, views=views)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    shuffle: bool = False
+    drop_last: bool = False
+    augment: Transform | None = None
+    views: int = 1
+
+
+@dataclass(frozen=True)
+class ImageBatches(_Options):
+    """A split, cut into batches of `batch_size` a rank: `contracts.Batches`.
+
+    The order of an epoch comes from (seed, epoch), the augmentation of a batch from (seed, epoch, index, rank), so an
+    epoch can be entered anywhere. W ranks share each run of W · `batch_size` images. The rest at an epoch's end is left
+    out with `drop_last`; without it every image comes exactly once, and the ranks' last batches differ by up to one
+    image, so that one may be empty. Raises `UsageError` for a `batch_size` or `views` below 1.
+    """
+
+    split: ImageSplit
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "views"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; expected at least 1")
+
+    def __len__(self) -> int:
+        """Batches an epoch, the same number on every rank."""
+        return self._count(world_size())
+
+    def _count(self, world: int) -> int:
+        whole, rest = divmod(len(self.split), self.batch_size * world)
+        return whole + (rest > 0 and not self.drop_last)
+
+    def epoch(
+        self, number: int, *, seed: int = 0, start: int = 0, device: Any = "cpu", rank: int = 0, world: int = 1
+    ) -> Iterator[dict[str, Tensor]]:
+        """The batches of one epoch from index `start` on, on `device`."""
+        order = torch.arange(len(self.split))
+        if self.shuffle:
+            order = order[torch.randperm(len(order), generator=torch.Generator().manual_seed(mix(seed, number)))]
+        size = self.batch_size * world
+        for index in range(start, self._count(world)):
+            share = order[index * size : (index + 1) * size].tensor_split(world)[rank]
+            yield self._make(share, mix(seed, number, index, rank), torch.device(device))
+
+    def _make(self, indices: Tensor, seed: int, device: torch.device) -> dict[str, Tensor]:
+        # Sorted indices read a memory-mapped file in one direction; the order within a shuffled batch means nothing.
+        indices = indices.sort().values if self.shuffle else indices
+        prepare = self.split.prepare
+        # Advanced indexing, images[indices], takes several times as long as index_select.
+        images = prepare.pixels(_moved(self.split.images.index_select(0, indices), device))
+        if self.views > 1:
+            images = images.repeat_interleave(self.views, dim=0)
+        if self.augment is not None:
+            images = self.augment(images, torch.Generator(device).manual_seed(seed))
+        images = prepare.normalise(images)
+        if self.views > 1:
+            images = images.unflatten(0, (-1, self.views))  # (b·v c h w) → (b v c h w)
+        return {"images": images, "labels": _moved(self.split.labels[indices], device)}
+
+
+def mix(*parts: int) -> int:
+    """A generator's seed that depends on every part: nearby seeds must not give related numbers."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "little")
+
+
+def _moved(values: Tensor, device: torch.device) -> Tensor:
+    """On the device; a copy from pinned memory does not wait for what the GPU is still computing."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
+def _column(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """`(c 1 1)`, filled on the device: copying it there would wait for the GPU."""
+    return torch.stack([torch.full((1, 1), value, device=device) for value in values])
+
+
+def _evenly(labels: Tensor, count: int, seed: int) -> Tensor:
+    """Sorted indices of `count` samples, round-robin over the classes, shuffled within each."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(mix(seed)))
+    shuffled = labels[order]
+    place = torch.zeros_like(shuffled)
+    for label in shuffled.unique():
+        mask = shuffled == label
+        place[mask] = torch.arange(int(mask.sum()))
+    return order[place.argsort(stable=True)[:count]].sort().values
+
+
+__all__ = ["HIDDEN", "ImageBatches", "ImageSplit", "Preparation", "mix"]

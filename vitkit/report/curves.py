@@ -1,0 +1,195 @@
+"""What a run's tables look like: losses, metrics and statistics over epochs, and final accuracies as bars."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from vitkit.report.record import Record, Series, pretty, shown, split_topk
+from vitkit.report.style import HALO, INK, MUTED, PALETTE, Plot, drawable, legend_below, panels
+
+WIDE_RANGE = 30.0
+"""From this ratio of the largest to the smallest value on, an axis is logarithmic."""
+
+
+def draw(axes: Axes, series: Series, *, color: str, style: str = "-", width: float = 1.8) -> Line2D:
+    """One column over epochs; with markers where a line alone would hide points."""
+    lonely = len(series.values) <= 25 or not np.isfinite(series.values).all()
+    (line,) = axes.plot(
+        series.epochs, series.values, color=color, linestyle=style, linewidth=width, marker="o" if lonely else None
+    )
+    return line
+
+
+def fit_axes(axes: Axes, columns: Iterable[Series], *, shares: bool = False) -> None:
+    """Limits and scale: [0, 1] for shares, logarithmic where values span decades."""
+    columns = list(columns)
+    epochs = np.concatenate([series.epochs for series in columns])
+    if epochs.min() == epochs.max():
+        axes.set_xlim(epochs.min() - 1, epochs.max() + 1)
+    values = np.concatenate([series.finite for series in columns])
+    if shares:
+        axes.set_ylim(-0.02, 1.04)
+    elif len(values) and values.min() > 0 and values.max() > WIDE_RANGE * values.min():
+        axes.set_yscale("log")
+
+
+def are_shares(values: Iterable[float | None]) -> bool:
+    """Whether all of these lie between 0 and 1."""
+    return all(0.0 <= value <= 1.0 for value in values if value is not None and np.isfinite(value))
+
+
+def losses(record: Record) -> Plot | None:
+    """A panel for the loss and for each of its parts."""
+    columns = {name: series for name, series in record.losses.items() if series}
+    if not columns:
+        return None
+    names = sorted(columns, key=lambda name: name != "loss")
+    figure, axes = panels(len(names))
+    for place, (name, axis) in enumerate(zip(names, axes, strict=True)):
+        draw(axis, columns[name], color=PALETTE[0] if name == "loss" else PALETTE[1 + place % (len(PALETTE) - 1)])
+        axis.set_title(drawable(pretty(name), 36))
+        fit_axes(axis, [columns[name]])
+    return Plot("losses", "Loss and its parts", figure, " ".join(_story(name, columns[name]) for name in names),
+                "Means over each epoch's batches.", wide=len(names) > 1)  # fmt: skip
+
+
+def metrics(record: Record) -> Plot | None:
+    """A panel for each evaluation, with its chance level and the numbers to compare with."""
+    columns = {name: series for name, series in record.metrics.items() if series}
+    if not columns:
+        return None
+    groups: dict[str, list[str]] = {}
+    for name in columns:
+        stem = (split_topk(name) or (name,))[0]
+        groups.setdefault(stem, []).append(name)
+    figure, axes = panels(len(groups), size=(3.7, 3.3))
+    for (stem, names), axis in zip(groups.items(), axes, strict=True):
+        _metric_panel(axis, record, stem, names, columns)
+    alt = " ".join(_story(name, columns[name]) for name in columns)
+    return Plot("metrics", "Evaluations", figure, alt, "", wide=len(groups) > 1)
+
+
+def _metric_panel(axis: Axes, record: Record, stem: str, names: Sequence[str], columns: dict[str, Series]) -> None:
+    handles: list[Line2D] = []
+    labels: list[str] = []
+    chances = {name: record.chance(name) for name in names}
+    references: dict[str, list[float]] = {}
+    for place, name in enumerate(names):
+        color = PALETTE[place % len(PALETTE)]
+        handles.append(draw(axis, columns[name], color=color))
+        labels.append(f"{_short(name, stem)} {shown(float(columns[name].finite[-1]))}")
+        if chances[name] is not None:
+            axis.axhline(chances[name], color=color if len(names) > 1 else MUTED, linestyle=(0, (4, 3)), linewidth=1.0)
+        for label, value in record.references(name):
+            axis.axhline(value, color=color, linestyle=":", linewidth=1.4, alpha=0.9)
+            references.setdefault(label, []).append(value)
+    known = [chance for chance in chances.values() if chance is not None]
+    if known:
+        handles.append(Line2D([], [], color=MUTED, linestyle=(0, (4, 3)), linewidth=1.0))
+        labels.append("chance " + ", ".join(map(shown, known)))
+    for label, values in references.items():
+        handles.append(Line2D([], [], color=MUTED, linestyle=":", linewidth=1.4))
+        labels.append(f"{drawable(label, 24)} " + ", ".join(map(shown, values)))
+    axis.set_title(drawable(pretty(stem), 36))
+    lines = [value for values in references.values() for value in values]
+    everything = [*known, *lines, *(value for name in names for value in columns[name].finite)]
+    fit_axes(axis, [columns[name] for name in names], shares=are_shares(everything))
+    legend_below(axis, handles, labels, columns=2 if max(map(len, labels)) < 22 else 1)
+
+
+def _short(name: str, stem: str) -> str:
+    found = split_topk(name)
+    return f"top-{found[1]}" if found else pretty(stem)
+
+
+def statistic(record: Record, name: str) -> Plot | None:
+    """A part of the loss between the value it has when all is well and the one it has after a collapse."""
+    series = record.losses.get(name) or record.metrics.get(name)
+    floor, collapse = record.bound("floor", name), record.bound("collapse", name)
+    if not series or (floor is None and collapse is None):
+        return None
+    figure, (axis,) = panels(1)
+    draw(axis, series, color=PALETTE[0])
+    axis.set_title(drawable(pretty(name), 36))
+    fit_axes(axis, [series])
+    bounds = [value for value in (floor, collapse) if value is not None]
+    everything = np.array([*bounds, *series.finite])
+    logarithmic = bool(everything.min() > 0 and everything.max() > 5 * everything.min())
+    axis.set_yscale("log" if logarithmic else "linear")
+    low, high = everything.min(), everything.max()
+    spread = (high / low) ** 0.12 if logarithmic else 0.12 * (high - low or 1.0)
+    axis.set_ylim(*((low / spread, high * spread) if logarithmic else (low - spread, high + spread)))
+    for label, value, color, above in (("floor", floor, PALETTE[2], False), ("collapse", collapse, PALETTE[1], True)):
+        if value is None:
+            continue
+        axis.axhline(value, color=color, linestyle="--", linewidth=1.4)
+        axis.annotate(
+            f"{label} {shown(value)}", (0.99, value), xycoords=("axes fraction", "data"), ha="right", color=color,
+            xytext=(0, 4 if above else -4), textcoords="offset points", va="bottom" if above else "top",
+            fontsize=8.5, fontweight="bold", path_effects=HALO,
+        )  # fmt: skip
+    alt = _story(name, series)
+    alt += "".join(f" Its {label} is {shown(value)}." for label, value in (("floor", floor), ("collapse line", collapse))
+                   if value is not None)  # fmt: skip
+    return Plot(f"statistic_{name}", f"{pretty(name)} between its bounds", figure, alt,
+                "At the floor the embeddings are distributed as wanted; at the collapse line they are all the same.")  # fmt: skip
+
+
+def bars(record: Record) -> Plot | None:
+    """Final accuracies as bars, with chance and references marked on them."""
+    final = {name: value for name, value in record.final.items() if split_topk(name) and np.isfinite(value)}
+    final = {name: value for name, value in final.items() if 0 <= value <= 1}
+    if not final:
+        return None
+    figure, (axis,) = panels(1)
+    figure.set_size_inches(5.6, 1.5 + 0.34 * len(final))
+    ks = sorted({(split_topk(name) or ("", 1))[1] for name in final})
+    colors = dict(zip(ks, (PALETTE[0], PALETTE[5], *PALETTE[1:5], *PALETTE[6:]), strict=False))
+    marked: dict[str, str] = {}
+    for row, (name, value) in enumerate(final.items()):
+        stem_k = split_topk(name)
+        assert stem_k is not None
+        axis.barh(row, value, color=colors.get(stem_k[1], MUTED), height=0.66)
+        axis.annotate(shown(value), (1.02, row), va="center", fontsize=8.5, fontweight="bold", annotation_clip=False)
+        chance = record.chance(name)
+        if chance is not None:
+            axis.plot([chance, chance], [row - 0.4, row + 0.4], color=INK, linestyle=(0, (2, 1.2)), linewidth=1.6)
+        for label, reference in record.references(name):
+            marker = marked.setdefault(label, "Dsv^P*"[len(marked) % 6])
+            axis.plot(reference, row, marker, color=PALETTE[1], markeredgecolor="white", markersize=7.5)
+    axis.set_yticks(range(len(final)), [drawable(pretty(name), 28) for name in final])
+    axis.invert_yaxis()
+    axis.set(xlim=(0, 1), xlabel="")
+    axis.grid(axis="y", visible=False)
+    axis.xaxis.set_major_locator(_tenths())
+    handles: list[Line2D | Patch] = [Patch(color=colors[k]) for k in ks if k in colors]
+    labels = [f"top-{k}" for k in ks if k in colors]
+    if any(record.chance(name) is not None for name in final):
+        handles.append(Line2D([], [], color=INK, linestyle=(0, (2, 1.2)), linewidth=1.6))
+        labels.append("chance")
+    for label, marker in marked.items():
+        handles.append(Line2D([], [], color=PALETTE[1], marker=marker, linestyle="", markeredgecolor="white", markersize=7.5))
+        labels.append(drawable(label, 24))
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4))
+    alt = "Final accuracies: " + ", ".join(f"{pretty(name)} {shown(value)}" for name, value in final.items()) + "."
+    return Plot("retrieval", "Final accuracy", figure, alt, "The last evaluation, not the best one.")
+
+
+def _tenths() -> object:
+    from matplotlib.ticker import FixedLocator
+
+    return FixedLocator([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
+
+
+def _story(name: str, series: Series) -> str:
+    """A curve in a sentence, for those who cannot see it."""
+    values, epochs = series.finite, series.epochs[np.isfinite(series.values)]
+    if len(values) == 1:
+        return f"{pretty(name)}: {shown(float(values[0]))} at epoch {epochs[0]:g}."
+    return (
+        f"{pretty(name)}: from {shown(float(values[0]))} at epoch {epochs[0]:g} "
+        f"to {shown(float(values[-1]))} at epoch {epochs[-1]:g}."
+    )

@@ -1,0 +1,106 @@
+"""How pictures look: one palette, one font that comes with matplotlib, and no global state left behind."""
+
+import io
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.font_manager import get_font
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
+
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6a3d9a", "#7f7f7f")
+"""Okabe and Ito's colours, which people with any kind of colour vision tell apart, in an order that suits white."""
+INK, MUTED, GRID = "#1f2430", "#667085", "#e6e8ec"
+HALO = [withStroke(linewidth=2.5, foreground="white")]
+SETTINGS = {
+    "font.family": ["DejaVu Sans"], "font.size": 9.0, "axes.titlesize": 10.0, "axes.titleweight": "bold",
+    "axes.titlelocation": "left", "axes.labelcolor": MUTED, "axes.edgecolor": "#b8bec9", "axes.labelsize": 8.5,
+    "axes.spines.top": False, "axes.spines.right": False, "text.color": INK, "axes.titlecolor": INK,
+    "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelsize": 8.0, "ytick.labelsize": 8.0, "axes.grid": True,
+    "axes.axisbelow": True, "grid.color": GRID, "grid.linewidth": 0.8, "legend.frameon": False,
+    "legend.fontsize": 8.0, "lines.linewidth": 1.8, "lines.markersize": 4.0, "lines.solid_capstyle": "round",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure with what a page says of it: a title, a sentence for those who cannot see it, and a caption."""
+
+    name: str
+    title: str
+    figure: Figure
+    alt: str
+    caption: str = ""
+    wide: bool = False
+
+
+@contextmanager
+def house_style() -> Iterator[None]:
+    """Everything drawn inside looks the same on every machine, whatever its own matplotlibrc says."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(SETTINGS)
+        yield
+
+
+def panels(count: int, *, columns: int = 3, size: tuple[float, float] = (3.7, 2.9)) -> tuple[Figure, list[Axes]]:
+    """A figure with `count` axes over epochs in at most `columns` columns; `size` is each one's, in inches."""
+    columns = min(columns, count)
+    if count == 1:
+        size = (5.6, 3.4)
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
+    axes = [figure.add_subplot(rows, columns, place) for place in range(1, count + 1)]
+    for axis in axes:
+        axis.set_xlabel("epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    return figure, axes
+
+
+def legend_below(axes: Axes, handles: Sequence[object], labels: Sequence[str], columns: int = 2) -> None:
+    """A legend under the axes, where it hides no data."""
+    axes.legend(
+        handles, [drawable(label) for label in labels], loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=columns,
+        handlelength=1.8, columnspacing=1.2, borderaxespad=0.2,
+    )  # fmt: skip
+
+
+def png(figure: Figure, dpi: int = 150) -> bytes:
+    """The figure as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, facecolor="white")
+    return buffer.getvalue()
+
+
+def drawable(text: str, limit: int = 60) -> str:
+    """The text as matplotlib can draw it: one line, not too long, no formulas, unknown glyphs as □."""
+    text = "".join(" " if character.isspace() or not character.isprintable() else character for character in text)
+    text = " ".join(text.split())
+    if len(text) > limit:  # the end tells apart as often as the beginning
+        tail = limit // 3
+        text = f"{text[: limit - tail - 1].rstrip()}…{text[-tail:].lstrip()}"
+    text = "".join(character if _has_glyph(character) else "□" for character in text)
+    # A legend leaves out labels that begin with an underscore.
+    return text.replace("$", r"\$").replace("_", "\u200a_", 1) if text.startswith("_") else text.replace("$", r"\$")
+
+
+def class_labels(classes: Sequence[str], limit: int = 20) -> list[str]:
+    """A label for each class; where the font lacks its letters, its number."""
+    labels = []
+    for place, name in enumerate(classes):
+        label = drawable(str(name), limit)
+        labels.append(f"#{place}" if "□" in label or not label else label)
+    return labels
+
+
+@cache
+def _has_glyph(character: str) -> bool:
+    font = get_font(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
+    return bool(font.get_char_index(ord(character)))
