@@ -112,16 +112,8 @@ class ImageSplit:
         return ImageBatches(self, batch_size, shuffle=shuffle, drop_last=drop_last, augment=augment, views=views)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Options:
-    shuffle: bool = False
-    drop_last: bool = False
-    augment: Transform | None = None
-    views: int = 1
-
-
 @dataclass(frozen=True)
-class ImageBatches(_Options):
+class ImageBatches:
     """A split, cut into batches of `batch_size` a rank: `contracts.Batches`.
 
     The order of an epoch comes from (seed, epoch), the augmentation of a batch from (seed, epoch, index, rank), so an
@@ -132,6 +124,10 @@ class ImageBatches(_Options):
 
     split: ImageSplit
     batch_size: int
+    shuffle: bool = False
+    drop_last: bool = False
+    augment: Transform | None = None
+    views: int = 1
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "views"):
@@ -167,10 +163,10 @@ class ImageBatches(_Options):
         if self.views > 1:
             images = images.repeat_interleave(self.views, dim=0)
         if self.augment is not None:
-            images = self.augment(images, torch.Generator(device).manual_seed(seed))
+            images = self.augment(images, torch.Generator(images.device).manual_seed(seed))
         images = prepare.normalise(images)
         if self.views > 1:
-            images = images.unflatten(0, (-1, self.views))  # (b·v c h w) → (b v c h w)
+            images = images.unflatten(0, (len(indices), self.views))  # (b·v c h w) → (b v c h w)
         return {"images": images, "labels": _moved(self.split.labels[indices], device)}
 
 

@@ -44,6 +44,10 @@ class DatasetError(VitkitError):
     """A dataset cannot be found, downloaded or read."""
 
 
+class MissingDatasetError(DatasetError):
+    """A dataset is neither in the store nor could it be downloaded."""
+
+
 class CheckpointError(VitkitError):
     """A saved model or a checkpoint cannot be read or does not fit."""
 

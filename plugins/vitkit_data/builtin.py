@@ -1,21 +1,13 @@
 """MNIST, Fashion-MNIST, CIFAR-10, CIFAR-100 and digits."""
 
-import contextlib
-import io
-import socket
-import tempfile
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vitkit.data import ImageDataset, fetched, from_store
-from vitkit.store import Stored
-
-NETWORK_SECONDS = 10.0
-"""How long one connection may take: without a network a recipe should fall back soon."""
+from vitkit.data import ImageDataset, Stored, fetched, from_store
+from vitkit_data.download import download
 
 
 def mnist(*, img_size: int | None = None) -> ImageDataset:
@@ -25,7 +17,7 @@ def mnist(*, img_size: int | None = None) -> ImageDataset:
     `DatasetError` where it is neither in the store nor can be downloaded.
     """
     return from_store(
-        fetched("mnist", partial(_torchvision, "MNIST")),
+        fetched("mnist", _mnist),
         img_size=img_size,
         fit="pad",
         source="Y. LeCun, C. Cortes, C. Burges: The MNIST database of handwritten digits, 1998",
@@ -41,7 +33,7 @@ def fashion_mnist(*, img_size: int | None = None) -> ImageDataset:
     neither in the store nor can be downloaded.
     """
     return from_store(
-        fetched("fashion_mnist", partial(_torchvision, "FashionMNIST")),
+        fetched("fashion_mnist", partial(download, "FashionMNIST")),
         img_size=img_size,
         fit="pad",
         source="H. Xiao, K. Rasul, R. Vollgraf: Fashion-MNIST, arXiv 1708.07747, 2017",
@@ -56,7 +48,7 @@ def cifar10(*, img_size: int | None = None) -> ImageDataset:
     Another `img_size` resizes it. Raises `DatasetError` where it is neither in the store nor can be downloaded.
     """
     return from_store(
-        fetched("cifar10", partial(_torchvision, "CIFAR10")),
+        fetched("cifar10", partial(download, "CIFAR10")),
         img_size=img_size,
         source="A. Krizhevsky: Learning Multiple Layers of Features from Tiny Images, 2009",
         licence="unstated; for research",
@@ -70,7 +62,7 @@ def cifar100(*, img_size: int | None = None) -> ImageDataset:
     Another `img_size` resizes it. Raises `DatasetError` where it is neither in the store nor can be downloaded.
     """
     return from_store(
-        fetched("cifar100", partial(_torchvision, "CIFAR100")),
+        fetched("cifar100", partial(download, "CIFAR100")),
         img_size=img_size,
         source="A. Krizhevsky: Learning Multiple Layers of Features from Tiny Images, 2009",
         licence="unstated; for research",
@@ -105,29 +97,6 @@ def digits(*, img_size: int | None = None) -> ImageDataset:
     )
 
 
-def _torchvision(name: str) -> tuple[dict[str, Tensor], list[str]]:
-    """Download a dataset through torchvision and put it into the store's form."""
-    from torchvision import datasets as published
-
-    tensors: dict[str, Tensor] = {}
-    classes: list[str] = []
-    with tempfile.TemporaryDirectory() as folder, _impatient(), contextlib.redirect_stdout(io.StringIO()):
-        for split in ("train", "test"):
-            found = getattr(published, name)(folder, train=split == "train", download=True)
-            pixels = torch.as_tensor(found.data)
-            tensors[f"{split}.images"] = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
-            tensors[f"{split}.labels"] = torch.as_tensor(found.targets).long()
-            classes = [str(name) for name in found.classes]
-    if name == "MNIST":
-        classes = [str(digit) for digit in range(10)]
-    return tensors, classes
-
-
-@contextlib.contextmanager
-def _impatient() -> Iterator[None]:
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(NETWORK_SECONDS)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
+def _mnist() -> tuple[dict[str, Tensor], list[str]]:
+    tensors, _ = download("MNIST")
+    return tensors, [str(digit) for digit in range(10)]  # torchvision calls them "0 - zero" and so on

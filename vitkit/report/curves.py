@@ -164,7 +164,7 @@ def bars(record: Record) -> Plot | None:
     axis.invert_yaxis()
     axis.set(xlim=(0, 1), xlabel="")
     axis.grid(axis="y", visible=False)
-    axis.xaxis.set_major_locator(_tenths())
+    axis.set_xticks(np.linspace(0, 1, 6))
     handles: list[Line2D | Patch] = [Patch(color=colors[k]) for k in ks if k in colors]
     labels = [f"top-{k}" for k in ks if k in colors]
     if any(record.chance(name) is not None for name in final):
@@ -176,12 +176,6 @@ def bars(record: Record) -> Plot | None:
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4))
     alt = "Final accuracies: " + ", ".join(f"{pretty(name)} {shown(value)}" for name, value in final.items()) + "."
     return Plot("retrieval", "Final accuracy", figure, alt, "The last evaluation, not the best one.")
-
-
-def _tenths() -> object:
-    from matplotlib.ticker import FixedLocator
-
-    return FixedLocator([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
 
 
 def _story(name: str, series: Series) -> str:

@@ -1,0 +1,212 @@
+"""Saved models: rebuilt from names, loaded strictly, and everything else refused with a reason."""
+
+import json
+import pickle
+import warnings
+
+import pytest
+import torch
+
+import vitkit
+from vitkit import backbones, heads
+from vitkit.checkpoint import VersionWarning, load, save
+from vitkit.errors import CheckpointError, MissingPluginError, UsageError
+
+HEAD = '''
+from torch import nn
+
+class Wide(nn.Module):
+    """A wide head."""
+    def __init__(self, in_dim: int, out_dim: int = 3):
+        super().__init__()
+        self.fc = nn.Linear(in_dim, out_dim)
+    def forward(self, x):
+        return self.fc(x)
+'''
+PREPARE = {"shape": [1, 8, 8], "mean": [0.5], "std": [0.25], "fit": "pad"}
+
+
+@pytest.fixture
+def modules():
+    return {
+        "backbone": backbones.build("vit", img_size=8, in_chans=1, embed_dim=8, depth=1, num_heads=2),
+        "projector": heads.build("mlp", in_dim=8, out_dim=4),
+    }
+
+
+@pytest.fixture
+def saved(tmp_path, modules):
+    directory = tmp_path / "model"
+    save(directory, modules, preprocessing=PREPARE, classes=["a", "b"], arguments={"lr": 0.1})
+    return directory
+
+
+def config_of(directory):
+    return json.loads((directory / "config.json").read_text())
+
+
+def change(directory, **values):
+    (directory / "config.json").write_text(json.dumps({**config_of(directory), **values}))
+
+
+def test_what_was_saved_comes_back_bit_for_bit(saved, modules):
+    model = vitkit.load(saved)
+    assert not model.training
+    for name, module in modules.items():
+        own = getattr(model, name).state_dict()
+        assert all(torch.equal(value, own[key]) for key, value in module.state_dict().items())
+    images = torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8)
+    expected = modules["backbone"].eval().encode_image((images / 255 - 0.5) / 0.25)
+    torch.testing.assert_close(model.encode_image(model.preprocess(images)), expected)
+    assert model.classes == ["a", "b"]
+    assert config_of(saved)["modules"]["backbone"]["kwargs"]["depth"] == 1
+    assert config_of(saved)["modules"]["backbone"]["version"] == vitkit.__version__
+
+
+def test_images_of_another_kind_are_refused(saved):
+    model = load(saved)
+    with pytest.raises(UsageError, match=r"images are torch.uint8 \(2, 3, 8, 8\); expected uint8 \(n, 1, h, w\)"):
+        model.preprocess(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+    with pytest.raises(UsageError, match="images are torch.float32"):
+        model.preprocess(torch.zeros(2, 1, 8, 8))
+    assert model.preprocess(torch.zeros(2, 1, 4, 4, dtype=torch.uint8)).shape == (2, 1, 8, 8)
+
+
+def test_a_module_that_no_registry_built_cannot_be_saved(tmp_path):
+    with pytest.raises(UsageError, match=r"module 'head' \(Linear\) was not built by a registry"):
+        save(tmp_path, {"head": torch.nn.Linear(2, 2)}, preprocessing={}, classes=[], arguments={})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_that_are_missing(tmp_path, saved):
+    with pytest.raises(CheckpointError, match="no such directory; give a directory that a run saved into"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="holds no config.json"):
+        load(tmp_path)
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="cannot read .*model.safetensors: No such file"):
+        load(saved)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is no JSON"),
+        ("[1, 2]", "is no vitkit config"),
+        ('{"library": "other"}', "is no vitkit config"),
+        ("[" * 10_000 + "]" * 10_000, "is no JSON|is no vitkit config"),
+        (json.dumps({"library": "vitkit", "format": 99}), "has format 99, this vitkit reads 1; pip install --upgrade"),
+        (json.dumps({"library": "vitkit", "format": 1}), "'modules' should be a dict, is None"),
+        (" " * (5 * 2**20), "a vitkit config is no longer than a few pages"),
+    ],
+)
+def test_configs_that_are_none(saved, text, message):
+    (saved / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=message):
+        load(saved)
+
+
+def test_a_config_nested_too_deeply_is_refused(saved):
+    nested: dict = {}
+    for _ in range(500):
+        nested = {"a": nested}
+    change(saved, arguments=nested)
+    with pytest.raises(CheckpointError, match="is no vitkit config"):
+        load(saved)
+
+
+def test_weights_that_are_cut_short_changed_or_something_else(saved):
+    path = saved / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-10])
+    with pytest.raises(CheckpointError, match=r"has \d+ bytes, its config says \d+: cut short or foreign"):
+        load(saved)
+    changed = bytearray(whole)
+    changed[-3] ^= 1
+    path.write_bytes(changed)
+    with pytest.raises(CheckpointError, match="its SHA-256 differs from the config's"):
+        load(saved)
+    for foreign in (pickle.dumps({"a": 1}), (2**60).to_bytes(8, "little") + b"{}"):
+        path.write_bytes(foreign)
+        weights = config_of(saved)["weights"]
+        change(saved, weights={**weights, "bytes": len(foreign)})
+        with pytest.raises(CheckpointError, match="is no safetensors file"):
+            load(saved)
+
+
+def replace_weights(saved, tensors):
+    import hashlib
+
+    from safetensors.torch import save as to_bytes
+
+    body = to_bytes(tensors)
+    (saved / "model.safetensors").write_bytes(body)
+    change(saved, weights={"bytes": len(body), "sha256": hashlib.sha256(body).hexdigest()})
+
+
+def test_weights_that_do_not_fit(saved):
+    from safetensors.torch import load_file
+
+    tensors = load_file(saved / "model.safetensors")
+    key = "projector.layers.0.weight"
+    replace_weights(saved, {name: value for name, value in tensors.items() if name != key} | {"x.y": torch.zeros(1)})
+    with pytest.raises(CheckpointError, match=f"lacks {key}; does not belong: x.y"):
+        load(saved)
+    replace_weights(saved, tensors | {key: torch.zeros(3, 3)})
+    with pytest.raises(CheckpointError, match=rf"{key} has the shape \(3, 3\), its config builds \(8, 8\)"):
+        load(saved)
+    replace_weights(saved, tensors | {key: tensors[key].double()})
+    with pytest.raises(CheckpointError, match=f"{key} is torch.float64, its config builds torch.float32"):
+        load(saved)
+
+
+def test_only_registered_names_are_built(saved):
+    modules = config_of(saved)["modules"]
+    for spec, message in (
+        ({**modules["projector"], "name": "os.system"}, "no head named 'os.system'"),
+        ({**modules["projector"], "kind": "module"}, "no registry for kind 'module'"),
+        ({**modules["projector"], "kwargs": {"in_dim": 8, "out_dim": 4, "evil": 1}}, "takes no argument 'evil'"),
+        ({**modules["projector"], "kwargs": {"in_dim": "8", "out_dim": 4}}, "in_dim is '8', expected int"),
+        ({"kind": "head"}, "a Spec's 'name' is a str"),
+        ({**modules["projector"], "kind": "dataset", "name": "digits", "kwargs": {}}, "is no torch module"),
+    ):
+        change(saved, modules={**modules, "projector": spec})
+        with pytest.raises(CheckpointError, match=message):
+            load(saved)
+
+
+def test_a_missing_plugin_is_named_with_the_command_that_mends_it(tmp_path, install, monkeypatch):
+    site = install("wide-heads", "1.2", {"heads": {"wide": "wide_heads:Wide"}}, wide_heads=HEAD)
+    save(tmp_path / "m", {"head": heads.build("wide", in_dim=2)}, preprocessing={}, classes=[], arguments={})
+    assert load(tmp_path / "m").head.spec.distribution == "wide-heads"
+    monkeypatch.setattr("sys.path", [path for path in __import__("sys").path if path != str(site)])
+    with pytest.raises(MissingPluginError, match=r"of wide-heads 1.2, which is not installed: pip install 'wide-heads==1.2'"):
+        load(tmp_path / "m")
+
+
+def test_another_version_of_a_plugin_is_said_and_blamed_where_it_no_longer_fits(tmp_path, install):
+    install("wide-heads", "1.2", {"heads": {"wide": "wide_heads:Wide"}}, wide_heads=HEAD)
+    directory = tmp_path / "m"
+    save(directory, {"head": heads.build("wide", in_dim=2)}, preprocessing={}, classes=[], arguments={})
+    spec = config_of(directory)["modules"]["head"]
+    change(directory, modules={"head": {**spec, "version": "1.1"}})
+    with pytest.warns(VersionWarning, match=r"saved with wide-heads 1.1, installed is 1.2"):
+        load(directory)
+    change(directory, modules={"head": {**spec, "version": "2.0", "kwargs": {"in_dim": 2, "deep": True}}})
+    with (
+        warnings.catch_warnings(),
+        pytest.raises(CheckpointError, match=r"takes no argument 'deep'.*pip install 'wide-heads==2.0'"),
+    ):
+        warnings.simplefilter("ignore", VersionWarning)
+        load(directory)
+
+
+def test_saving_again_replaces_and_a_config_beside_other_weights_is_noticed(saved, modules, tmp_path):
+    old = (saved / "config.json").read_text()
+    with torch.no_grad():
+        modules["projector"].layers[0].weight.add_(1)
+    save(saved, modules, preprocessing=PREPARE, classes=["a", "b"], arguments={})
+    load(saved)
+    (saved / "config.json").write_text(old)
+    with pytest.raises(CheckpointError, match="SHA-256 differs"):
+        load(saved)

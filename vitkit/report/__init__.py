@@ -1,0 +1,63 @@
+"""What a run left behind, as pictures and one self-contained page."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vitkit.files import atomic_write, write_text
+from vitkit.report import curves, html
+from vitkit.report.page import page
+from vitkit.report.record import Record, read_record
+from vitkit.report.style import Plot, house_style, png
+
+if TYPE_CHECKING:
+    from vitkit.contracts import Picture
+
+
+def write_report(directory: str | Path, pictures: Mapping[str, "Picture"] | None = None) -> Path:
+    """Write `plots/*.png` and `report.html` of the run in `directory`; the page's path.
+
+    Files that are missing leave their part of the page out; a picture that cannot be drawn is named on the page.
+    Raises `UsageError` for a table that cannot be read and `RunError` where nothing can be written.
+    """
+    directory = Path(directory)
+    record = read_record(directory)
+    training: list[html.Html] = []
+    evaluation: list[html.Html] = []
+    problems: list[str] = []
+    with house_style():
+        for plot in _curves(record):
+            (evaluation if plot.name == "retrieval" else training).append(_keep(directory, plot.name, plot))
+        for name, picture in (pictures or {}).items():
+            from vitkit.report.pictures import draw_picture  # scikit-learn, torch
+
+            try:
+                plot = draw_picture(name, picture)
+                evaluation.append(_keep(directory, _file_name(name), plot))
+            except (ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+                # A plugin's mistake costs its picture, never the report of a long run.
+                problems.append(f"{name}: {error}")
+    write_text(directory / "report.html", page(record, training, evaluation, problems))
+    return directory / "report.html"
+
+
+def _curves(record: Record) -> list[Plot]:
+    statistics = (curves.statistic(record, name) for name in (*record.losses, *record.metrics))
+    found = (curves.losses(record), curves.metrics(record), *statistics, curves.bars(record))
+    return [plot for plot in found if plot is not None]
+
+
+def _keep(directory: Path, name: str, plot: Plot) -> html.Html:
+    """Write the plot's PNG and return its figure for the page."""
+    data = png(plot.figure)
+    with atomic_write(directory / "plots" / f"{_file_name(name)}.png") as temporary:
+        temporary.write_bytes(data)
+    return html.picture(data, plot.title, plot.alt, plot.caption, wide=plot.wide)
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"[^\w-]+", "_", name)[:80].strip("_") or "picture"
+
+
+__all__ = ["write_report"]
