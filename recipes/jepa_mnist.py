@@ -40,6 +40,7 @@ def main(
     objective: Annotated[Literal["joint", "seed"], "views with and without label, or all with (the seed's)"] = "joint",
     keep: Annotated[float, "share of the patches shown beside a label"] = 0.5,
     label_fraction: Annotated[float, "share of the training labels that is ever shown"] = 1.0,
+    train_size: Annotated[int | None, "train on so many images only, for a quick trial"] = None,
     eval_every: Annotated[int, "epochs between evaluations"] = 5,
 ) -> None:
     """Train, evaluate every few epochs, save the encoder and its projector."""
@@ -53,7 +54,8 @@ def main(
     run.resolved(**chosen)
     size, epochs, width = int(chosen["img_size"]), int(chosen["epochs"]), int(chosen["emb_dim"])
     data = data.resized(size)
-    train = data.train if label_fraction == 1.0 else data.train.hide_labels(label_fraction, seed=run.seed)
+    train = data.train if train_size is None else data.train.take(train_size, seed=run.seed)
+    train = train if label_fraction == 1.0 else train.hide_labels(label_fraction, seed=run.seed)
     augment = Compose([RandomAffine(degrees=15, translate=0.1, scale=(0.85, 1.15), shear=10)])
     batches = train.batches(batch_size, shuffle=True, drop_last=True, augment=augment, views=2)
 

@@ -49,3 +49,16 @@ def real_data() -> Path:
     if not os.environ.get("VITKIT_DATA") or not (folder / "mnist.safetensors").exists():
         pytest.skip("needs the real MNIST: set VITKIT_DATA to a store that holds mnist.safetensors")
     return folder
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a short JEPA run on digits, trained through the command line's own path."""
+    from vitkit.cli_run import run
+
+    directory = tmp_path_factory.mktemp("trained") / "run"
+    recipe = Path(__file__).parent.parent / "recipes" / "jepa_mnist.py"
+    with pytest.raises(SystemExit) as leaving:
+        run(recipe, ["--dataset", "digits", "--epochs", "6", "--eval-every", "3", "--out", str(directory)])
+    assert leaving.value.code == 0
+    return directory

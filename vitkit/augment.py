@@ -1,57 +1,53 @@
 """Augmentations of whole batches on the device, with parameters drawn for each image.
 
-A transform is called with images `(n c h w)` in [0, 1] and a generator, and returns images of the same shape. All
-geometric ones in a `Compose` become one matrix an image, so that however many there are, pixels are sampled once.
+A transform is called with images `(n c h w)` in [0, 1] and a generator on their device, and returns images of the same
+shape. Neighbouring geometric ones in a `Compose` become one matrix an image, so that however many there are, pixels are
+sampled once: they are not blurred twice, and what one moves out of the image another may bring back.
+
+`p` is the share of images a transform changes. A range is drawn from evenly; a strength x means [1 − x, 1 + x] for
+factors and [−x, x] for offsets.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Generator, Tensor
 
 from vitkit.errors import UsageError
+from vitkit.pixels import (
+    adjust_brightness,
+    adjust_contrast,
+    adjust_hue,
+    adjust_saturation,
+    affine_matrices,
+    gaussian_blur,
+    grey,
+    matrices_of,
+    sample,
+)
 
 
 class Transform(Protocol):
     """Images `(n c h w)` in [0, 1] → the same shape, every choice drawn from `generator`."""
 
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor: ...
+    def __call__(self, images: Tensor, generator: Generator) -> Tensor: ...
 
 
-class Geometric(Protocol):
+class Geometric(ABC):
     """A transform that moves pixels: matrices `(n 3 3)` from output to input coordinates, both in [−1, 1]."""
 
-    def matrices(self, images: Tensor, generator: torch.Generator) -> Tensor: ...
+    stays_inside: ClassVar[bool] = False
+    """Whether it never reads beyond the image: then half-pixels at the edge need no black to be mixed in."""
 
+    @abstractmethod
+    def matrices(self, images: Tensor, generator: Generator) -> Tensor: ...
 
-def uniform(n: int, low: float, high: float, images: Tensor, generator: torch.Generator) -> Tensor:
-    """`(n,)` numbers drawn evenly from [low, high), on the images' device."""
-    return torch.empty(n, device=images.device).uniform_(low, high, generator=generator)
-
-
-def chosen(n: int, p: float, images: Tensor, generator: torch.Generator) -> Tensor:
-    """`(n 1 1 1)` booleans, each true with probability `p`."""
-    return (torch.rand(n, device=images.device, generator=generator) < p).view(-1, 1, 1, 1)
-
-
-def sample(images: Tensor, matrices: Tensor) -> Tensor:
-    """Images read bilinearly at the places that matrices `(n 3 3)` send the output's pixels to; black outside."""
-    grid = F.affine_grid(matrices[:, :2], list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-
-
-class _Sampled:
-    """A geometric transform used alone samples by itself."""
-
-    def matrices(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        raise NotImplementedError
-
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        return sample(images, self.matrices(images, generator))
+    def __call__(self, images: Tensor, generator: Generator) -> Tensor:
+        return _moved([self], images, generator)
 
 
 @dataclass(frozen=True)
@@ -60,135 +56,192 @@ class Compose:
 
     transforms: Sequence[Transform]
 
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        pending: Tensor | None = None
+    def __call__(self, images: Tensor, generator: Generator) -> Tensor:
+        moves: list[Geometric] = []
         for transform in self.transforms:
-            if isinstance(transform, _Sampled):
-                matrices = transform.matrices(images, generator)
-                # Output → input: what is applied last is undone first.
-                pending = matrices if pending is None else pending @ matrices
+            if isinstance(transform, Geometric):
+                moves.append(transform)
                 continue
-            if pending is not None:
-                images, pending = sample(images, pending), None
-            images = transform(images, generator)
-        return images if pending is None else sample(images, pending)
+            images = transform(_moved(moves, images, generator), generator)
+            moves = []
+        return _moved(moves, images, generator)
+
+
+def _moved(moves: Sequence[Geometric], images: Tensor, generator: Generator) -> Tensor:
+    if not moves:
+        return images
+    total = moves[0].matrices(images, generator)
+    for move in moves[1:]:
+        # Output → input: what is applied last is undone first. Autocast would round a matrix product to bfloat16.
+        total = (total[:, :, :, None] * move.matrices(images, generator)[:, None]).sum(2)
+    return sample(images, total, outside="border" if all(move.stays_inside for move in moves) else "zeros")
 
 
 @dataclass(frozen=True)
-class RandomAffine(_Sampled):
-    """Turn by up to `degrees`, move by up to `translate` of the side, scale and shear within ranges, all about the centre."""
+class RandomAffine(Geometric):
+    """Shear along x and turn by up to so many `degrees`, scale, and move by up to `translate` of the side.
+
+    As torchvision's, but for moves by fractions of a pixel, where torchvision rounds to whole ones.
+    """
 
     degrees: float = 0.0
     translate: float = 0.0
     scale: tuple[float, float] = (1.0, 1.0)
     shear: float = 0.0
 
-    def matrices(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        n, _, height, width = images.shape
-        angle = uniform(n, -self.degrees, self.degrees, images, generator) * (math.pi / 180)
-        shear = uniform(n, -self.shear, self.shear, images, generator) * (math.pi / 180)
-        size = uniform(n, *self.scale, images, generator)
-        x, y = (2 * uniform(n, -self.translate, self.translate, images, generator) for _ in range(2))
-        cos, sin, slant = angle.cos() / size, angle.sin() / size, shear.tan()
-        aspect = height / width  # normalised coordinates are not square where the image is not
-        zero, one = torch.zeros_like(x), torch.ones_like(x)
-        rows = [
-            cos, (sin - cos * slant) * aspect, -(cos * x + (sin - cos * slant) * aspect * y),
-            -sin / aspect, cos + sin * slant, -(-sin / aspect * x + (cos + sin * slant) * y),
-            zero, zero, one,
-        ]  # fmt: skip
-        return torch.stack(rows, dim=1).view(n, 3, 3)
+    def __post_init__(self) -> None:
+        _positive("scale", self.scale)
+
+    def matrices(self, images: Tensor, generator: Generator) -> Tensor:
+        def offset(reach: float) -> Tensor:
+            return uniform(images, generator, -reach, reach)
+
+        return affine_matrices(
+            images,
+            angle=offset(self.degrees),
+            shear=offset(self.shear),
+            scale=uniform(images, generator, *self.scale),
+            translate=(offset(self.translate), offset(self.translate)),
+        )
 
 
 @dataclass(frozen=True)
-class RandomResizedCrop(_Sampled):
-    """A crop of a share `scale` of the area and an aspect within `ratio`, stretched to the whole image."""
+class RandomResizedCrop(Geometric):
+    """A crop of a share `scale` of the area, its width to its height within `ratio`, stretched to the whole image.
 
-    scale: tuple[float, float] = (0.5, 1.0)
+    A side that would be longer than the image is cut to it; torchvision draws again, and gives up after ten times.
+    """
+
+    scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    stays_inside: ClassVar[bool] = True
 
-    def matrices(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        n = len(images)
-        area = uniform(n, *self.scale, images, generator)
-        stretch = uniform(n, math.log(self.ratio[0]), math.log(self.ratio[1]), images, generator).exp().sqrt()
-        wide, high = (area.sqrt() * stretch).clamp(max=1), (area.sqrt() / stretch).clamp(max=1)
-        x = uniform(n, -1, 1, images, generator) * (1 - wide)
-        y = uniform(n, -1, 1, images, generator) * (1 - high)
-        zero = torch.zeros_like(x)
-        rows = [wide, zero, x, zero, high, y, zero, zero, torch.ones_like(x)]
-        return torch.stack(rows, dim=1).view(n, 3, 3)
+    def __post_init__(self) -> None:
+        _positive("scale", self.scale)
+        _positive("ratio", self.ratio)
 
-
-@dataclass(frozen=True)
-class HorizontalFlip(_Sampled):
-    """Left and right change places with probability `p`."""
-
-    p: float = 0.5
-
-    def matrices(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        flip = chosen(len(images), self.p, images, generator).view(-1)
-        matrices = torch.eye(3, device=images.device).repeat(len(images), 1, 1)
-        matrices[:, 0, 0] = torch.where(flip, -1.0, 1.0)
-        return matrices
+    def matrices(self, images: Tensor, generator: Generator) -> Tensor:
+        wide, high = _sides(images, generator, self.scale, self.ratio)
+        x, y = ((1 - side) * uniform(images, generator, -1, 1) for side in (wide, high))
+        return matrices_of(wide, 0.0, x, 0.0, high, y)
 
 
 @dataclass(frozen=True)
-class RandomCrop:
-    """The image moved by whole pixels up to `padding` in each direction, black outside: a crop of the padded image."""
+class RandomCrop(Geometric):
+    """The image moved by whole pixels, up to `padding` each way, black outside: a crop of the padded image."""
 
     padding: int = 4
 
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        n, c, height, width = images.shape
-        padded = F.pad(images, (self.padding,) * 4)
-        offsets = torch.randint(0, 2 * self.padding + 1, (2, n, 1), device=images.device, generator=generator)
-        rows = (offsets[0] + torch.arange(height, device=images.device))[:, None, :, None]  # (n 1 h 1)
-        columns = (offsets[1] + torch.arange(width, device=images.device))[:, None, None, :]  # (n 1 1 w)
-        samples = torch.arange(n, device=images.device)[:, None, None, None]
-        channels = torch.arange(c, device=images.device)[None, :, None, None]
-        return padded[samples, channels, rows, columns]
+    def __post_init__(self) -> None:
+        if self.padding < 0:
+            raise UsageError(f"padding is {self.padding}; expected at least 0 pixels")
+
+    def matrices(self, images: Tensor, generator: Generator) -> Tensor:
+        height, width = images.shape[2:]
+        reach = (-self.padding, self.padding + 1)
+        across, down = torch.randint(*reach, (2, len(images)), device=images.device, generator=generator)
+        return matrices_of(1.0, 0.0, 2 * across / width, 0.0, 1.0, 2 * down / height)
+
+
+@dataclass(frozen=True)
+class HorizontalFlip(Geometric):
+    """Left and right change places."""
+
+    p: float = 0.5
+    stays_inside: ClassVar[bool] = True
+
+    def matrices(self, images: Tensor, generator: Generator) -> Tensor:
+        flip = uniform(images, generator, 0, 1) < self.p
+        return matrices_of(torch.where(flip, -1.0, 1.0), 0.0, 0.0, 0.0, 1.0, 0.0)
 
 
 @dataclass(frozen=True)
 class ColorJitter:
-    """Brightness, contrast and saturation each multiplied by a factor from [1 − x, 1 + x], in that order.
+    """Brightness, contrast and saturation times a factor each, the hue turned by a share of the circle, in that order.
 
-    As torchvision's functional forms: contrast is about the mean of the grey image, saturation about the grey image.
+    As torchvision's, which draws the order too. Images of one channel have neither saturation nor hue.
     """
 
     brightness: float = 0.0
     contrast: float = 0.0
     saturation: float = 0.0
+    hue: float = 0.0
+    p: float = 1.0
 
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        def factor(strength: float) -> Tensor:
-            return uniform(len(images), max(0.0, 1 - strength), 1 + strength, images, generator).view(-1, 1, 1, 1)
+    def __post_init__(self) -> None:
+        if not (0 <= self.hue <= 0.5 and min(self.brightness, self.contrast, self.saturation) >= 0):
+            raise UsageError(f"{self}: expected a hue in [0, 0.5] and other strengths of at least 0")
 
-        if self.brightness:
-            images = (images * factor(self.brightness)).clamp(0, 1)
-        if self.contrast:
-            images = torch.lerp(_grey(images).mean(dim=(1, 2, 3), keepdim=True), images, factor(self.contrast)).clamp(0, 1)
-        if self.saturation and images.shape[1] == 3:
-            images = torch.lerp(_grey(images).expand_as(images), images, factor(self.saturation)).clamp(0, 1)
+    def __call__(self, images: Tensor, generator: Generator) -> Tensor:
+        chosen = uniform(images, generator, 0, 1) < self.p
+        steps = ((self.brightness, adjust_brightness), (self.contrast, adjust_contrast), (self.saturation, adjust_saturation))
+        for strength, adjust in steps:
+            if strength:
+                factor = uniform(images, generator, max(0.0, 1 - strength), 1 + strength)
+                images = adjust(images, torch.where(chosen, factor, 1.0))
+        if self.hue:
+            images = adjust_hue(images, torch.where(chosen, uniform(images, generator, -self.hue, self.hue), 0.0))
         return images
 
 
 @dataclass(frozen=True)
+class Grayscale:
+    """Every channel becomes the luma."""
+
+    p: float = 0.2
+
+    def __call__(self, images: Tensor, generator: Generator) -> Tensor:
+        return torch.where(_chosen(images, generator, self.p), grey(images), images)
+
+
+@dataclass(frozen=True)
+class GaussianBlur:
+    """A blur of standard deviation `sigma` pixels, its kernel cut to `kernel_size` pixels."""
+
+    kernel_size: int = 5
+    sigma: tuple[float, float] = (0.1, 2.0)
+    p: float = 0.5
+
+    def __post_init__(self) -> None:
+        _positive("sigma", self.sigma)
+
+    def __call__(self, images: Tensor, generator: Generator) -> Tensor:
+        blurred = gaussian_blur(images, uniform(images, generator, *self.sigma), kernel_size=self.kernel_size)
+        return torch.where(_chosen(images, generator, self.p), blurred, images)
+
+
+@dataclass(frozen=True)
+class Solarize:
+    """Pixels from `threshold` on become 1 − x."""
+
+    threshold: float = 0.5
+    p: float = 0.2
+
+    def __call__(self, images: Tensor, generator: Generator) -> Tensor:
+        return torch.where(_chosen(images, generator, self.p) & (images >= self.threshold), 1 - images, images)
+
+
+@dataclass(frozen=True)
 class RandomErasing:
-    """With probability `p` a rectangle of a share `scale` of the area becomes black."""
+    """A rectangle of a share `scale` of the area, its width to its height within `ratio`, becomes black."""
 
     p: float = 0.5
-    scale: tuple[float, float] = (0.02, 0.2)
+    scale: tuple[float, float] = (0.02, 0.33)
+    ratio: tuple[float, float] = (0.3, 3.3)
 
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        n, _, height, width = images.shape
-        side = uniform(n, *self.scale, images, generator).sqrt()
-        inside = chosen(n, self.p, images, generator)
-        for dim, length in ((2, height), (3, width)):
-            start = uniform(n, 0, 1, images, generator) * (1 - side)
-            place = (torch.arange(length, device=images.device) + 0.5) / length
-            within = (place >= start[:, None]) & (place < (start + side)[:, None])  # (n length)
-            inside = inside & within.view(n, 1, *((length, 1) if dim == 2 else (1, length)))
+    def __post_init__(self) -> None:
+        _positive("scale", self.scale)
+        _positive("ratio", self.ratio)
+
+    def __call__(self, images: Tensor, generator: Generator) -> Tensor:
+        inside = _chosen(images, generator, self.p)
+        sides = _sides(images, generator, self.scale, self.ratio)
+        for dim, side in ((3, sides[0]), (2, sides[1])):
+            length = images.shape[dim]
+            centres = (torch.arange(length, device=images.device) + 0.5) / length
+            start = (uniform(images, generator, 0, 1) * (1 - side))[:, None]
+            within = (centres >= start) & (centres < start + side[:, None])  # (n length)
+            inside = inside & within[:, None, None, :].transpose(dim, 3)
         return images.masked_fill(inside, 0.0)
 
 
@@ -198,17 +251,38 @@ class Noise:
 
     std: float = 0.1
 
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        strength = uniform(len(images), 0, self.std, images, generator).view(-1, 1, 1, 1)
+    def __call__(self, images: Tensor, generator: Generator) -> Tensor:
+        strength = uniform(images, generator, 0, self.std).view(-1, 1, 1, 1)
         noise = torch.empty_like(images).normal_(generator=generator)
-        return (images + strength * noise).clamp(0, 1)
+        return noise.mul_(strength).add_(images).clamp_(0, 1)
 
 
-def _grey(images: Tensor) -> Tensor:
-    """Luma `(n 1 h w)`, with the weights of ITU-R BT.601 that torchvision uses."""
-    if images.shape[1] == 1:
-        return images
-    if images.shape[1] != 3:
-        raise UsageError(f"colours need 1 or 3 channels; the images have {images.shape[1]}")
-    weights = images.new_tensor([0.2989, 0.587, 0.114]).view(1, 3, 1, 1)
-    return (images * weights).sum(dim=1, keepdim=True)
+def uniform(images: Tensor, generator: Generator, low: float, high: float) -> Tensor:
+    """`(n,)` numbers drawn evenly from [low, high], one an image, on the images' device."""
+    return low + (high - low) * torch.rand(len(images), device=images.device, generator=generator)
+
+
+def _chosen(images: Tensor, generator: Generator, p: float) -> Tensor:
+    """`(n 1 1 1)` booleans, each true with probability `p`."""
+    return (uniform(images, generator, 0, 1) < p).view(-1, 1, 1, 1)
+
+
+def _sides(
+    images: Tensor, generator: Generator, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
+    """Width and height `(n,)` of rectangles, as shares of the image's: the area within `scale`, w/h within `ratio`."""
+    area = uniform(images, generator, *scale)
+    stretch = uniform(images, generator, math.log(ratio[0]), math.log(ratio[1])).exp()
+    stretch = stretch * (images.shape[2] / images.shape[3])  # the ratio is one of pixels
+    return (area * stretch).sqrt().clamp(max=1), (area / stretch).sqrt().clamp(max=1)
+
+
+def _positive(name: str, limits: tuple[float, float]) -> None:
+    if not 0 < limits[0] <= limits[1]:
+        raise UsageError(f"{name} is {limits}; expected two positive numbers, the smaller one first")
+
+
+__all__ = [
+    "ColorJitter", "Compose", "GaussianBlur", "Geometric", "Grayscale", "HorizontalFlip", "Noise", "RandomAffine",
+    "RandomCrop", "RandomErasing", "RandomResizedCrop", "Solarize", "Transform", "uniform",
+]  # fmt: skip

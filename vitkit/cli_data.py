@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 app = typer.Typer(no_args_is_help=True)
@@ -13,31 +14,37 @@ out = Console(highlight=False, soft_wrap=True)
 
 @app.command("list")
 def list_command() -> None:
-    """List the store's datasets and those that can be fetched."""
+    """List the store's datasets, and those that are registered besides."""
     from vitkit.errors import DatasetError
     from vitkit.registry import datasets
     from vitkit.store import read_store, store_directory, store_path, stored_names
 
-    table = Table("name", "train", "test", "shape", "classes", "MB", title=f"store: {store_directory()}", title_justify="left")
+    table = Table("name", "train", "test", "shape", "classes", "MB")
+    broken = []
     here = stored_names()
     for name in here:
         path = store_path(name)
         try:
             stored = read_store(path)
         except DatasetError as error:
-            table.add_row(name, f"[red]broken[/]: {error}")
+            broken.append(f"[red]broken:[/] {escape(str(error))}")
             continue
-        images = stored.tensors["train.images"]
-        shape = "×".join(map(str, images.shape[1:]))
-        counts = (f"{len(images):,}", f"{len(stored.tensors['test.images']):,}")
-        table.add_row(name, *counts, shape, str(len(stored.classes)), f"{path.stat().st_size / 1e6:.0f}")
-    out.print(table if here else f"store: {store_directory()}: empty")
+        shape = "×".join(map(str, stored.train.images.shape[1:]))
+        counts = (f"{len(stored.train):,}", f"{len(stored.test):,}")
+        table.add_row(name, *counts, shape, str(len(stored.classes)), f"{path.stat().st_size / 1e6:.1f}")
+    out.print(f"dataset store {store_directory()}{'' if here else ': empty'}", markup=False)
+    if table.rows:
+        out.print(table)
+    for line in broken:
+        out.print(line)
     others = [name for name in datasets.names() if name not in here]
     out.print(f"registered besides: {', '.join(others) or 'none'}")
 
 
 @app.command("get")
-def get_command(names: Annotated[list[str], typer.Argument(help="registered datasets, such as mnist cifar10")]) -> None:
+def get_command(
+    names: Annotated[list[str], typer.Argument(help="registered datasets, such as mnist cifar10")],
+) -> None:
     """Download datasets into the store; those that are there already are checked and left alone."""
     from vitkit.registry import datasets
 
@@ -50,7 +57,7 @@ def get_command(names: Annotated[list[str], typer.Argument(help="registered data
 def import_command(
     folder: Annotated[Path, typer.Argument(help="a folder a class, or train/ and test/ folders that hold them")],
     name: Annotated[str, typer.Option(help="the dataset's name in the store")],
-    img_size: Annotated[int, typer.Option(help="side in pixels; pictures are resized and cropped to it")] = 64,
+    img_size: Annotated[int, typer.Option(help="side in pixels that pictures are cropped and resized to")] = 64,
     test_fraction: Annotated[float, typer.Option(help="share of each class for testing")] = 0.2,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a dataset of that name")] = False,
 ) -> None:
@@ -61,13 +68,12 @@ def import_command(
     from vitkit.store import read_store, store_path
 
     path = store_path(name)
-    if name in datasets.names():
-        raise UsageError(f"--name {name}: a plugin registers a dataset of that name; choose another")
+    if name == "auto" or name in datasets:
+        raise UsageError(f"--name {name}: that name means something else to --dataset; choose another")
     if path.exists() and not overwrite:
         raise UsageError(f"--name {name}: {path} is there already; choose another name, or give --overwrite")
-    skipped = import_folder(folder, name, img_size=img_size, test_fraction=test_fraction)
-    for line in skipped:
+    for line in import_folder(folder, name, img_size=img_size, test_fraction=test_fraction):
         out.print(f"left out: {line}", markup=False)
     stored = read_store(path)
-    train, test = len(stored.tensors["train.labels"]), len(stored.tensors["test.labels"])
-    out.print(f"{name}: {train:,} + {test:,} images in {len(stored.classes)} classes at {path}", markup=False)
+    counts = f"{len(stored.train):,} + {len(stored.test):,} images in {len(stored.classes)} classes"
+    out.print(f"{name}: {counts} at {path}", markup=False)

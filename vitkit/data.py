@@ -44,16 +44,18 @@ class ImageDataset:
     def std(self) -> tuple[float, ...]:
         return self.train.prepare.std
 
-    @property
-    def preprocessing(self) -> dict[str, Any]:
-        """What a saved model needs in order to see images as it did in training."""
-        return self.train.prepare.to_json()
+    def resized(self, img_size: int) -> "ImageDataset":
+        """The same images delivered at another size; `UsageError` below one pixel."""
+        if img_size < 1:
+            raise UsageError(f"img_size is {img_size}; expected at least 1 pixel")
+        prepare = replace(self.train.prepare, shape=(self.shape[0], img_size, img_size))
+        return replace(self, train=replace(self.train, prepare=prepare), test=replace(self.test, prepare=prepare))
 
 
 def from_store(
     stored: Stored,
     *,
-    img_size: int | tuple[int, int] | None = None,
+    img_size: int | None = None,
     fit: Literal["pad", "resize"] = "resize",
     source: str = "",
     licence: str = "",
@@ -64,21 +66,19 @@ def from_store(
     Batches deliver images of `img_size`, resized or padded on the device, so that a store file serves every size.
     Raises `UsageError` for an `img_size` below 1.
     """
-    images = stored.train.images
-    height, width = images.shape[2:]
-    if img_size is not None:
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-        if min(height, width) < 1:
-            raise UsageError(f"img_size is {img_size}; expected at least 1 pixel")
-    mean, std = moments or _moments(images)
-    prepare = Preparation((images.shape[1], height, width), mean, std, fit)
+    channels, height, width = stored.train.images.shape[1:]
+    mean, std = moments or _moments(stored.train.images)
+    prepare = Preparation((channels, height, width), mean, std, fit)
     train, test = (ImageSplit(split.images, split.labels, prepare) for split in (stored.train, stored.test))
-    return ImageDataset(stored.name, stored.classes, train, test, source=source, licence=licence)
+    dataset = ImageDataset(
+        stored.name, stored.classes, train, test, source=source, licence=licence, skipped=stored.skipped
+    )
+    return dataset if img_size is None else dataset.resized(img_size)
 
 
 def imported(name: str, *, img_size: int | None = None) -> ImageDataset:
     """A dataset that `vitkit data import` wrote into the store, delivered at `img_size`; errors as `read_store`."""
-    return from_store(read_store(store_path(name)), img_size=img_size, source=f"imported as {name}", licence="yours")
+    return from_store(read_store(store_path(name)), img_size=img_size, source=f"imported as {name}", licence="its owner's")
 
 
 def build(name: str, **kwargs: Any) -> ImageDataset:

@@ -1,14 +1,15 @@
 """Collectives that gradients flow through, and that do nothing where there is one process.
 
-One convention gives the gradient of the whole batch. Every rank computes the same loss from reduced (or gathered)
-values, and calls backward on it. The backward pass of a reduction is the sum over ranks of the incoming gradients,
-W times the true one; DDP's averaging over W ranks then gives, for θ on each rank,
+One convention gives the gradient of the whole batch. Every rank computes the same loss from reduced (or
+gathered) values, and calls backward on it. The backward pass of a reduction is the sum over ranks of the
+incoming gradients, W times the true one; DDP's averaging over W ranks then gives, for θ on each rank,
 
     (1/W) Σ_r ∂L_r/∂θ = Σ_r ∂L/∂s · ∂s_r/∂θ,
 
-which is what one process would have found with all samples. A mean over the whole batch must therefore be a reduced
-sum over a reduced count: with parts of different sizes the mean of the ranks' means is another number. With plain
-`torch.distributed.all_reduce` in the forward pass the result is silently W times too small.
+which is what one process would have found with all samples. A mean over the whole batch must therefore be a
+reduced sum over a reduced count: with parts of different sizes the mean of the ranks' means is another
+number. With plain `torch.distributed.all_reduce` in the forward pass the result is silently W times too
+small.
 """
 
 from typing import Any

@@ -2,6 +2,9 @@
 
 import hashlib
 import warnings
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,89 +19,129 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 TEST_FOLDERS = ("test", "val", "valid", "validation")
 
 
-def import_folder(root: str | Path, name: str, *, img_size: int = 64, test_fraction: float = 0.2) -> list[str]:
-    """Write a folder of pictures into the store as dataset `name`; a line for each picture that was left out."""
+@dataclass(frozen=True)
+class Picture:
+    """A picture file, the class it shows and the split it belongs to."""
+
+    split: str
+    label: str
+    path: Path
+
+
+def import_folder(
+    root: str | Path, name: str, *, img_size: int = 64, test_fraction: float = 0.2, **metadata: str
+) -> list[str]:
+    """Write a folder of pictures into the store as dataset `name`, and return a line for whatever was left out.
+
+    Each picture is turned upright by its EXIF data, laid on white where it is transparent, made RGB, and cropped to the
+    square in its middle, resized to `img_size`. The lines are kept in the store too, as `skipped`. Raises
+    `UsageError` for arguments out of range, and `DatasetError` where `pictures_of` does, where fewer than two classes
+    have a readable picture to train on and where the store cannot be written.
+    """
     if img_size < 1:
         raise UsageError(f"img_size is {img_size}; expected at least 1 pixel")
     store_path(name)  # a bad name is refused before any work
     folder = Path(root).expanduser()
-    sources = sources_of(folder, test_fraction)
-    classes = sorted({label for _, label, _ in sources})
-    images: dict[str, list[Tensor]] = {"train": [], "test": []}
-    labels: dict[str, list[int]] = {"train": [], "test": []}
-    skipped = []
-    for split, label, path in sources:
-        try:
-            picture = _read(path, img_size)
-        except Exception as error:  # Pillow's plugins raise many kinds for damaged files
-            skipped.append(f"{path}: {type(error).__name__}: {error}")
-            continue
-        images[split].append(picture)
-        labels[split].append(classes.index(label))
-    if not images["train"]:
-        first = f" ({skipped[0]})" if skipped else ""
-        raise DatasetError(f"no picture in {folder} could be read{first}; expected {', '.join(SUFFIXES)} files")
+    pictures, skipped = pictures_of(folder, test_fraction)
+    pixels = torch.empty(len(pictures), 3, img_size, img_size, dtype=torch.uint8)
+    read: list[int] = []
+    for index, problem in enumerate(_read_all(pictures, pixels)):
+        if problem:
+            skipped.append(f"{pictures[index].path}: {problem}")
+        else:
+            read.append(index)
+    classes = sorted({pictures[index].label for index in read if pictures[index].split == "train"})
+    for label in sorted({picture.label for picture in pictures} - set(classes)):
+        skipped.append(f"class {label!r}: no readable picture of it to train on")
+    if len(classes) < 2:
+        raise DatasetError(
+            f"{folder} has pictures to train on of {len(classes)} classes, expected at least two; "
+            f"left out: {'; '.join(skipped[:3])}"
+        )
     tensors = {}
     for split in ("train", "test"):
-        pixels = torch.stack(images[split]) if images[split] else torch.empty(0, 3, img_size, img_size, dtype=torch.uint8)
-        tensors[f"{split}.images"] = pixels
-        tensors[f"{split}.labels"] = torch.tensor(labels[split], dtype=torch.int64)
-    write_store(name, tensors, classes)
+        own = [i for i in read if pictures[i].split == split and pictures[i].label in classes]
+        tensors[f"{split}.images"] = pixels[own]
+        tensors[f"{split}.labels"] = torch.tensor([classes.index(pictures[i].label) for i in own], dtype=torch.int64)
+    write_store(name, tensors, classes, skipped=skipped, **metadata)
     return skipped
 
 
-def sources_of(root: Path, test_fraction: float) -> list[tuple[str, str, Path]]:
-    """(split, class, file) of every picture."""
-    if not root.is_dir():
-        raise DatasetError(f"no folder at {root}; expected one with a folder of pictures for each class")
+def pictures_of(root: Path, test_fraction: float) -> tuple[list[Picture], list[str]]:
+    """Every picture below `root`, and a line for each class folder that holds none.
+
+    `root` holds a folder a class, or a folder `train`, and `test` or `val`, that do. Where there is no folder for
+    testing, `test_fraction` of each class, at least one of two pictures, is for that: those whose names' hashes come
+    first, so that adding pictures hardly moves others from one split into the other. Raises `UsageError` for a
+    fraction outside [0, 1), and `DatasetError` where there is no such folder or fewer than two classes.
+    """
     if not 0.0 <= test_fraction < 1.0:
         raise UsageError(f"test_fraction is {test_fraction}; expected a share in [0, 1)")
-    given = next((root / name for name in TEST_FOLDERS if (root / name).is_dir()), None)
-    if (root / "train").is_dir() and given is not None:
-        found = [("train", *item) for item in _pictures(root / "train")]
-        found += [("test", *item) for item in _pictures(given)]
-    else:
-        found = []
-        pictures = _pictures(root)
-        for label in sorted({label for label, _ in pictures}):
-            # By the hash of their names, so that adding a picture moves no other one between the splits.
-            paths = sorted((path for name, path in pictures if name == label), key=_hash_of_name)
+    if not root.is_dir():
+        raise DatasetError(f"no folder at {root}; expected one that holds a folder of pictures for each class")
+    divided = (root / "train").is_dir() and bool(_folders(root / "train"))
+    test = next((root / name for name in TEST_FOLDERS if divided and (root / name).is_dir()), None)
+    found: list[Picture] = []
+    empty: list[str] = []
+    for base in [root / "train" if divided else root, *([test] if test else [])]:
+        for folder in _folders(base):
+            paths = sorted(path for path in folder.rglob("*") if _is_picture(path))
+            if not paths:
+                empty.append(f"{folder}: no {', '.join(SUFFIXES)} file")
+            if test:
+                found += [Picture("test" if base == test else "train", folder.name, path) for path in paths]
+                continue
             count = round(len(paths) * test_fraction)
-            found += [("test" if index < count else "train", label, path) for index, path in enumerate(paths)]
-    classes = {label for _, label, _ in found}
+            if test_fraction > 0 and len(paths) > 1:
+                count = min(max(count, 1), len(paths) - 1)
+            paths.sort(key=lambda path: hashlib.sha256(path.name.encode()).digest())
+            found += [Picture("test" if i < count else "train", folder.name, path) for i, path in enumerate(paths)]
+    classes = sorted({picture.label for picture in found})
     if len(classes) < 2:
-        have = f"only {classes.pop()!r}" if classes else "none"
         raise DatasetError(
             f"{root} should hold a folder for each of at least two classes, with {', '.join(SUFFIXES)} files in them; "
-            f"found {have}"
+            f"found {f'only {classes[0]!r}' if classes else 'none'}"
         )
-    return found
+    return found, empty
 
 
-def _pictures(folder: Path) -> list[tuple[str, Path]]:
-    return [
-        (sub.name, path)
-        for sub in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-        for path in sorted(sub.rglob("*"))
-        if path.suffix.lower() in SUFFIXES and path.is_file()
-    ]
+def _folders(base: Path) -> list[Path]:
+    return sorted(path for path in base.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
-def _hash_of_name(path: Path) -> str:
-    return hashlib.sha256(path.name.encode()).hexdigest()
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
-def _read(path: Path, img_size: int) -> Tensor:
-    """A picture as uint8 `(3 s s)`."""
+def _read_all(pictures: list[Picture], pixels: Tensor) -> Iterable[str]:
+    """Fill `pixels` `(n 3 s s)`; what is wrong with each picture, or an empty string, in their order."""
+
+    def read(index: int) -> str:
+        try:
+            pixels[index] = _read(pictures[index].path, pixels.shape[-1])
+        except Exception as error:  # Pillow's plugins raise many kinds for damaged files
+            return f"{type(error).__name__}: {error}"
+        return ""
+
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # remarks on odd metadata; what cannot be read is an error
         warnings.simplefilter("error", Image.DecompressionBombWarning)  # an enormous picture is named, not loaded
-        with Image.open(path) as opened:
-            picture = ImageOps.exif_transpose(opened)
-            if picture.mode.startswith(("I", "F")):  # 16 bits and more: convert("RGB") would clip them to white
-                values = np.asarray(picture, dtype=np.float64)
-                picture = Image.fromarray((values / max(values.max(), 1) * 255).astype(np.uint8))
-            if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-                rgba = picture.convert("RGBA")
-                picture = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-            picture = ImageOps.fit(picture.convert("RGB"), (img_size, img_size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        with ThreadPoolExecutor() as pool:  # Pillow lets other threads run while it decodes
+            yield from pool.map(read, range(len(pictures)))
+
+
+def _read(path: Path, size: int) -> Tensor:
+    """A picture as uint8 `(3 size size)`."""
+    with Image.open(path) as opened:
+        opened.draft("RGB", (2 * size, 2 * size))  # a JPEG is decoded at a fraction of its size where that is enough
+        picture = ImageOps.exif_transpose(opened)
+        if picture.mode.startswith("I"):  # convert("RGB") would cut 16 bits to white
+            picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
+        if picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        side = min(picture.size)
+        left, top = ((length - side) / 2 for length in picture.size)
+        middle = (left, top, left + side, top + side)
+        square = picture.convert("RGB").resize((size, size), Image.Resampling.BICUBIC, box=middle, reducing_gap=3.0)
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1)

@@ -7,7 +7,8 @@
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import platformdirs
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 from torch import Tensor
 
 from vitkit.errors import DatasetError, RunError, UsageError
@@ -37,11 +38,15 @@ class StoredSplit:
 
 @dataclass(frozen=True)
 class Stored:
-    """A store file's content: the tensors by their names in the file, the class names, and further metadata."""
+    """A store file's content: the tensors by their names in the file, and the class names.
+
+    `skipped` has a line for each picture that was left out, `metadata` what else its maker wrote.
+    """
 
     name: str
     classes: list[str]
     tensors: Mapping[str, Tensor]
+    skipped: list[str] = field(default_factory=list)
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -76,8 +81,12 @@ def stored_names() -> list[str]:
     return [path.stem for path in found if not path.name.startswith(".")]
 
 
-def store_lock(name: str) -> FileLock:
-    """Held while a dataset is made, so that the ranks of one job do not all download it; `DatasetError` if it cannot."""
+@contextmanager
+def store_lock(name: str) -> Iterator[None]:
+    """Held while a dataset is made, so that the ranks of one job do not all download it.
+
+    Raises `DatasetError` where the store cannot be written to.
+    """
     path = store_path(name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +94,10 @@ def store_lock(name: str) -> FileLock:
         lock.acquire()
     except OSError as error:
         raise _unwritable(path, error.strerror or str(error)) from None
-    return lock
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def read_store(path: str | Path) -> Stored:
@@ -103,6 +115,7 @@ def read_store(path: str | Path) -> Stored:
             metadata: dict[str, str] = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
         classes = json.loads(metadata.get("classes", "null"))
+        skipped = json.loads(metadata.get("skipped", "[]"))
     except OSError as error:
         raise DatasetError(f"{path} cannot be read: {error.strerror or error}") from None
     except (SafetensorError, ValueError) as error:
@@ -110,10 +123,12 @@ def read_store(path: str | Path) -> Stored:
     problem = _problem(tensors, classes)
     if problem:
         raise DatasetError(f"{path}: {problem}; {way}")
-    return Stored(metadata.get("name", path.stem), classes, tensors, metadata)
+    return Stored(metadata.get("name", path.stem), classes, tensors, skipped, metadata)
 
 
-def write_store(name: str, tensors: Mapping[str, Tensor], classes: list[str], **metadata: str) -> Path:
+def write_store(
+    name: str, tensors: Mapping[str, Tensor], classes: list[str], *, skipped: Sequence[str] = (), **metadata: str
+) -> Path:
     """Write a dataset into the store, whole or not at all.
 
     Raises `DatasetError` for tensors that `read_store` would refuse, and where the file cannot be written.
@@ -122,10 +137,13 @@ def write_store(name: str, tensors: Mapping[str, Tensor], classes: list[str], **
     problem = _problem(tensors, classes)
     if problem:
         raise DatasetError(f"dataset {name!r} cannot be stored: {problem}")
-    everything = {"name": name, "classes": json.dumps(classes, ensure_ascii=False), **metadata}
+    lists = {"classes": classes, "skipped": skipped} if skipped else {"classes": classes}
+    everything = {"name": name, **metadata} | {key: json.dumps(value, ensure_ascii=False) for key, value in lists.items()}
     try:
         with atomic_write(path) as temporary:
-            save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, metadata=everything)
+            # The form for torch refuses tensors that share memory, such as two slices of one.
+            arrays = {key: value.contiguous().numpy() for key, value in tensors.items()}
+            save_file(arrays, temporary, metadata=everything)
     except (RunError, SafetensorError) as error:  # safetensors wraps what the operating system says
         cause = error.__cause__
         said = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(error)

@@ -62,7 +62,8 @@ def vote(
     train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
     votes = []
     for chunk in test.split(CHUNK):
-        similarity, index = (chunk @ train.T).topk(k, dim=1)
+        with torch.autocast(chunk.device.type, enabled=False):  # bf16 would tie neighbours that are not equally near
+            similarity, index = (chunk @ train.T).topk(k, dim=1)
         # Relative to the nearest, so that exp cannot overflow at small temperatures; the vote's order is the same.
         weight = ((similarity - similarity[:, :1]) / temperature).exp()
         votes.append(torch.zeros(len(chunk), classes, device=chunk.device).scatter_add_(1, labels[index], weight))

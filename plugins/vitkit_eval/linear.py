@@ -33,7 +33,8 @@ class LinearProbe:
         k = len(dataset.classes)
         mean, std = train.features.mean(0), train.features.std(0, correction=0).clamp(min=1e-6)
         weight, bias = fit_logistic((train.features - mean) / std, train.labels, k, C=self.C, max_iter=self.max_iter)
-        logits = (test.features - mean) / std @ weight.T + bias
+        with torch.autocast(weight.device.type, enabled=False):
+            logits = (test.features - mean) / std @ weight.T + bias
         return Scores(
             {"linear_top1": topk_accuracy(logits, test.labels)},
             protocols={

@@ -12,13 +12,13 @@ from vitkit.errors import UsageError
 class MultimodalViT(nn.Module):
     """Images `(b c h w)`, labels `(b,)` or both → features `(b d)`, by one stack of transformer blocks.
 
-    A label is a token, its class's embedding plus one embedding that marks it as a label and its place, and goes behind
-    the patches of backbone `vit`: patches attend to it and it attends to them. Features are pooled as `vit` does: the
-    mean over patches and label, or the CLS token.
+    A label is a token, its class's embedding plus one embedding that marks it as a label and its place, and
+    goes behind the patches of backbone `vit`: patches attend to it and it attends to them. Features are
+    pooled as `vit` does: the mean over patches and label, or the CLS token.
 
-    All classes start from the same embedding, zero, so that before training, and in a model trained without labels, no
-    class is nearer to any image than another; training tells them apart from the first step. The other arguments are
-    `vit`'s, see there. Raises `UsageError` for fewer than one class and where `vit` does.
+    All classes start from the same embedding, zero, so that before training, and in a model trained without
+    labels, no class is nearer to any image than another; training tells them apart from the first step. The
+    other arguments are `vit`'s, see there. Raises `UsageError` for fewer than one class and where `vit` does.
     """
 
     def __init__(
@@ -63,10 +63,11 @@ class MultimodalViT(nn.Module):
         return self.vit(x, extra_tokens=extra_tokens, keep=keep)
 
     def label_tokens(self, labels: Tensor) -> Tensor:
-        """Labels `(b,)` int64 in [0, num_classes), or −1 for an unknown one, which names no class → tokens `(b 1 d)`.
+        """Labels `(b,)` int64 in [0, num_classes), or −1 for an unknown one, which names no class → tokens
+        `(b 1 d)`.
 
-        Raises `UsageError` for another dtype or shape, and on the CPU for labels outside the classes (elsewhere the device
-        stops at them: asking first would make every step wait for it).
+        Raises `UsageError` for another dtype or shape, and on the CPU for labels outside the classes
+        (elsewhere the device stops at them: asking first would make every step wait for it).
         """
         if labels.ndim != 1 or labels.dtype != torch.int64:
             raise UsageError(f"labels are {labels.dtype} {tuple(labels.shape)}, expected int64 (batch,)")
@@ -98,8 +99,9 @@ class MultimodalViT(nn.Module):
     def label_attention(self, x: Tensor, labels: Tensor) -> Tensor:
         """How much the label's token attends to each patch: `(b h w)` over the grid of patches.
 
-        Attention rollout (Abnar and Zuidema, arXiv 2005.00928): each block's weights, averaged over heads, plus the
-        identity of the residual stream, halved; their product over blocks, the label's row, the patches' columns.
+        Attention rollout (Abnar and Zuidema, arXiv 2005.00928): each block's weights, averaged over heads,
+        plus the identity of the residual stream, halved; their product over blocks, the label's row, the
+        patches' columns.
         """
         maps = self.vit.attention_maps(x, extra_tokens=self.label_tokens(labels)).mean(dim=2)  # (b depth n n)
         rollout = torch.eye(maps.shape[-1], device=maps.device, dtype=maps.dtype).expand(len(maps), -1, -1)

@@ -13,20 +13,22 @@ Objective = Literal["joint", "seed", "images"]
 class JEPA(nn.Module):
     """Views of a sample → one embedding: batches of images and labels → {"loss", "invariance", "sigreg"}.
 
-    A batch is `images` `(b v c h w)`, v augmented views of each, or `(b c h w)`, and `labels` int64 `(b,)`, where −1
-    hides a sample's label. `objective` says which views an embedding is asked to agree over:
+    A batch is `images` `(b v c h w)`, v augmented views of each, or `(b c h w)`, and `labels` int64 `(b,)`,
+    where −1 hides a sample's label. `objective` says which views an embedding is asked to agree over:
 
-    - "joint": each image alone; the last `fused` images, a share `keep` of their patches drawn anew, with the label; and
-      the label alone. The few patches leave it to the label to say the class, and cost less. A sample whose label is
-      hidden has the first kind only.
+    - "joint": each image alone; the last `fused` images, a share `keep` of their patches drawn anew, with the
+      label; and the label alone. The few patches leave it to the label to say the class, and cost less. A
+      sample whose label is hidden has the first kind only.
     - "seed": each image with the label, all patches. A hidden label's token names no class.
-    - "images": each image alone: the baseline. The backbone's label embedding is frozen, and stays what it was.
+    - "images": each image alone: the baseline. The backbone's label embedding is frozen, and stays what it
+      was.
 
-    SIGReg looks at all but the label alone, which has as many values as there are classes and cannot be Gaussian.
+    SIGReg looks at all but the label alone, which has as many values as there are classes and cannot be
+    Gaussian.
 
-    Ranks: the loss is the whole batch's, see the loss; every parameter takes part on every rank, whichever labels it
-    sees. Raises `UsageError` for an unknown objective, `keep` outside (0, 1], `fused` below one, images and labels that
-    do not fit, and labels outside the backbone's classes.
+    Ranks: the loss is the whole batch's, see the loss; every parameter takes part on every rank, whichever
+    labels it sees. Raises `UsageError` for an unknown objective, `keep` outside (0, 1], `fused` below one,
+    images and labels that do not fit, and labels outside the backbone's classes.
     """
 
     def __init__(
@@ -70,6 +72,11 @@ class JEPA(nn.Module):
         present = (labels >= 0).repeat(len(views) + len(fused) + 1, 1)
         present[: len(views)] = True
         return dict(self.loss(self._project(parts), present=present, regularised=len(present) - 1))
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Images `(b c h w)` → the backbone's features `(b d)`, which probes are trained on."""
+        features: Tensor = self.backbone.encode_image(images)
+        return features
 
     def _images(self, views: Tensor) -> Tensor:
         """Views `(v b c h w)` → features `(v b d)`, all in one pass."""

@@ -15,15 +15,17 @@ class LeJEPALoss(nn.Module):
 
         invariance = mean over views, samples and dimensions of (z_v − μ)²,  μ = mean over views of z_v.
 
-    `present` `(v n)` bool leaves views that a sample lacks out of μ and of every mean. SIGReg, see there, looks at the
-    first `regularised` views (None: all): a view with few distinct values, such as a label's alone, cannot be Gaussian.
+    `present` `(v n)` bool leaves views that a sample lacks out of μ and of every mean. SIGReg, see there,
+    looks at the first `regularised` views (None: all): a view with few distinct values, such as a label's
+    alone, cannot be Gaussian.
 
-    Ranks: all three are those of the whole batch, the same everywhere, over parts that may differ in size; gradients by
-    the convention of `vitkit.distributed`. Raises `UsageError` for `lamda` outside [0, 1] and for shapes that don't fit.
+    Ranks: all three are those of the whole batch, the same everywhere, over parts that may differ in size;
+    gradients by the convention of `vitkit.distributed`. Raises `UsageError` for `lamda` outside [0, 1] and
+    for shapes that don't fit.
 
-    Source: Balestriero and LeCun, LeJEPA, arXiv 2511.08544, λ = 0.05. Like lightly's `LeJEPALoss` the invariance is a
-    mean over dimensions too (the paper's norm is k times that). lightly's centre is the mean of global views alone,
-    here every view is one.
+    Source: Balestriero and LeCun, LeJEPA, arXiv 2511.08544, λ = 0.05. Like lightly's `LeJEPALoss` the
+    invariance is a mean over dimensions too (the paper's norm is k times that). lightly's centre is the mean
+    of global views alone, here every view is one.
     """
 
     def __init__(self, lamda: float = 0.05, directions: int = 256, knots: int = 17) -> None:

@@ -5,12 +5,12 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from vitkit_eval import confusion_matrix
+from vitkit_eval.features import evaluating
 
 from vitkit.contracts import Attention, Confusion, Embeddings, Measurement, Picture, Scores
 from vitkit.distributed import all_gather, rank, world_size
 from vitkit.errors import UsageError
-from vitkit_eval import confusion_matrix
-from vitkit_eval.features import evaluating
 
 SHOWN = 2_000
 """Test embeddings handed to the report's map: more make its picture no clearer."""
@@ -21,19 +21,21 @@ class LabelRetrieval:
 
         M1: argmax_k sim(E(image), E(image, label k))       M2: argmax_k sim(E(image), E(label k))
 
-    E is the model's `backbone` and, with space="projector", its `projector` behind it; sim is the cosine. Every image of
-    the test split is scored against every label. Labels that are exactly equally near share the hit, so that a model to
-    which all labels are one scores chance, 1/k and 3/k, rather than what the first label's share happens to be.
+    E is the model's `backbone` and, with space="projector", its `projector` behind it; sim is the cosine.
+    Every image of the test split is scored against every label. Labels that are exactly equally near share
+    the hit, so that a model to which all labels are one scores chance, 1/k and 3/k, rather than what the
+    first label's share happens to be.
 
-    `batch_size` counts images encoded with one label each at a time. Called under autocast it computes in that
-    precision; similarities are fp32. Leaves the model's mode and the random state as they were.
+    `batch_size` counts images encoded with one label each at a time. Called under autocast it computes in
+    that precision; similarities are fp32. Leaves the model's mode and the random state as they were.
 
     Ranks: each encodes its share of the images, and every rank returns the same scores.
 
-    Raises `UsageError` for a model without such a backbone, another number of classes than the dataset's, an unknown
-    `space` and a `batch_size` below one.
+    Raises `UsageError` for a model without such a backbone, another number of classes than the dataset's, an
+    unknown `space` and a `batch_size` below one.
 
-    Source: the two methods of a note on multimodal JEPA for label retrieval, which scored the first ten batches only.
+    Source: the two methods of a note on multimodal JEPA for label retrieval, which scored the first ten
+    batches only.
     """
 
     def __init__(

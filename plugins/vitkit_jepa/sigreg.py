@@ -10,29 +10,32 @@ from vitkit.errors import UsageError
 
 
 class SIGReg(nn.Module):
-    """Sketched isotropic Gaussian regularisation: the Epps–Pulley statistic of random one-dimensional projections.
+    """Sketched isotropic Gaussian regularisation: the Epps–Pulley statistic of random one-dimensional
+    projections.
 
-    For the projections z `(n k)` of one view, unit directions a_s drawn anew at each call, knots t_j evenly on
-    [0, limit], φ(t) = exp(−t²/2) and trapezoid weights w_j over [−limit, limit] times the window φ:
+    For the projections z `(n k)` of one view, unit directions a_s drawn anew at each call, knots t_j evenly
+    on [0, limit], φ(t) = exp(−t²/2) and trapezoid weights w_j over [−limit, limit] times the window φ:
 
         T_s = n · Σ_j w_j [(C_sj − φ(t_j))² + S_sj²],  C_sj, S_sj = means over n of cos, sin(t_j·(a_s·z)),
 
-    averaged over directions and views. For z ~ N(0, I) its expectation is 1.0525 whatever n is, and for z = 0 it is
-    0.4020·n (at 17 knots on [0, 3]).
+    averaged over directions and views. For z ~ N(0, I) its expectation is 1.0525 whatever n is, and for z = 0
+    it is 0.4020·n (at 17 knots on [0, 3]).
 
-    Call: projections `(v n k)` or `(n k)` → {"loss", "sigreg"}, both T. `present` `(v n)` bool leaves samples that have
-    no such view out of means and n; a view that nobody has counts as none. Phases are computed in fp32, under autocast
-    too.
+    Call: projections `(v n k)` or `(n k)` → {"loss", "sigreg"}, both T. `present` `(v n)` bool leaves samples
+    that have no such view out of means and n; a view that nobody has counts as none. Phases are computed in
+    fp32, under autocast too.
 
-    Ranks: C, S and n are those of the whole batch, over parts that may differ in size, and every rank uses rank 0's
-    directions; T is the same everywhere, its gradient by the convention of `vitkit.distributed`. Directions come from
-    torch's global generator.
+    Ranks: C, S and n are those of the whole batch, over parts that may differ in size, and every rank uses
+    rank 0's directions; T is the same everywhere, its gradient by the convention of `vitkit.distributed`.
+    Directions come from torch's global generator.
 
-    Raises `UsageError` for fewer than one direction or two knots, a limit that is not positive, or other shapes.
+    Raises `UsageError` for fewer than one direction or two knots, a limit that is not positive, or other
+    shapes.
 
-    Source: Balestriero and LeCun, LeJEPA, arXiv 2511.08544. Domain [−3, 3] by symmetry, 17 knots and the window are
-    those of its reference code and of lightly's `SIGReg`, which draws 1,024 directions; the paper's listing integrates
-    over [−5, 5]. lightly computes in the dtype it is given and lets samples through only in equal numbers.
+    Source: Balestriero and LeCun, LeJEPA, arXiv 2511.08544. Domain [−3, 3] by symmetry, 17 knots and the
+    window are those of its reference code and of lightly's `SIGReg`, which draws 1,024 directions; the
+    paper's listing integrates over [−5, 5]. lightly computes in the dtype it is given and lets samples
+    through only in equal numbers.
     """
 
     t: Tensor
@@ -79,9 +82,11 @@ class SIGReg(nn.Module):
 
 
 class _WaveSums(torch.autograd.Function):
-    """Σ_n m·cos(t_j·p) and Σ_n m·sin(t_j·p) for each t_j: p `(v n s)`, m `(v n)`, t `(knots)` → `(2 knots v s)`.
+    """Σ_n m·cos(t_j·p) and Σ_n m·sin(t_j·p) for each t_j: p `(v n s)`, m `(v n)`, t `(knots)` → `(2 knots v
+    s)`.
 
-    One knot after another, and computed again in the backward pass: autograd would keep `2·knots` tensors of p's size.
+    One knot after another, and computed again in the backward pass: autograd would keep `2·knots` tensors of
+    p's size.
     """
 
     @staticmethod

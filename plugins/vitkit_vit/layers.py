@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from vitkit_vit import cpu_block
+
 LAYER_NORM_EPS = 1e-6  # as in the published ViT and timm; torch's own default is 1e-5
 
 
@@ -20,12 +22,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self._heads(x)
-        dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         return self.proj(rearrange(mixed, "b h n d -> b n (h d)"))
 
     def maps(self, x: Tensor) -> Tensor:
-        """The attention weights `(b heads n n)`; rows, the queries, sum to one."""
+        """The attention weights `(b heads n n)`, without dropout; rows, the queries, sum to one."""
         q, k, _ = self._heads(x)
         return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
 
@@ -35,7 +36,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear, GELU, dropout, linear, dropout."""
+    """Linear, GELU, dropout, linear, dropout; `(b n d)` → `(b n d)`."""
 
     def __init__(self, dim: int, hidden: int, dropout: float) -> None:
         super().__init__()
@@ -52,7 +53,7 @@ class Block(nn.Module):
     """One pre-norm transformer block: x + Attention(LayerNorm(x)), then x + MLP(LayerNorm(x)).
 
     In training each sample skips either branch with probability `drop_path`, and what is kept is scaled by
-    1/(1 − drop_path) (stochastic depth, arXiv 1603.09382).
+    1/(1 − drop_path) (stochastic depth, arXiv 1603.09382). On a CPU `cpu_block` computes the same with the same weights.
     """
 
     def __init__(
@@ -66,6 +67,8 @@ class Block(nn.Module):
         self.mlp = MLP(dim, int(dim * mlp_ratio), dropout)
 
     def forward(self, x: Tensor) -> Tensor:
+        if cpu_block.suits(x) and not (self.training and self.drop_path):
+            return self._on_cpu(x)
         x = x + self._skip(self.attn(self.norm1(x)))
         return x + self._skip(self.mlp(self.norm2(x)))
 
@@ -73,5 +76,13 @@ class Block(nn.Module):
         if not (self.training and self.drop_path):
             return branch
         keep = 1.0 - self.drop_path
-        kept = torch.empty(branch.shape[0], 1, 1, dtype=branch.dtype, device=branch.device).bernoulli_(keep)
-        return branch * (kept / keep)
+        return branch * (branch.new_empty(branch.shape[0], 1, 1).bernoulli_(keep) / keep)
+
+    def _on_cpu(self, x: Tensor) -> Tensor:
+        attn, mlp = self.attn, self.mlp
+        parameters = cpu_block.Parameters(
+            *self.norm1.parameters(), *attn.qkv.parameters(), *attn.proj.parameters(),
+            *self.norm2.parameters(), *mlp.fc1.parameters(), *mlp.fc2.parameters(),
+        )  # fmt: skip
+        dropout, attn_dropout = (mlp.dropout, attn.dropout) if self.training else (0.0, 0.0)
+        return cpu_block.block(x, parameters, attn.num_heads, LAYER_NORM_EPS, dropout, attn_dropout)

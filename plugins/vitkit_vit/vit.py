@@ -140,7 +140,7 @@ class ViT(nn.Module):
         every sample, go behind the patches. `keep` `(b k)` int64 names the patches to keep, in [0, num_patches); the
         others never enter the blocks. Raises `UsageError` where shapes do not fit.
         """
-        return self.norm(self._run(self._embed(x, extra_tokens, keep)))
+        return self._normed(self._run(self._embed(x, extra_tokens, keep)))
 
     def encode_image(self, x: Tensor | None, *, extra_tokens: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
         """Images `(b c h w)` → pooled features `(b d)`; arguments as for `forward`."""
@@ -164,7 +164,7 @@ class ViT(nn.Module):
         for number, block in enumerate(self.blocks[: max(depths, default=0)], start=1):
             tokens = block(tokens)
             if number in depths:
-                found[number] = self.norm(tokens)
+                found[number] = self._normed(tokens)
         return [found[depth] for depth in depths]
 
     def attention_maps(self, x: Tensor | None, *, extra_tokens: Tensor | None = None) -> Tensor:
@@ -230,6 +230,9 @@ class ViT(nn.Module):
             else:
                 tokens = block(tokens)
         return tokens
+
+    def _normed(self, tokens: Tensor) -> Tensor:
+        return self.norm(tokens.to(self.norm.weight.dtype))  # blocks may have left them in autocast's dtype
 
 
 class PatchEmbed(nn.Module):

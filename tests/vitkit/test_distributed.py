@@ -44,7 +44,9 @@ EXPECTED: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
 
 def _worker(number: int, folder: str, x: Tensor, weight: Tensor) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=number, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=number, world_size=2
+    )
     results = {}
     part = x.split(PARTS)[number]
     for name, (loss, _) in EXPECTED.items():
@@ -69,7 +71,9 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tensor, Tensor,
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_two_ranks_give_the_loss_and_gradient_of_one(name: str, two_ranks: tuple[Tensor, Tensor, list[dict]]) -> None:
+def test_two_ranks_give_the_loss_and_gradient_of_one(
+    name: str, two_ranks: tuple[Tensor, Tensor, list[dict]]
+) -> None:
     x, weight, results = two_ranks
     loss, factor = EXPECTED[name]
     w = weight.clone().requires_grad_()

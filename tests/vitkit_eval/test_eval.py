@@ -90,6 +90,13 @@ def test_scores_come_with_protocol_and_confusion_and_the_model_is_left_as_it_was
     assert evaluators.build(name)(model, dataset) == scores
 
 
+@pytest.mark.parametrize("name", ["linear_probe", "knn"])
+def test_under_autocast_only_the_features_are_of_lower_precision(dataset, name):
+    plain = evaluators.build(name)(Encoder(), dataset)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert evaluators.build(name)(Encoder(), dataset) == plain
+
+
 def test_a_backbone_without_encode_image_is_pooled_over_its_tokens(dataset):
     class Tokens(nn.Module):
         def forward(self, images):

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from vitkit_jepa import MultimodalViT
 
 from vitkit import backbones
 from vitkit.errors import UsageError
-from vitkit_jepa import MultimodalViT
 
 
 def encoder(**kwargs: Any) -> MultimodalViT:
@@ -93,7 +93,9 @@ def test_keep_looks_at_the_named_patches_alone() -> None:
 def test_label_attention_is_the_rollout_of_uniform_attention() -> None:
     model = trained(depth=1, registers=1)
     for parameter in model.vit.blocks[0].attn.qkv.parameters():
-        torch.nn.init.zeros_(parameter)  # equal scores: each of 4 patches, the register and the label weighs 1/6
+        torch.nn.init.zeros_(
+            parameter
+        )  # equal scores: each of 4 patches, the register and the label weighs 1/6
     maps = model.label_attention(images(), torch.tensor([0, 1, 2]))
     assert maps.shape == (3, 2, 2)
     torch.testing.assert_close(maps, torch.full_like(maps, 1 / 12))  # halved with the residual stream

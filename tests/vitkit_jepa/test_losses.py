@@ -9,10 +9,10 @@ import torch.multiprocessing as mp
 from lightly.loss.lejepa_loss import LeJEPALoss as LightlyLoss
 from lightly.loss.lejepa_loss import SIGReg as LightlySIGReg
 from torch import Tensor
+from vitkit_jepa import LeJEPALoss, SIGReg
 
 from vitkit import losses
 from vitkit.errors import UsageError
-from vitkit_jepa import LeJEPALoss, SIGReg
 
 FLOOR, COLLAPSE = 1.0525, 0.4020
 
@@ -67,7 +67,9 @@ def test_lejepa_agrees_with_lightly(lamda: float) -> None:
     # lightly's centre is the mean of the views called global, and it asks for at least one local view: with the mean
     # view for that one, whose own distance to the centre is zero, its invariance is ours times v/(v + 1).
     views = same.shape[0]
-    invariance = LightlyLoss(0.0, sigreg_num_vectors=30)(local_proj=same.mean(0, keepdim=True), global_proj=same)
+    invariance = LightlyLoss(0.0, sigreg_num_vectors=30)(
+        local_proj=same.mean(0, keepdim=True), global_proj=same
+    )
     torch.manual_seed(5)
     sigreg = LightlySIGReg(num_vectors=30)(same)
     reference = (1 - lamda) * invariance * (views + 1) / views + lamda * sigreg
@@ -172,9 +174,15 @@ def test_phases_are_fp32_under_autocast() -> None:
         (lambda: SIGReg(knots=1), "knots is 1, expected a whole number of at least 2"),
         (lambda: SIGReg(limit=0.0), "limit is 0.0, expected a positive number"),
         (lambda: LeJEPALoss(1.5), r"lamda is 1.5, expected a weight in \[0, 1\]"),
-        (lambda: LeJEPALoss()(torch.zeros(4, 2)), r"projections are \(4, 2\), expected \(views, samples, dim\)"),
+        (
+            lambda: LeJEPALoss()(torch.zeros(4, 2)),
+            r"projections are \(4, 2\), expected \(views, samples, dim\)",
+        ),
         (lambda: SIGReg()(torch.zeros(4)), r"projections are \(4,\), expected \(views, samples, dim\)"),
-        (lambda: SIGReg()(torch.zeros(1, 4, 2), present=torch.ones(4)), r"present is \(4,\), expected .* = \(1, 4\)"),
+        (
+            lambda: SIGReg()(torch.zeros(1, 4, 2), present=torch.ones(4)),
+            r"present is \(4,\), expected .* = \(1, 4\)",
+        ),
     ],
 )
 def test_wrong_arguments_say_what_was_expected(make: Any, message: str) -> None:
@@ -184,7 +192,9 @@ def test_wrong_arguments_say_what_was_expected(make: Any, message: str) -> None:
 
 def _worker(number: int, folder: str, x: Tensor, weight: Tensor, present: Tensor) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=number, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=number, world_size=2
+    )
     results = {}
     for name, sizes in (("even", (8, 8)), ("uneven", (11, 5))):
         part, mask = x.split(sizes, dim=1)[number], present.split(sizes, dim=1)[number]
@@ -196,7 +206,11 @@ def _worker(number: int, folder: str, x: Tensor, weight: Tensor, present: Tensor
 
 def _losses(x: Tensor, present: Tensor, weight: Tensor) -> dict[str, tuple[dict[str, Tensor], Tensor]]:
     found = {}
-    for name, loss in (("sigreg", SIGReg(16)), ("lejepa", LeJEPALoss(directions=16)), ("masked", LeJEPALoss(0.3))):
+    for name, loss in (
+        ("sigreg", SIGReg(16)),
+        ("lejepa", LeJEPALoss(directions=16)),
+        ("masked", LeJEPALoss(0.3)),
+    ):
         w = weight.clone().requires_grad_()
         parts = loss(x @ w, present=present if name == "masked" else None)
         gradient = torch.autograd.grad(parts["loss"], w)[0]

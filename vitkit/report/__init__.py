@@ -28,7 +28,7 @@ def write_report(directory: str | Path, pictures: Mapping[str, "Picture"] | None
     problems: list[str] = []
     with house_style():
         for plot in _curves(record):
-            (evaluation if plot.name == "retrieval" else training).append(_keep(directory, plot.name, plot))
+            (evaluation if plot.name in ("metrics", "retrieval") else training).append(_keep(directory, plot.name, plot))
         for name, picture in (pictures or {}).items():
             from vitkit.report.pictures import draw_picture  # scikit-learn, torch
 
@@ -44,7 +44,7 @@ def write_report(directory: str | Path, pictures: Mapping[str, "Picture"] | None
 
 def _curves(record: Record) -> list[Plot]:
     statistics = (curves.statistic(record, name) for name in (*record.losses, *record.metrics))
-    found = (curves.losses(record), curves.metrics(record), *statistics, curves.bars(record))
+    found = (curves.losses(record), *statistics, curves.pace(record), curves.metrics(record), curves.bars(record))
     return [plot for plot in found if plot is not None]
 
 
@@ -53,7 +53,7 @@ def _keep(directory: Path, name: str, plot: Plot) -> html.Html:
     data = png(plot.figure)
     with atomic_write(directory / "plots" / f"{_file_name(name)}.png") as temporary:
         temporary.write_bytes(data)
-    return html.picture(data, plot.title, plot.alt, plot.caption, wide=plot.wide)
+    return html.picture(plot, data)
 
 
 def _file_name(name: str) -> str:

@@ -6,11 +6,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from vitkit.report.record import Record, Series, pretty, shown, split_topk
+from vitkit.report.record import Record, Series, plain, pretty, shown, split_topk
 from vitkit.report.style import HALO, INK, MUTED, PALETTE, Plot, drawable, legend_below, panels
 
-WIDE_RANGE = 30.0
+PACE = {"lr": "learning rate", "images_per_second": "images/s"}
+WIDE_RANGE = 10.0
 """From this ratio of the largest to the smallest value on, an axis is logarithmic."""
 
 
@@ -23,8 +25,8 @@ def draw(axes: Axes, series: Series, *, color: str, style: str = "-", width: flo
     return line
 
 
-def fit_axes(axes: Axes, columns: Iterable[Series], *, shares: bool = False) -> None:
-    """Limits and scale: [0, 1] for shares, logarithmic where values span decades."""
+def fit_axes(axes: Axes, columns: Iterable[Series], *, shares: bool = False, from_zero: bool = False) -> None:
+    """Limits and scale: [0, 1] for shares, from 0 where asked, else logarithmic where values span decades."""
     columns = list(columns)
     epochs = np.concatenate([series.epochs for series in columns])
     if epochs.min() == epochs.max():
@@ -32,8 +34,19 @@ def fit_axes(axes: Axes, columns: Iterable[Series], *, shares: bool = False) -> 
     values = np.concatenate([series.finite for series in columns])
     if shares:
         axes.set_ylim(-0.02, 1.04)
+    elif from_zero:
+        axes.set_ylim(min(0.0, values.min(initial=0.0)), 1.08 * values.max(initial=0.0) or 1.0)
     elif len(values) and values.min() > 0 and values.max() > WIDE_RANGE * values.min():
-        axes.set_yscale("log")
+        logarithmic(axes)
+
+
+def logarithmic(axes: Axes) -> None:
+    """A logarithmic axis with plain numbers on it."""
+    axes.set_yscale("log")
+    decades = np.log10(axes.get_ylim()[1] / axes.get_ylim()[0])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def are_shares(values: Iterable[float | None]) -> bool:
@@ -65,7 +78,7 @@ def metrics(record: Record) -> Plot | None:
     for name in columns:
         stem = (split_topk(name) or (name,))[0]
         groups.setdefault(stem, []).append(name)
-    figure, axes = panels(len(groups), size=(3.7, 3.3))
+    figure, axes = panels(len(groups), height=3.4)
     for (stem, names), axis in zip(groups.items(), axes, strict=True):
         _metric_panel(axis, record, stem, names, columns)
     alt = " ".join(_story(name, columns[name]) for name in columns)
@@ -89,20 +102,34 @@ def _metric_panel(axis: Axes, record: Record, stem: str, names: Sequence[str], c
     known = [chance for chance in chances.values() if chance is not None]
     if known:
         handles.append(Line2D([], [], color=MUTED, linestyle=(0, (4, 3)), linewidth=1.0))
-        labels.append("chance " + ", ".join(map(shown, known)))
+        labels.append("chance " + ", ".join(map(plain, known)))
     for label, values in references.items():
         handles.append(Line2D([], [], color=MUTED, linestyle=":", linewidth=1.4))
-        labels.append(f"{drawable(label, 24)} " + ", ".join(map(shown, values)))
+        labels.append(f"{drawable(label, 24)} " + ", ".join(map(plain, values)))
     axis.set_title(drawable(pretty(stem), 36))
     lines = [value for values in references.values() for value in values]
     everything = [*known, *lines, *(value for name in names for value in columns[name].finite)]
     fit_axes(axis, [columns[name] for name in names], shares=are_shares(everything))
-    legend_below(axis, handles, labels, columns=2 if max(map(len, labels)) < 22 else 1)
+    legend_below(axis, handles, labels, columns=2 if max(map(len, labels)) < 17 else 1)
 
 
 def _short(name: str, stem: str) -> str:
     found = split_topk(name)
     return f"top-{found[1]}" if found else pretty(stem)
+
+
+def pace(record: Record) -> Plot | None:
+    """The learning rate and the speed of training."""
+    columns = {name: series for name, series in record.pace.items() if series}
+    if not columns:
+        return None
+    figure, axes = panels(len(columns), height=3.4, width=5.6)
+    for name, axis, color in zip(columns, axes, (PALETTE[6], PALETTE[7]), strict=False):
+        draw(axis, columns[name], color=color)
+        fit_axes(axis, [columns[name]], from_zero=True)
+        axis.set_title(PACE[name])
+    alt = " ".join(_story(PACE[name], series) for name, series in columns.items())
+    return Plot("pace", "Learning rate and speed", figure, alt)
 
 
 def statistic(record: Record, name: str) -> Plot | None:
@@ -117,22 +144,26 @@ def statistic(record: Record, name: str) -> Plot | None:
     fit_axes(axis, [series])
     bounds = [value for value in (floor, collapse) if value is not None]
     everything = np.array([*bounds, *series.finite])
-    logarithmic = bool(everything.min() > 0 and everything.max() > 5 * everything.min())
-    axis.set_yscale("log" if logarithmic else "linear")
     low, high = everything.min(), everything.max()
-    spread = (high / low) ** 0.12 if logarithmic else 0.12 * (high - low or 1.0)
-    axis.set_ylim(*((low / spread, high * spread) if logarithmic else (low - spread, high + spread)))
+    if low > 0 and high > 5 * low:
+        spread = (high / low) ** 0.12
+        axis.set_ylim(low / spread, high * spread)
+        logarithmic(axis)
+    else:
+        spread = 0.12 * (high - low or 1.0)
+        axis.set_yscale("linear")
+        axis.set_ylim(low - spread, high + spread)
     for label, value, color, above in (("floor", floor, PALETTE[2], False), ("collapse", collapse, PALETTE[1], True)):
         if value is None:
             continue
         axis.axhline(value, color=color, linestyle="--", linewidth=1.4)
         axis.annotate(
-            f"{label} {shown(value)}", (0.99, value), xycoords=("axes fraction", "data"), ha="right", color=color,
+            f"{label} {plain(value)}", (0.99, value), xycoords=("axes fraction", "data"), ha="right", color=color,
             xytext=(0, 4 if above else -4), textcoords="offset points", va="bottom" if above else "top",
             fontsize=8.5, fontweight="bold", path_effects=HALO,
         )  # fmt: skip
     alt = _story(name, series)
-    alt += "".join(f" Its {label} is {shown(value)}." for label, value in (("floor", floor), ("collapse line", collapse))
+    alt += "".join(f" Its {label} is {plain(value)}." for label, value in (("floor", floor), ("collapse line", collapse))
                    if value is not None)  # fmt: skip
     return Plot(f"statistic_{name}", f"{pretty(name)} between its bounds", figure, alt,
                 "At the floor the embeddings are distributed as wanted; at the collapse line they are all the same.")  # fmt: skip

@@ -7,6 +7,10 @@ from importlib import resources
 from typing import Any
 
 from vitkit.report.record import Record, duration, number
+from vitkit.report.style import Plot
+
+PIXELS_PER_INCH = 100
+"""On the page; the files have half as many again, for screens that can show them."""
 
 
 class Html(str):
@@ -30,7 +34,7 @@ def element(tag: str, *content: Any, **attributes: Any) -> Html:
             continue
         name = name.rstrip("_").replace("_", "-")
         written += f" {name}" if value is True else f' {name}="{escape(str(value))}"'
-    return Html(f"<{tag}{written}>{join(content)}</{tag}>")
+    return Html(f"<{tag}{written}>" if tag == "img" else f"<{tag}{written}>{join(content)}</{tag}>")
 
 
 def table(head: Sequence[Any], rows: Iterable[Sequence[Any]], caption: str, class_: str | None = None) -> Html:
@@ -63,18 +67,22 @@ def value(item: Any) -> Html:
     return text(item)
 
 
-def picture(data: bytes, title: str, alt: str, caption: str, *, wide: bool = False) -> Html:
+def picture(plot: Plot, data: bytes) -> Html:
     """A figure with its PNG inside."""
     source = "data:image/png;base64," + base64.b64encode(data).decode("ascii")
+    width, height = (round(PIXELS_PER_INCH * inches) for inches in plot.figure.get_size_inches())
     return element(
-        "figure", element("h3", title), Html(f'<img src="{source}" alt="{escape(alt)}" loading="lazy">'),
-        element("figcaption", caption) if caption else "", class_="wide" if wide else None,
-    )  # fmt: skip
+        "figure",
+        element("h3", plot.title),
+        element("div", element("img", src=source, alt=plot.alt, width=width, height=height), class_="canvas"),
+        element("figcaption", plot.caption) if plot.caption else "",
+        class_="wide" if plot.wide else None,
+    )
 
 
 def banner(kind: str, title: str, *content: Any) -> Html:
-    """A notice that no one overlooks; `kind` is warning, error or info."""
-    return element("div", element("strong", title), element("p", *content), class_=f"banner {kind}", role="alert")
+    """A notice with a paragraph for each of `content`; `kind` is alarm, error or warning."""
+    return element("div", element("strong", title), *(element("p", line) for line in content), class_=f"banner {kind}", role="alert")
 
 
 def status_chip(record: Record) -> Html:
@@ -85,18 +93,25 @@ def status_chip(record: Record) -> Html:
 def facts(record: Record) -> Html:
     """One line on what was run: data, size, time."""
     data = record.part("dataset")
-    pieces = [f"data: {data['name']}"] if data.get("name") else []
+    instead = f" (instead of {data['fallback_for']})" if data.get("fallback_for") else ""
+    pieces = [f"data: {data['name']}{instead}"] if data.get("name") else []
     if record.summary.get("seed") is not None:
         pieces.append(f"seed {record.summary['seed']}")
     if number(record.summary.get("parameters")) > 0:
         pieces.append(f"{int(record.summary['parameters']):,} parameters")
     if number(record.summary.get("epochs")) > 0:
-        pieces.append(f"{int(record.summary['epochs']):,} epochs, {int(number(record.summary.get('steps')) or 0):,} steps")
+        pieces.append(_counted(record.summary["epochs"], "epoch"))
+    if number(record.summary.get("steps")) > 0:
+        pieces.append(_counted(record.summary["steps"], "step"))
     if number(record.summary.get("seconds")) > 0:
         pieces.append(duration(number(record.summary["seconds"])))
     if number(record.summary.get("images_per_second")) > 0:
         pieces.append(f"{number(record.summary['images_per_second']):,.0f} images/s")
     return text(" · ".join(pieces))
+
+
+def _counted(count: Any, what: str) -> str:
+    return f"{int(count):,} {what}{'s' if int(count) != 1 else ''}"
 
 
 def document(title: str, body: Html) -> str:

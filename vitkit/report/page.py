@@ -12,6 +12,7 @@ from vitkit.report.record import (
     duration,
     lower_is_better,
     number,
+    plain,
     pretty,
     shown,
     split_topk,
@@ -35,8 +36,8 @@ def page(record: Record, training: Sequence[Html], evaluation: Sequence[Html], p
                 element("p", facts(record), class_="facts")),  # fmt: skip
         *_banners(record),
         *_section("Results", _cards(record), _results(record)),
-        *_section("Training", element("div", *training, class_="figures") if training else None, _evaluations(record)),
-        *_section("What it learned", element("div", *evaluation, class_="figures") if evaluation else None, _problems(problems)),
+        *_section("Training", _figures(training)),
+        *_section("Evaluation", _figures(evaluation), _problems(problems), _evaluations(record)),
         *_section("Data", _data(record)),
         *_section("Arguments and settings", _arguments(record)),
         *_section("To repeat it", _repeat(record)),
@@ -49,14 +50,20 @@ def _section(title: str, *content: Html | None) -> list[Html]:
     return [element("section", element("h2", title), *filled)] if filled else []
 
 
+def _figures(figures: Sequence[Html]) -> Html | None:
+    return element("div", *figures, class_="figures") if figures else None
+
+
 def _banners(record: Record) -> list[Html]:
     banners = []
     data = record.part("dataset")
     if data.get("fallback_for"):
-        title = f"Not {data['fallback_for']}: this run used {data.get('name', 'another dataset')} instead"
-        notice = data.get("notice") or f"{data['fallback_for']} could neither be found nor downloaded."
-        banners.append(banner("warning", title, notice, " No number on this page is one of ",
-                              element("b", data["fallback_for"]), "."))  # fmt: skip
+        asked, used = data["fallback_for"], data.get("name", "another dataset")
+        notice = data.get("notice") or f"{asked} could neither be found nor downloaded."
+        banners.append(
+            banner("alarm", f"This is not {asked}: the run used {used} instead", notice,
+                   f"No result on this page is one of {asked}; the reference numbers, where there are any, are.")
+        )  # fmt: skip
     if record.summary.get("status") in STATUS:
         banners.append(banner(*STATUS[record.summary["status"]]))
     return banners
@@ -84,13 +91,16 @@ def _cards(record: Record) -> Html | None:
 def _card(record: Record, name: str, final: float) -> Html:
     chance, references = record.chance(name), list(record.references(name))
     error = standard_error(name, final, record.protocol(name).get("samples"))
-    lines = [element("p", f"chance {shown(chance)}")] if chance is not None else []
-    lines += [element("p", f"{label} {shown(line)} ", _difference(name, final - line)) for label, line in references]
+    lines = [element("p", f"chance {plain(chance)}")] if chance is not None else []
+    for label, line in references:
+        # A reference was measured on the data that the recipe is for.
+        comparable = not record.part("dataset").get("fallback_for")
+        lines.append(element("p", f"{label} {plain(line)} ", _difference(name, final - line) if comparable else ""))
     best = record.best(name)
     if best is not None and shown(best[0]) != shown(final):
         lines.append(element("p", f"best {shown(best[0])} at epoch {best[1]}"))
     meter = _meter(final, chance, [line for _, line in references]) if chance is not None else ""
-    spread = element("small", f"± {shown(error)}", title="one standard error of the mean") if error is not None else ""
+    spread = element("small", f"± {shown(error)}", title="one standard error") if error is not None else ""
     return element("li", element("div", pretty(name), class_="name"),
                    element("div", shown(final), " ", spread, class_="value"), meter, *lines)  # fmt: skip
 
@@ -118,13 +128,13 @@ def _results(record: Record) -> Html | None:
     for name, final in record.final.items():
         best, lines = record.best(name), dict(record.references(name))
         reached = f"{shown(best[0])} (epoch {best[1]})" if best else "–"
-        against = [shown(lines.get(label)) for label in labels]
-        rows.append([element("code", name), element("b", shown(final)), reached, shown(record.chance(name)), *against,
+        against = [plain(lines.get(label)) for label in labels]
+        rows.append([element("code", name), element("b", shown(final)), reached, plain(record.chance(name)), *against,
                      _protocol(record, name)])  # fmt: skip
-    rest = element("p", "Best values are picked by the very numbers they report, so they flatter; the last evaluation is "
-                   "the result.", class_="muted")  # fmt: skip
+    rest = element("p", "± is one standard error over the samples. Best values are picked by the very numbers they report, "
+                   "so they flatter: the last evaluation is the result.", class_="muted")  # fmt: skip
     head = ["metric", "last", "best", "chance", *labels, "how it was measured"]
-    return Html(table(head, rows, "Results and how each was measured") + rest)
+    return Html(table(head, rows, "Results and how each was measured", "told") + rest)
 
 
 def _protocol(record: Record, name: str) -> str:
@@ -156,7 +166,7 @@ def _evaluations(record: Record) -> Html | None:
 def _problems(problems: Sequence[str]) -> Html | None:
     if not problems:
         return None
-    return banner("error", "Some pictures could not be drawn", *(element("span", problem, " ") for problem in problems))
+    return banner("error", "Some pictures could not be drawn", *problems)
 
 
 def _data(record: Record) -> Html | None:

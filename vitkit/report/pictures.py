@@ -45,14 +45,14 @@ def confusion(name: str, picture: Confusion) -> Plot:
     shares = np.divide(counts, totals, out=np.zeros_like(counts), where=totals > 0)
     labels = class_labels(picture.classes, 18 if k <= COUNTS_UP_TO else 14)
     side = min(12.0, 2.6 + max(0.44 * k, 1.2)) if k <= COUNTS_UP_TO else 12.0
-    figure = Figure(figsize=(side, 0.93 * side), layout="constrained")
+    figure = Figure(figsize=(side, 0.88 * side), layout="constrained")
     axis = figure.add_subplot()
     # The square root of the share: one image in a hundred is seen beside the ninety-nine.
     image = axis.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
     every = -(-k // 100)
     size = 8.0 if k <= COUNTS_UP_TO else max(4.8, 9.0 - k / 24)
     ticks = range(0, k, every)
-    axis.set_xticks(ticks, [labels[tick] for tick in ticks], rotation=90 if k > 6 else 0, fontsize=size)
+    axis.set_xticks(ticks, [labels[tick] for tick in ticks], rotation=90 if k * max(map(len, labels)) > 60 else 0, fontsize=size)
     axis.set_yticks(ticks, [labels[tick] for tick in ticks], fontsize=size)
     axis.set(xlabel="predicted", ylabel="true")
     axis.grid(False)
@@ -83,8 +83,8 @@ def _mistaken(counts: np.ndarray, classes: Sequence[str], most: int = 5) -> str:
     pairs = [np.unravel_index(place, wrong.shape) for place in order if wrong.flat[place] > 0]
     if not pairs:
         return ""
-    told = (f"{classes[true]} for {classes[taken]} ({wrong[true, taken]:.0f})" for true, taken in pairs)
-    return f"Most often taken: {', '.join(told)}."
+    told = (f"“{classes[true]}” taken for “{classes[taken]}” ({wrong[true, taken]:.0f})" for true, taken in pairs)
+    return f"Most frequent mistakes: {', '.join(told)}."
 
 
 def embeddings(name: str, picture: Embeddings) -> Plot:
@@ -117,8 +117,9 @@ def embeddings(name: str, picture: Embeddings) -> Plot:
         told.append(names[label] if known else f"class {label}")
         if known:
             middle = at[np.argmin(((at - np.median(at, axis=0)) ** 2).sum(1))]
-            axis.annotate(names[label], middle, ha="center", va="center", color=INK, path_effects=HALO,
-                          fontsize=9.0 if len(present) <= COUNTS_UP_TO else 5.5, fontweight="bold")  # fmt: skip
+            few = len(present) <= COUNTS_UP_TO
+            axis.annotate(names[label], middle, (0, 0 if few else 8), textcoords="offset points", ha="center", va="center",
+                          color=INK, path_effects=HALO, fontsize=9.0 if few else 5.5, fontweight="bold")  # fmt: skip
     columns = -(-len(present) // 34) if len(present) > COUNTS_UP_TO else 1
     if handles:
         figure.legend(handles, told, loc="outside right upper", ncols=columns, labelspacing=0.35,

@@ -13,7 +13,8 @@ import numpy as np
 from vitkit.errors import UsageError
 from vitkit.rundir import read_summary
 
-NOT_PARTS = ("epoch", "step", "lr", "images_per_second", "seconds")
+PACE = ("lr", "images_per_second")
+NOT_PARTS = ("epoch", "step", "seconds", *PACE)
 NOT_METRICS = ("epoch", "step", "loss")
 BOUNDS = ("floor", "collapse")
 """The references that bound a statistic instead of standing beside a result."""
@@ -36,10 +37,11 @@ class Series:
 
 @dataclass(frozen=True)
 class Record:
-    """What a run directory holds: `losses` and `metrics` by column, and the summary."""
+    """What a run directory holds: `losses`, `pace` (learning rate, speed) and `metrics` by column, and the summary."""
 
     directory: Path
     losses: Mapping[str, Series]
+    pace: Mapping[str, Series]
     metrics: Mapping[str, Series]
     summary: Mapping[str, Any]
 
@@ -91,20 +93,22 @@ def read_record(directory: Path) -> Record:
 
     Raises `UsageError` where a table is there and cannot be read.
     """
+    losses, metrics = _read_table(directory / "losses.csv"), _read_table(directory / "metrics.csv")
     return Record(
         directory=directory,
-        losses=_read_table(directory / "losses.csv", NOT_PARTS),
-        metrics=_read_table(directory / "metrics.csv", NOT_METRICS),
+        losses={name: series for name, series in losses.items() if name not in NOT_PARTS},
+        pace={name: series for name, series in losses.items() if name in PACE},
+        metrics={name: series for name, series in metrics.items() if name not in NOT_METRICS},
         summary=read_summary(directory),
     )
 
 
-def _read_table(path: Path, leave_out: tuple[str, ...]) -> dict[str, Series]:
+def _read_table(path: Path) -> dict[str, Series]:
     try:
         with path.open(encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file)
             rows = list(reader)
-            columns = [name for name in reader.fieldnames or () if name and name not in leave_out]
+            columns = [name for name in reader.fieldnames or () if name]
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -160,6 +164,11 @@ def shown(value: float | None) -> str:
         return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e+")
     digits = 4 if size < 10 else 2 if size < 1000 else 0
     return f"{value:,.{digits}f}"
+
+
+def plain(value: float | None) -> str:
+    """A given number, such as a chance level, without digits that say nothing."""
+    return "–" if value is None else f"{value:.4g}"
 
 
 def duration(seconds: float) -> str:

@@ -50,13 +50,13 @@ def house_style() -> Iterator[None]:
         yield
 
 
-def panels(count: int, *, columns: int = 3, size: tuple[float, float] = (3.7, 2.9)) -> tuple[Figure, list[Axes]]:
-    """A figure with `count` axes over epochs in at most `columns` columns; `size` is each one's, in inches."""
-    columns = min(columns, count)
-    if count == 1:
-        size = (5.6, 3.4)
+def panels(count: int, *, height: float = 2.9, width: float = 11.1) -> tuple[Figure, list[Axes]]:
+    """A figure with `count` axes over epochs, as wide as the page where there are several; sizes in inches."""
+    columns = count if count in (1, 2, 4) else 3
     rows = math.ceil(count / columns)
-    figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
+    size = (5.6, 3.4) if count == 1 else (width, height * rows)
+    figure = Figure(figsize=size, layout="constrained")
+    figure.get_layout_engine().set(wspace=0.06, hspace=0.08, w_pad=0.08, h_pad=0.08)  # type: ignore[union-attr,call-arg]
     axes = [figure.add_subplot(rows, columns, place) for place in range(1, count + 1)]
     for axis in axes:
         axis.set_xlabel("epoch")

@@ -1,0 +1,98 @@
+"""The JEPA recipe from the command line to the saved model: on digits always, on MNIST where it is at hand."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import vitkit
+from vitkit import Run
+from vitkit.cli_run import run
+from vitkit.data import build
+from vitkit.recipe import Recipe
+
+COLUMNS = ["linear_top1", "knn_top1", "m1_top1", "m1_top3", "m2_top1", "m2_top3"]
+RECIPE = Path(__file__).parents[2] / "recipes" / "jepa_mnist.py"
+
+
+def train(directory, *flags):
+    """The summary of a run with these flags."""
+    with pytest.raises(SystemExit) as leaving:
+        run(RECIPE, [*flags, "--out", str(directory)])
+    assert leaving.value.code == 0
+    return json.loads((directory / "summary.json").read_text())
+
+
+def test_a_run_leaves_what_the_design_names(trained_run):
+    for name in ("metrics.csv", "losses.csv", "summary.json", "model.safetensors", "config.json", "report.html"):
+        assert (trained_run / name).stat().st_size > 100, name
+    assert (trained_run / "recipe.py").read_text() == RECIPE.read_text()
+    assert {path.stem for path in (trained_run / "plots").glob("*.png")} >= {"loss", "sigreg", "m1_confusion"}
+    with (trained_run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["3", "6"]
+    assert list(rows[0])[:3] == ["epoch", "step", "loss"]
+    assert set(COLUMNS) <= set(rows[0])
+    summary = json.loads((trained_run / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert summary["dataset"]["name"] == "digits"
+    assert summary["dataset"]["fallback_for"] is None
+    assert {name: protocol["chance"] for name, protocol in summary["protocols"].items()} == {
+        "linear_top1": 0.1, "knn_top1": 0.1, "m1_top1": 0.1, "m1_top3": 0.3, "m2_top1": 0.1, "m2_top3": 0.3,
+    }  # fmt: skip
+
+
+def test_the_saved_model_gives_the_accuracy_that_was_reported(trained_run):
+    model = vitkit.load(trained_run)
+    data = build("digits").test
+    images, labels = model.preprocess(data.images), data.labels
+    with torch.inference_mode():
+        image = model.projector(model.encode_image(images))
+        label = model.projector(model.backbone.encode_label(torch.arange(10)))
+    nearest = torch.cosine_similarity(image[:, None], label[None], dim=-1).argmax(1)
+    reported = json.loads((trained_run / "summary.json").read_text())["final"]["m2_top1"]
+    assert float((nearest == labels).float().mean()) == pytest.approx(reported, abs=0.01)
+
+
+def test_the_same_main_runs_without_the_command_line(tmp_path):
+    notebook = Run(tmp_path / "run", device="cpu", seed=3)
+    Recipe(RECIPE).main(notebook, dataset="digits", epochs=1)
+    notebook.finish()
+    assert vitkit.load(tmp_path / "run").classes == [str(digit) for digit in range(10)]
+
+
+def test_a_dataset_that_cannot_be_had_is_replaced_only_when_none_was_named(tmp_path, monkeypatch, capfd):
+    from vitkit.errors import DatasetError
+
+    monkeypatch.setenv("VITKIT_DATA", str(tmp_path / "empty"))
+    monkeypatch.setattr("socket.socket.connect", _refused)
+    summary = train(tmp_path / "run", "--epochs", "1")
+    assert summary["dataset"]["name"] == "digits"
+    assert summary["dataset"]["fallback_for"] == "mnist"
+    assert "WARNING" in capfd.readouterr().err
+    assert "NOT mnist" in (tmp_path / "run" / "report.html").read_text()
+    with pytest.raises(DatasetError, match="dataset 'mnist' is not in the store"):
+        run(RECIPE, ["--dataset", "mnist", "--out", str(tmp_path / "other")])
+
+
+def _refused(*_):
+    raise ConnectionRefusedError("no network in this test")
+
+
+@pytest.mark.slow
+def test_without_labels_retrieval_is_left_to_chance(tmp_path):
+    summary = train(tmp_path / "run", "--dataset", "digits", "--epochs", "10", "--eval-every", "10", "--no-multimodal")
+    assert summary["final"]["linear_top1"] > 0.5
+    for name in ("m1_top1", "m2_top1"):
+        assert 0.05 <= summary["final"][name] <= 0.15
+
+
+@pytest.mark.slow
+def test_it_learns_from_real_mnist(tmp_path, real_data):
+    flags = ("--dataset", "mnist", "--train-size", "20000", "--epochs", "2", "--eval-every", "2")
+    summary = train(tmp_path / "run", *flags)
+    assert summary["dataset"]["train"] == 60_000
+    assert summary["final"]["linear_top1"] > 0.75
+    assert summary["final"]["m2_top1"] > 0.3

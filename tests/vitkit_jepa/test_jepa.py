@@ -1,0 +1,147 @@
+"""The JEPA model: its views, hidden labels, what each objective trains."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from vitkit_jepa import JEPA
+
+from vitkit import backbones, heads, losses
+from vitkit.errors import UsageError
+
+
+def jepa(objective: Any = "joint", **kwargs: Any) -> JEPA:
+    torch.manual_seed(0)
+    backbone = backbones.build(
+        "multimodal_vit", num_classes=3, img_size=8, patch_size=4, embed_dim=16, depth=1, num_heads=2
+    )
+    torch.nn.init.normal_(backbone.label_embed.weight)
+    projector = heads.build("mlp", in_dim=16, out_dim=8)
+    return JEPA(backbone, projector, losses.build("lejepa", directions=16), objective=objective, **kwargs)
+
+
+def batch(labels: list[int], views: int = 2) -> dict[str, Tensor]:
+    images = torch.randn(len(labels), views, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    return {"images": images, "labels": torch.tensor(labels)}
+
+
+def run(model: JEPA, data: dict[str, Tensor]) -> dict[str, Tensor]:
+    torch.manual_seed(7)
+    return model(data)
+
+
+@pytest.mark.parametrize("objective", ["joint", "seed", "images"])
+@pytest.mark.parametrize("labels", [[0, 1, 2, 2], [0, -1, -1, 2], [-1, -1, -1, -1]])
+def test_every_trainable_parameter_takes_part_whatever_labels_are_shown(
+    objective: str, labels: list[int]
+) -> None:
+    model = jepa(objective)
+    parts = run(model, batch(labels))
+    parts["loss"].backward()
+    assert set(parts) == {"loss", "invariance", "sigreg"}
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@pytest.mark.parametrize("objective", ["joint", "seed"])
+def test_labels_matter_and_hidden_ones_do_not(objective: str) -> None:
+    model = jepa(objective)
+    assert run(model, batch([0, 1, 2]))["loss"] != run(model, batch([0, 1, 1]))["loss"]
+    hidden = run(model, batch([0, 1, -1]))["loss"]
+    assert hidden != run(model, batch([0, 1, 2]))["loss"]
+    assert hidden == run(model, batch([0, 1, -1]))["loss"]
+
+
+def test_with_all_labels_hidden_the_joint_objective_is_that_of_images() -> None:
+    data, labelled = batch([-1, -1, -1, -1]), batch([0, 1, 2, 0])
+    model = jepa("joint", keep=1.0)
+    joint = run(model, data)
+    images = run(jepa("images"), labelled)
+    for part in joint:
+        torch.testing.assert_close(joint[part], images[part])
+
+
+def test_images_objective_ignores_labels_and_leaves_their_embedding_alone() -> None:
+    model = jepa("images")
+    assert run(model, batch([0, 1, 2]))["loss"] == run(model, batch([2, 2, -1]))["loss"]
+    before = model.backbone.label_embed.weight.clone()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    run(model, batch([0, 1, 2]))["loss"].backward()
+    optimizer.step()
+    assert torch.equal(model.backbone.label_embed.weight, before)
+
+
+def test_seed_objective_is_the_loss_of_labelled_views_alone() -> None:
+    model, data = jepa("seed"), batch([0, 1, 2])
+    z = torch.stack(
+        [
+            model.projector(model.backbone.encode_multimodal(v, data["labels"]))
+            for v in data["images"].unbind(1)
+        ]
+    )
+    torch.manual_seed(7)
+    expected = model.loss(z)
+    torch.testing.assert_close(run(model, data), expected)
+
+
+def test_joint_objective_is_the_loss_of_images_fused_and_label() -> None:
+    model, data = jepa("joint", keep=1.0), batch([0, 1, 2])
+    first, last = data["images"].unbind(1)
+    backbone, labels = model.backbone, data["labels"]
+    features = [
+        backbone.encode_image(first), backbone.encode_image(last),
+        backbone.encode_multimodal(last, labels), backbone.encode_label(labels),
+    ]  # fmt: skip
+    torch.manual_seed(7)
+    expected = model.loss(torch.stack([model.projector(f) for f in features]), regularised=3)
+    torch.testing.assert_close(run(model, data), expected)
+
+
+def test_fewer_patches_enter_with_the_label() -> None:
+    model, seen = jepa("joint", keep=0.5), []
+    model.backbone.vit.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    run(model, batch([0, 1, 2]))
+    assert seen == [4, 3, 1]  # all four patches; two of them and the label; the label
+
+
+def test_a_single_view_needs_no_axis_of_its_own() -> None:
+    data = batch([0, 1, 2], views=1)
+    squeezed = {"images": data["images"][:, 0], "labels": data["labels"]}
+    assert run(jepa(), data)["loss"] == run(jepa(), squeezed)["loss"]
+
+
+def test_training_brings_image_and_label_together() -> None:
+    torch.manual_seed(0)
+    model, labels = jepa(), torch.arange(3).repeat(16)
+    prototypes = torch.randn(3, 1, 8, 8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(120):
+        images = prototypes[labels][:, None] + 0.3 * torch.randn(48, 2, 1, 8, 8)
+        optimizer.zero_grad()
+        model({"images": images, "labels": labels})["loss"].backward()
+        optimizer.step()
+    images, labels = prototypes.repeat(2, 1, 1, 1), torch.arange(3).repeat(2)
+    z, own = (
+        model.projector(model.backbone.encode_image(images)),
+        model.projector(model.backbone.encode_label(torch.arange(3))),
+    )
+    assert (torch.cdist(z, own).argmin(1) == labels).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: jepa("joined"), "objective is 'joined', expected 'joint', 'seed', 'images'"),
+        (lambda: jepa(keep=0.0), r"keep is 0.0, expected a share of the patches in \(0, 1\]"),
+        (lambda: jepa(fused=0), "fused is 0, expected at least 1 view"),
+        (
+            lambda: jepa()({"images": torch.zeros(2, 8, 8), "labels": torch.zeros(2)}),
+            r"images are \(2, 8, 8\) and labels \(2,\)",
+        ),
+        (lambda: jepa()(batch([0, 3])), "label 3 is none of this model's 3 classes"),
+        (lambda: jepa("seed")(batch([0, 3])), "label 3 is none of this model's 3 classes"),
+    ],
+)
+def test_wrong_arguments_say_what_was_expected(make: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        make()
