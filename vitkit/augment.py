@@ -238,9 +238,10 @@ class RandomErasing:
         sides = _sides(images, generator, self.scale, self.ratio)
         for dim, side in ((3, sides[0]), (2, sides[1])):
             length = images.shape[dim]
+            side = side.clamp(min=1 / length)[:, None]  # one pixel's centre lies inside
+            start = uniform(images, generator, 0, 1)[:, None] * (1 - side)
             centres = (torch.arange(length, device=images.device) + 0.5) / length
-            start = (uniform(images, generator, 0, 1) * (1 - side))[:, None]
-            within = (centres >= start) & (centres < start + side[:, None])  # (n length)
+            within = (centres >= start) & (centres < start + side)  # (n length)
             inside = inside & within[:, None, None, :].transpose(dim, 3)
         return images.masked_fill(inside, 0.0)
 
@@ -253,7 +254,7 @@ class Noise:
 
     def __call__(self, images: Tensor, generator: Generator) -> Tensor:
         strength = uniform(images, generator, 0, self.std).view(-1, 1, 1, 1)
-        noise = torch.empty_like(images).normal_(generator=generator)
+        noise = torch.empty(images.shape, device=images.device).normal_(generator=generator)
         return noise.mul_(strength).add_(images).clamp_(0, 1)
 
 

@@ -1,124 +1,68 @@
-"""`vitkit compare`: runs side by side."""
+"""`vitkit compare`: runs side by side, on the terminal and as a page."""
 
-from collections.abc import Mapping, Sequence
+import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from vitkit.errors import UsageError
-from vitkit.files import write_text
-from vitkit.rundir import read_summary
+
+if TYPE_CHECKING:
+    from vitkit.report.compare import Comparison, Row
+
+PIPE_WIDTH = 240
+"""Columns where the output is no terminal: wide enough to keep a row on one line."""
 
 
-def compare(runs: Sequence[Path], page: Path) -> None:
-    """Print what differs between runs and how they ended, and write a page with their curves in one picture.
+def compare(runs: list[Path], out: Path) -> None:
+    """Print what differs between runs and what came out; write the page `out` and, beside it, a PNG of all curves.
 
-    Raises `UsageError` for fewer than two runs and for a directory that holds none.
+    Raises `UsageError` for fewer than two runs, one given twice, a directory that holds none, or an `out` that is no
+    `.html` file; `RunError` where the page cannot be written.
     """
-    if len(runs) < 2:
-        raise UsageError("compare needs at least two run directories")
-    summaries = {}
-    for path, label in zip(runs, _labels(runs), strict=True):
-        summary = read_summary(path)
-        if not summary:
-            raise UsageError(f"{path} holds no run: there is no readable summary.json in it")
-        summaries[label] = summary
-    differing = _differences(summaries)
-    results = _results(summaries)
+    if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
+        raise UsageError(f"--out {out}: expected the name of a page, such as compare.html")
+    from vitkit.report.compare import read_runs, write_comparison  # matplotlib
+
+    comparison = read_runs(runs)
     console = Console(highlight=False)
-    _print(console, "what differs", differing, summaries)
-    _print(console, "results (last evaluation)", results, summaries, best=True)
-    _write_page(page, dict(zip(summaries, runs, strict=True)), summaries, differing, results)
-    console.print(f"curves: {page}", markup=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=PIPE_WIDTH)
+    console.print(_table(comparison))
+    for warning in comparison.warnings:
+        console.print(Text(f"note: {warning}", style="yellow"), soft_wrap=True)
+    sheet = write_comparison(comparison, out)
+    console.print(Text(f"page: {out}" + (f", curves: {sheet}" if comparison.columns else "")), soft_wrap=True)
 
 
-def _labels(runs: Sequence[Path]) -> list[str]:
-    """The shortest endings of the paths that tell them apart."""
-    parts = [path.resolve().parts for path in runs]
-    for depth in range(1, max(map(len, parts)) + 1):
-        labels = ["/".join(p[-depth:]) for p in parts]
-        if len(set(labels)) == len(labels):
-            return labels
-    raise UsageError("the same run is named twice")
+def _table(comparison: "Comparison") -> Table:
+    table = Table(caption="bold: the best of a row; in brackets: the difference from the first run", caption_justify="left")
+    table.add_column()
+    for name in comparison.names:
+        table.add_column(Text(name), justify="right", overflow="fold")
+    table.add_row("status", *(Text(str(record.summary.get("status", "unknown"))) for record in comparison.records))
+    for group, rows in comparison.differences.items():
+        table.add_section()
+        table.add_row(Text(group, style="dim"))
+        for name, values in rows.items():
+            table.add_row(Text(name), *map(Text, values))
+    table.add_section()
+    table.add_row(Text("results", style="dim"))
+    for row in comparison.results:
+        table.add_row(Text(row.name), *(_cell(row, place) for place in range(len(comparison.names))))
+    return table
 
 
-def _differences(summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Arguments and settings that are not the same in all runs, a value a run."""
-    rows: dict[str, list[str]] = {}
-    flat = [_flat(summary) for summary in summaries.values()]
-    for name in dict.fromkeys(name for values in flat for name in values):
-        cells = [str(values.get(name, "–")) for values in flat]
-        if len(set(cells)) > 1:
-            rows[name] = cells
-    return rows
+def _cell(row: "Row", place: int) -> Text:
+    value, against = row.cell(place)
+    cell = Text(value, style="bold" if row.best[place] else "")
+    if against:
+        gain = row.gains[place]
+        cell.append(f" {against}", "not bold " + ("dim" if math.isnan(gain) else "green" if gain > 0 else "red"))
+    return cell
 
 
-def _flat(summary: Mapping[str, Any]) -> dict[str, Any]:
-    values = {"recipe": summary.get("recipe"), "dataset": (summary.get("dataset") or {}).get("name")}
-    values |= summary.get("arguments") or {}
-    values |= summary.get("settings") or {}
-    values |= {f"version of {name}": version for name, version in (summary.get("versions") or {}).items()}
-    return {**values, "parameters": summary.get("parameters"), "status": summary.get("status")}
-
-
-def _results(summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, list[float | None]]:
-    finals = [{**(s.get("final") or {}), "seconds": s.get("seconds")} for s in summaries.values()]
-    finals = [{**f, "images_per_second": s.get("images_per_second")} for f, s in zip(finals, summaries.values(), strict=True)]
-    return {name: [final.get(name) for final in finals] for name in dict.fromkeys(n for final in finals for n in final)}
-
-
-def _print(
-    console: Console, title: str, rows: Mapping[str, Sequence[Any]], labels: Mapping[str, Any], *, best: bool = False
-) -> None:
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    for label in labels:
-        table.add_column(Text(label), overflow="fold")
-    for name, cells in rows.items():
-        table.add_row(Text(name), *_marked(name, cells) if best else [Text(cell) for cell in cells])
-    console.print(table if rows else f"{title}: nothing")
-
-
-def _marked(name: str, cells: Sequence[float | None]) -> list[Text]:
-    """Values with the best one bold, and after the first run the difference from it."""
-    numbers = [cell for cell in cells if cell is not None]
-    smaller = name.endswith(("loss", "mse", "seconds"))
-    winner = (min(numbers) if smaller else max(numbers)) if numbers else None
-    first, texts = cells[0], []
-    for index, cell in enumerate(cells):
-        if cell is None:
-            texts.append(Text("–"))
-            continue
-        text = Text(f"{cell:.4f}", style="bold" if cell == winner else "")
-        if index and first is not None:
-            text.append(f" ({cell - first:+.4f})", style="dim")
-        texts.append(text)
-    return texts
-
-
-def _write_page(
-    page: Path,
-    paths: Mapping[str, Path],
-    summaries: Mapping[str, Mapping[str, Any]],
-    differing: Mapping[str, Sequence[str]],
-    results: Mapping[str, Sequence[float | None]],
-) -> None:
-    from vitkit.plots import metric_panels
-    from vitkit.report import document, image, png, read_rows, shown, table
-
-    metrics = {label: read_rows(path / "metrics.csv") for label, path in paths.items()}
-    names = [name for name in dict.fromkeys(n for rows in metrics.values() for row in rows for n in row)]
-    names = [name for name in names if name not in ("epoch", "step")]
-    references = {label: lines for summary in summaries.values() for label, lines in (summary.get("references") or {}).items()}
-    protocols = {name: value for summary in summaries.values() for name, value in (summary.get("protocols") or {}).items()}
-    body = [f"<h1>{len(paths)} runs</h1>"]
-    if names:
-        body.append(image("curves", png(metric_panels(metrics, names, references, protocols)), broad=True))
-    head = ["", *paths]
-    rows = [[name, *(shown(cell) for cell in cells)] for name, cells in results.items()]
-    body.append(f"<h2>Results</h2>{table(head, rows, 'after the last evaluation')}")
-    body.append(f"<h2>What differs</h2>{table(head, [[name, *cells] for name, cells in differing.items()])}")
-    write_text(page, document("runs compared", "\n".join(body)))
+__all__ = ["compare"]

@@ -60,7 +60,7 @@ def test_the_same_numbers_give_the_same_batches_and_others_give_others():
     assert same(first, list(batches.epoch(4, seed=1)))
     torch.manual_seed(99)  # the global random state plays no part
     assert same(first, list(batches.epoch(4, seed=1)))
-    for other in (batches.epoch(4, seed=2), batches.epoch(5, seed=1), batches.epoch(4, seed=1, rank=0, world=2)):
+    for other in (batches.epoch(4, seed=2), batches.epoch(5, seed=1), batches.epoch(4, seed=1, rank=1, world=2)):
         assert not torch.equal(first[0]["images"][:4], next(other)["images"][:4])
 
 
@@ -152,7 +152,7 @@ def test_padding_surrounds_with_black_and_resizing_is_antialiased():
     images = torch.randint(0, 256, (2, 1, 28, 28), dtype=torch.uint8)
     padded = Preparation((1, 32, 32), (0.0,), (1.0,), "pad").pixels(images)
     assert torch.equal(padded[:, :, 2:30, 2:30], images / 255)
-    assert padded.sum() == padded[:, :, 2:30, 2:30].sum()
+    assert padded.count_nonzero() == images.count_nonzero()
     for fit, size in (("resize", 32), ("resize", 14), ("pad", 20)):  # padding cannot make an image smaller
         found = Preparation((1, size, size), (0.0,), (1.0,), fit).pixels(images)
         expected = v2.functional.resize(images / 255, [size, size], antialias=True)

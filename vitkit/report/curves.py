@@ -16,12 +16,11 @@ WIDE_RANGE = 10.0
 """From this ratio of the largest to the smallest value on, an axis is logarithmic."""
 
 
-def draw(axes: Axes, series: Series, *, color: str, style: str = "-", width: float = 1.8) -> Line2D:
+def draw(axes: Axes, series: Series, *, color: str, linestyle: str = "-") -> Line2D:
     """One column over epochs; with markers where a line alone would hide points."""
     lonely = len(series.values) <= 25 or not np.isfinite(series.values).all()
-    (line,) = axes.plot(
-        series.epochs, series.values, color=color, linestyle=style, linewidth=width, marker="o" if lonely else None
-    )
+    marker = "o" if lonely else None
+    (line,) = axes.plot(series.epochs, series.values, color=color, linestyle=linestyle, marker=marker)
     return line
 
 

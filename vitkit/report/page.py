@@ -9,6 +9,7 @@ from vitkit.report.html import Html, banner, document, element, facts, join, pai
 from vitkit.report.record import (
     Record,
     Series,
+    difference,
     duration,
     lower_is_better,
     number,
@@ -95,7 +96,7 @@ def _card(record: Record, name: str, final: float) -> Html:
     for label, line in references:
         # A reference was measured on the data that the recipe is for.
         comparable = not record.part("dataset").get("fallback_for")
-        lines.append(element("p", f"{label} {plain(line)} ", _difference(name, final - line) if comparable else ""))
+        lines.append(element("p", f"{label} {plain(line)} ", _difference(name, final, line) if comparable else ""))
     best = record.best(name)
     if best is not None and shown(best[0]) != shown(final):
         lines.append(element("p", f"best {shown(best[0])} at epoch {best[1]}"))
@@ -114,10 +115,10 @@ def _meter(final: float, chance: float, references: Sequence[float]) -> Html | s
     return element("div", element("i", style=f"width:{final:.2%}"), *ticks, class_="meter", aria_hidden="true")
 
 
-def _difference(name: str, difference: float) -> Html:
-    better = difference < 0 if lower_is_better(name) else difference > 0
-    kind = None if shown(abs(difference)) == shown(0.0) else "better" if better else "worse"
-    return element("span", f"({'+' if difference >= 0 else '−'}{shown(abs(difference))})", class_=kind)
+def _difference(name: str, final: float, line: float) -> Html:
+    told = difference(final, line)
+    better = final < line if lower_is_better(name) else final > line
+    return element("span", f"({told})", class_="better" if better else "worse" if final != line else None)
 
 
 def _results(record: Record) -> Html | None:

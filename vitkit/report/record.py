@@ -162,13 +162,27 @@ def shown(value: float | None) -> str:
     size = abs(value)
     if size and (size < 1e-3 or size >= 1e6):
         return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e+")
-    digits = 4 if size < 10 else 2 if size < 1000 else 0
-    return f"{value:,.{digits}f}"
+    return f"{value:,.{_digits(size)}f}"
+
+
+def difference(value: float, first: float) -> str:
+    """`value − first` with its sign, and with as many digits as the two are shown with."""
+    size = max(abs(value), abs(first))
+    if not math.isfinite(value - first):
+        return ""
+    told = shown(abs(value - first)) if size < 1e-3 or size >= 1e6 else f"{abs(value - first):,.{_digits(size)}f}"
+    return f"{'+' if value >= first else '−'}{told}"
+
+
+def _digits(size: float) -> int:
+    return 4 if size < 10 else 2 if size < 1000 else 0
 
 
 def plain(value: float | None) -> str:
     """A given number, such as a chance level, without digits that say nothing."""
-    return "–" if value is None else f"{value:.4g}"
+    if value is None:
+        return "–"
+    return f"{value:.3g}" if abs(value) < 1e-3 else f"{round(value, 4):g}"
 
 
 def duration(seconds: float) -> str:
