@@ -11,21 +11,22 @@ from rich.text import Text
 from vitkit.errors import UsageError
 
 if TYPE_CHECKING:
-    from vitkit.report.compare import Comparison, Row
+    from vitkit.report.comparison import Comparison, Row
 
 PIPE_WIDTH = 240
 """Columns where the output is no terminal: wide enough to keep a row on one line."""
 
 
 def compare(runs: list[Path], out: Path) -> None:
-    """Print what differs between runs and what came out; write the page `out` and, beside it, a PNG of all curves.
+    """Print what differs between runs and what came out; write the page `out` and beside it a PNG of curves.
 
-    Raises `UsageError` for fewer than two runs, one given twice, a directory that holds none, or an `out` that is no
-    `.html` file; `RunError` where the page cannot be written.
+    Raises `UsageError` for fewer than two runs, for one given twice, for a directory that holds none and for
+    an `out` that is no `.html` file; `RunError` where the page cannot be written.
     """
     if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
         raise UsageError(f"--out {out}: expected the name of a page, such as compare.html")
-    from vitkit.report.compare import read_runs, write_comparison  # matplotlib
+    from vitkit.report.compare import write_comparison  # matplotlib
+    from vitkit.report.comparison import read_runs
 
     comparison = read_runs(runs)
     console = Console(highlight=False)
@@ -39,7 +40,10 @@ def compare(runs: list[Path], out: Path) -> None:
 
 
 def _table(comparison: "Comparison") -> Table:
-    table = Table(caption="bold: the best of a row; in brackets: the difference from the first run", caption_justify="left")
+    table = Table(
+        caption="bold: the best of a row; in brackets: the difference from the first run",
+        caption_justify="left",
+    )
     table.add_column()
     for name in comparison.names:
         table.add_column(Text(name), justify="right", overflow="fold")

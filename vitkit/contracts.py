@@ -153,6 +153,17 @@ class Scores(dict[str, float]):
 
 
 __all__ = [
-    "Attention", "Backbone", "Batches", "Confusion", "Dataset", "Embeddings", "Evaluator", "Head", "Loss",
-    "Picture", "Measurement", "Scores", "Split",
+    "Attention",
+    "Backbone",
+    "Batches",
+    "Confusion",
+    "Dataset",
+    "Embeddings",
+    "Evaluator",
+    "Head",
+    "Loss",
+    "Measurement",
+    "Picture",
+    "Scores",
+    "Split",
 ]

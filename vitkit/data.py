@@ -147,8 +147,12 @@ def _downloaded(
 
 
 def _moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel of pixels in [0, 1], over about 30 million of them, evenly spread."""
-    some = images[:: images.numel() // 30_000_000 + 1]
+    """Mean and standard deviation per channel of pixels in [0, 1], over about 30 million values at most."""
+    some, count = images, 30_000_000 // images[0].numel() + 1
+    if count < len(images):
+        # Drawn, for every k-th need not be like the others: MNIST's writers alternate.
+        drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
+        some = images.index_select(0, drawn.sort().values)
     values = torch.arange(256, dtype=torch.float64) / 255
     mean, std = [], []
     for channel in some.unbind(1):

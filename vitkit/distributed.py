@@ -30,12 +30,12 @@ def world_size() -> int:
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
-    """Σ_r x_r over ranks, the same on each of them; any shape, equal on all. Backward: the sum of their gradients."""
+    """Σ_r x_r over ranks, the same on each; any shape, equal on all. Backward: the sum of their gradients."""
     return x if world_size() == 1 else _Sum.apply(x)
 
 
 def all_reduce_mean(x: Tensor) -> Tensor:
-    """(1/W) Σ_r x_r over W ranks; of parts of different sizes it is not the whole batch's mean (see the module)."""
+    """(1/W) Σ_r x_r over W ranks; of parts of different sizes not the whole batch's mean (see the module)."""
     return all_reduce_sum(x) / world_size()
 
 

@@ -23,8 +23,8 @@ _WAYS_OUT = {
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path`; when the block ends well it takes the place of `path` in one step.
 
-    When the block raises, `path` is as it was and nothing is left behind. Raises `RunError` where the file cannot be
-    written, with what to do.
+    When the block raises, `path` is as it was and nothing is left behind. Raises `RunError` where the file
+    cannot be written, with what to do.
     """
     path = Path(path)
     temporary: Path | None = None
@@ -81,7 +81,7 @@ def _umask() -> int:
 
 
 def _sync_directory(directory: Path) -> None:
-    """Make the new name itself last through a power failure, where directories can be opened (not on Windows)."""
+    """Make the new name last through a power failure, where directories can be opened (not on Windows)."""
     try:
         descriptor = os.open(directory, os.O_RDONLY)
     except OSError:

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from vitkit.compiling import compile_for
 from vitkit.contracts import Batches, Scores
 from vitkit.errors import RunError, UsageError
 from vitkit.rundir import BEST, LAST
@@ -95,6 +96,10 @@ class Fit:
         self.batches: Batches = batches if hasattr(batches, "epoch") else _Loader(batches)
         if len(self.batches) == 0:
             raise UsageError("an epoch has no batches: the batch size is larger than the training set, or it is empty")
+        steps = epochs * -(-len(self.batches) // run.grad_accum)
+        said = compile_for(model, run.compile, device=run.device.type, steps=steps)
+        if said:
+            run.say(said)
         self.module = model
         self.model, self.optimizer = run.accelerator.prepare(model, optimizer)
         self.schedule = schedule

@@ -91,9 +91,7 @@ def pictures_of(root: Path, test_fraction: float) -> tuple[list[Picture], list[s
             if test:
                 found += [Picture("test" if base == test else "train", folder.name, path) for path in paths]
                 continue
-            count = round(len(paths) * test_fraction)
-            if test_fraction > 0 and len(paths) > 1:
-                count = min(max(count, 1), len(paths) - 1)
+            count = min(max(round(len(paths) * test_fraction), int(test_fraction > 0)), len(paths) - 1)
             paths.sort(key=lambda path: hashlib.sha256(path.name.encode()).digest())
             found += [Picture("test" if i < count else "train", folder.name, path) for i, path in enumerate(paths)]
     classes = sorted({picture.label for picture in found})

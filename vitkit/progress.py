@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.table import Column
 
 PLAIN_SECONDS = 30.0
 """How often a line is printed where there is no terminal."""
@@ -17,41 +18,71 @@ class Progress:
 
     def __init__(self, epochs: int, steps: int, console: Console) -> None:
         self.epochs, self.steps, self.console = epochs, steps, console
-        self._printed = time.monotonic()
+        self._printed = self._began = time.monotonic()
+        self._first: int | None = None
         self._bar: Bar | None = None
         if console.is_terminal:
+            # On a narrow terminal the parts are cut off first; what tells how long it takes stays.
+            rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")
             self._bar = Bar(
-                TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[parts]}"),
-                TimeRemainingColumn(elapsed_when_finished=True), console=console, transient=True,
+                TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
+                BarColumn(bar_width=max(6, console.width // 12)),
+                TextColumn("{task.percentage:>3.0f}%", table_column=Column(no_wrap=True)),
+                TimeRemainingColumn(elapsed_when_finished=True, table_column=Column(no_wrap=True)),
+                TextColumn("{task.fields[rate]}", markup=False, table_column=Column(no_wrap=True)),
+                TextColumn("{task.fields[parts]}", markup=False, table_column=rest),
+                console=console, transient=True, expand=True, speed_estimate_period=120.0,
             )  # fmt: skip
-            self._task = self._bar.add_task("training", total=epochs * steps, parts="")
+            self._task = self._bar.add_task("training", total=epochs * steps, parts="", rate="")
 
-    def __enter__(self) -> "Progress":
+    def start(self) -> None:
+        """Begin to draw."""
+        self._printed = self._began = time.monotonic()
         if self._bar is not None:
             self._bar.start()
-        return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def stop(self) -> None:
+        """Take the bar away; what was printed above it stays."""
         if self._bar is not None:
             self._bar.stop()
 
+    def __enter__(self) -> "Progress":
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
     def step(self, epoch: int, batch: int, parts: Mapping[str, float], images_per_second: float) -> None:
-        """Show the mean losses so far of an epoch, after its `batch`-th batch."""
+        """Show the mean losses so far of an epoch, after its `batch`-th batch; both count from 1."""
         shown = " ".join(f"{name} {value:.4f}" for name, value in parts.items())
+        rate = f"{images_per_second:,.0f} images/s"
         done = (epoch - 1) * self.steps + batch
+        if self._first is None:
+            self._first, self._began = done, time.monotonic()
         if self._bar is not None:
             self._bar.update(
-                self._task, completed=done, description=f"epoch {epoch}/{self.epochs}",
-                parts=f"{shown} · {images_per_second:.0f} images/s",
-            )  # fmt: skip
-        elif time.monotonic() - self._printed > PLAIN_SECONDS:
+                self._task, completed=done, description=f"epoch {epoch}/{self.epochs}", parts=shown, rate=rate
+            )
+        elif time.monotonic() - self._printed >= PLAIN_SECONDS:
             self._printed = time.monotonic()
-            share = done / max(self.epochs * self.steps, 1)
             self.line(
-                f"epoch {epoch}/{self.epochs} | batch {batch}/{self.steps} | {shown} | {images_per_second:.0f} images/s "
-                f"| {share:.0%} done"
+                f"epoch {epoch}/{self.epochs} | batch {batch}/{self.steps} | {shown} | {rate} | {self._left(done)}"
             )
 
     def line(self, text: str) -> None:
-        """One line above the bar."""
-        (self._bar.console if self._bar is not None else self.console).print(text, markup=False)
+        """One line above the bar, whole however long it is."""
+        (self._bar.console if self._bar is not None else self.console).print(text, markup=False, soft_wrap=True)
+
+    def _left(self, done: int) -> str:
+        """The share that is done and how long the rest takes, at the pace of this sitting."""
+        total = max(self.epochs * self.steps, 1)
+        share = f"{done / total:.0%} done"
+        taken = done - (self._first if self._first is not None else done)
+        if taken <= 0:
+            return share
+        seconds = round((time.monotonic() - self._began) / taken * (total - done))
+        hours, minutes = seconds // 3600, seconds // 60 % 60
+        return f"{share} | " + (f"{hours} h {minutes} min left" if hours else f"{minutes} min {seconds % 60} s left")

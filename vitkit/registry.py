@@ -259,7 +259,7 @@ def check_arguments(what: str, factory: Callable[..., Any], kwargs: dict[str, An
 
 
 def _hints(factory: Callable[..., Any]) -> dict[str, Any]:
-    target = factory.__init__ if inspect.isclass(factory) else factory  # type: ignore[misc]
+    target = factory.__init__ if inspect.isclass(factory) else factory
     try:
         return get_type_hints(target)
     except Exception:  # a hint that only a type checker can resolve checks nothing here

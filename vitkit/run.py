@@ -6,7 +6,6 @@ import io
 import os
 import platform
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -23,14 +22,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from vitkit import checkpoint, data
 from vitkit.accelerator import make_accelerator, resolve_device, resolve_precision
 from vitkit.contracts import Picture, Scores
-from vitkit.errors import RunError, UsageError
+from vitkit.errors import UsageError, VitkitError
 from vitkit.files import write_json, write_text
 from vitkit.fit import Epoch, Fit
 from vitkit.preview import preview
 from vitkit.progress import Progress
 from vitkit.recipe import plain
 from vitkit.registry import version_of
-from vitkit.rundir import claim, read_summary
+from vitkit.rundir import claim
 
 
 class DryRun(Exception):
@@ -193,8 +192,12 @@ class Run:
             self._progress.line(text)
         else:
             self.console.print(text, markup=False)
-        if not self.dry_run:
-            with (self.directory / "log.txt").open("a", encoding="utf-8") as log:
+        self.note(text)
+
+    def note(self, text: str) -> None:
+        """One line to `log.txt` alone."""
+        if self.is_main and not self.dry_run:
+            with contextlib.suppress(OSError), (self.directory / "log.txt").open("a", encoding="utf-8") as log:
                 log.write(f"{time.strftime('%H:%M:%S')} {text}\n")
 
     def finish(self, status: Literal["finished", "interrupted", "failed"] = "finished") -> None:
@@ -314,7 +317,7 @@ class Run:
             "epochs": self._losses[-1]["epoch"] if self._losses else 0,
             "steps": fit.get("step", 0),
             "seconds": round(self.seconds, 2),
-            "images_per_second": round(fit.get("images", 0) / max(fit.get("train_seconds", 0.0), 1e-9), 1) if fit else 0.0,
+            "images_per_second": self._losses[-1]["images_per_second"] if self._losses else 0.0,
             "versions": _versions(),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             "started": self._started,
@@ -358,26 +361,21 @@ def _versions() -> dict[str, str | None]:
 def execute(recipe: Any, run_arguments: Mapping[str, Any], arguments: Mapping[str, Any], console: Console) -> int:
     """Run a recipe as `vitkit run` does; the exit code: 0, or 130 after Ctrl-C."""
     run = Run(**run_arguments, name=recipe.name, recipe=recipe.path, arguments=arguments, console=console)
-    status: Literal["finished", "interrupted", "failed"] = "failed"
     try:
         recipe.main(run, **arguments)
-        status = "finished"
     except DryRun:
-        status = "finished"
+        return 0
     except KeyboardInterrupt:
-        status = "interrupted"
         run.say(f"stopped; go on with: {run.command} --out {run.directory} --resume")
+        run.finish("interrupted")
         return 130
-    except RunError as error:
-        run.say(f"stopped: {error}")
+    except BaseException as error:
+        run.note(f"failed: {type(error).__name__}: {error}")
+        with contextlib.suppress(VitkitError):  # the first error is the one to tell
+            run.finish("failed")
         raise
-    finally:
-        try:
-            run.finish(status)
-        except Exception:
-            if sys.exc_info()[0] is None or status == "finished":
-                raise
+    run.finish()
     return 0
 
 
-__all__ = ["DryRun", "Epoch", "Run", "execute", "read_summary"]
+__all__ = ["DryRun", "Epoch", "Run", "execute"]

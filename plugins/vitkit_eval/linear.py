@@ -77,5 +77,5 @@ def fit_logistic(
         return loss
 
     with torch.enable_grad(), torch.autocast(features.device.type, enabled=False):
-        optimizer.step(closure)  # type: ignore[no-untyped-call]
+        optimizer.step(closure)
     return weight.detach(), bias.detach()

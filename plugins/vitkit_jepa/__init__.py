@@ -1,4 +1,4 @@
-"""The multimodal JEPA: backbone `multimodal_vit`, losses `lejepa` and `sigreg`, evaluator `label_retrieval`."""
+"""The multimodal JEPA: its backbone, its losses, its model, and label retrieval."""
 
 from vitkit_jepa.encoder import MultimodalViT
 from vitkit_jepa.jepa import JEPA

@@ -43,9 +43,9 @@ class MultimodalViT(nn.Module):
         if num_classes < 1:
             raise UsageError(f"num_classes is {num_classes}, expected at least 1")
         self.vit = backbones.build(
-            "vit", img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth,
-            num_heads=num_heads, mlp_ratio=mlp_ratio, dropout=dropout, drop_path=drop_path, pool=pool,
-            positions=positions, registers=registers, checkpoint=checkpoint,
+            "vit", img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim,
+            depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio, dropout=dropout, drop_path=drop_path,
+            pool=pool, positions=positions, registers=registers, checkpoint=checkpoint,
         )  # fmt: skip
         self.num_classes = num_classes
         self.embed_dim: int = self.vit.embed_dim
@@ -63,25 +63,28 @@ class MultimodalViT(nn.Module):
         return self.vit(x, extra_tokens=extra_tokens, keep=keep)
 
     def label_tokens(self, labels: Tensor) -> Tensor:
-        """Labels `(b,)` int64 in [0, num_classes), or −1 for an unknown one, which names no class → tokens
-        `(b 1 d)`.
+        """Labels `(b,)` → tokens `(b 1 d)`: int64 in [0, num_classes), or −1, whose token names no class.
 
-        Raises `UsageError` for another dtype or shape, and on the CPU for labels outside the classes
-        (elsewhere the device stops at them: asking first would make every step wait for it).
+        Raises `UsageError` as `check_labels` does.
         """
-        if labels.ndim != 1 or labels.dtype != torch.int64:
-            raise UsageError(f"labels are {labels.dtype} {tuple(labels.shape)}, expected int64 (batch,)")
-        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-            self._check(labels)
+        self.check_labels(labels)
         known = (labels >= 0)[:, None]
         return (self.label_embed(labels.clamp(min=0)) * known + self.label_type)[:, None]
 
-    def _check(self, labels: Tensor) -> None:
+    def check_labels(self, labels: Tensor) -> None:
+        """Raise `UsageError` for labels of another dtype or shape and, on the CPU, outside the classes.
+
+        Elsewhere the device stops at them: asking first would make every step wait for it.
+        """
+        if labels.ndim != 1 or labels.dtype != torch.int64:
+            raise UsageError(f"labels are {labels.dtype} {tuple(labels.shape)}, expected int64 (batch,)")
+        if labels.device.type != "cpu" or torch.compiler.is_compiling():
+            return
         outside = labels[(labels < -1) | (labels >= self.num_classes)]
         if len(outside):
             raise UsageError(
-                f"label {int(outside[0])} is none of this model's {self.num_classes} classes, 0 … {self.num_classes - 1}; "
-                f"build it with the dataset's number of classes"
+                f"label {int(outside[0])} is none of this model's {self.num_classes} classes, "
+                f"0 … {self.num_classes - 1}; build it with the dataset's number of classes"
             )
 
     def encode_image(self, x: Tensor, *, keep: Tensor | None = None) -> Tensor:

@@ -14,21 +14,25 @@ class JEPA(nn.Module):
     """Views of a sample → one embedding: batches of images and labels → {"loss", "invariance", "sigreg"}.
 
     A batch is `images` `(b v c h w)`, v augmented views of each, or `(b c h w)`, and `labels` int64 `(b,)`,
-    where −1 hides a sample's label. `objective` says which views an embedding is asked to agree over:
+    where −1 hides a sample's label. `objective` says over which views an embedding is asked to agree:
 
-    - "joint": each image alone; the last `fused` images, a share `keep` of their patches drawn anew, with the
-      label; and the label alone. The few patches leave it to the label to say the class, and cost less. A
-      sample whose label is hidden has the first kind only.
-    - "seed": each image with the label, all patches. A hidden label's token names no class.
-    - "images": each image alone: the baseline. The backbone's label embedding is frozen, and stays what it
-      was.
+    - "joint": the first v − 1 images alone (one image serves as both), the last image with a label, and the
+      label alone. A share `swap` of the images are told a wrong label k in place of their own y. Such a view
+      stands for what the image would be as a k: z(image, k) − ℓ_k + ℓ_y is what must agree with the other
+      views, where ℓ are the labels' own projections, held fixed there. So the label is what a view with a
+      label gets its class from, and an image agrees with itself under its own label alone. The view is shown
+      a share `keep` of its patches.
+    - "seed": every image with its own label, all patches.
+    - "images": every image alone: the baseline without labels. The backbone's label embedding is frozen.
 
-    SIGReg looks at all but the label alone, which has as many values as there are classes and cannot be
-    Gaussian.
+    A hidden label's token names no class, and its sample has no view of the label alone. SIGReg looks at all
+    views but that one, which has as many values as there are classes and cannot be Gaussian.
 
-    Ranks: the loss is the whole batch's, see the loss; every parameter takes part on every rank, whichever
-    labels it sees. Raises `UsageError` for an unknown objective, `keep` outside (0, 1], `fused` below one,
-    images and labels that do not fit, and labels outside the backbone's classes.
+    Ranks: the loss is the whole batch's, see the loss; every trainable parameter takes part on every rank
+    whichever labels it sees. Swaps and patches are drawn from torch's global generator.
+
+    Raises `UsageError` for an unknown objective, `swap` outside [0, 1], `keep` outside (0, 1], images and
+    labels that do not fit, and labels outside the backbone's classes.
     """
 
     def __init__(
@@ -38,19 +42,21 @@ class JEPA(nn.Module):
         loss: nn.Module,
         *,
         objective: Objective = "joint",
-        keep: float = 0.5,
-        fused: int = 1,
+        swap: float = 0.5,
+        keep: float = 1.0,
     ) -> None:
         super().__init__()
-        if objective not in get_args(Objective):
-            raise UsageError(f"objective is {objective!r}, expected {', '.join(map(repr, get_args(Objective)))}")
+        known = get_args(Objective)
+        if objective not in known:
+            raise UsageError(f"objective is {objective!r}, expected {', '.join(map(repr, known))}")
+        if not 0.0 <= swap <= 1.0:
+            raise UsageError(f"swap is {swap}, expected a share of the labels in [0, 1]")
         if not 0.0 < keep <= 1.0:
             raise UsageError(f"keep is {keep}, expected a share of the patches in (0, 1]")
-        if fused < 1:
-            raise UsageError(f"fused is {fused}, expected at least 1 view with the label")
         self.backbone, self.projector, self.loss = backbone, projector, loss
-        self.objective, self.keep, self.fused = objective, keep, fused
+        self.objective, self.swap, self.keep = objective, swap, keep
         if objective == "images":
+            # It takes no part in the loss: weight decay would still move it, and DDP would wait for its gradient.
             backbone.label_embed.requires_grad_(False)
             backbone.label_type.requires_grad_(False)
 
@@ -62,42 +68,44 @@ class JEPA(nn.Module):
                 f"images are {tuple(images.shape)} and labels {tuple(labels.shape)}, "
                 f"expected (batch, views, channels, height, width) and (batch,)"
             )
-        views = images.transpose(0, 1)  # (v b c h w)
-        if self.objective == "images":
-            return dict(self.loss(self._project([self._images(views)])))
+        views, rows = images.shape[1], images.transpose(0, 1).flatten(0, 1)  # (v·b c h w)
+        if self.objective == "joint":
+            return self._joint(rows, labels)
         if self.objective == "seed":
-            return dict(self.loss(self._project([self._fused(views, labels, None)])))
-        fused = views[-self.fused :]
-        parts = [self._images(views), self._fused(fused, labels, self._draw(fused)), self._labels(labels)[None]]
-        present = (labels >= 0).repeat(len(views) + len(fused) + 1, 1)
-        present[: len(views)] = True
-        return dict(self.loss(self._project(parts), present=present, regularised=len(present) - 1))
+            features = self.backbone.encode_multimodal(rows, labels.repeat(views))
+        else:
+            features = self.backbone.encode_image(rows)
+        return dict(self.loss(self.projector(features).unflatten(0, (views, -1))))
 
-    def encode_image(self, images: Tensor) -> Tensor:
-        """Images `(b c h w)` → the backbone's features `(b d)`, which probes are trained on."""
-        features: Tensor = self.backbone.encode_image(images)
-        return features
+    def _joint(self, rows: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        self.backbone.check_labels(labels)
+        batch, classes = len(labels), self.backbone.num_classes
+        alone = rows[: max(len(rows) - batch, batch)]
+        shown, own = labels >= 0, labels.clamp(min=0)
+        told = self._tell(own)
+        parts = [
+            self.backbone.encode_image(alone),
+            self._encode_last(rows[-batch:], torch.where(shown, told, labels)),
+            self.backbone.encode_label(torch.arange(classes, device=rows.device)),  # each class once
+        ]
+        z, z_told, points = self.projector(torch.cat(parts)).float().split([len(alone), batch, classes])
+        moved = torch.where(shown[:, None], points[told] - points[own], 0.0).detach()
+        projections = torch.cat([z, z_told - moved, points[own]]).unflatten(0, (-1, batch))
+        present = shown.repeat(len(projections), 1)
+        present[:-1] = True
+        return dict(self.loss(projections, present=present, regularised=-1))
 
-    def _images(self, views: Tensor) -> Tensor:
-        """Views `(v b c h w)` → features `(v b d)`, all in one pass."""
-        return self.backbone.encode_image(views.flatten(0, 1)).unflatten(0, views.shape[:2])
+    def _tell(self, labels: Tensor) -> Tensor:
+        """The labels `(b,)`, a share `swap` of them replaced by others, drawn evenly."""
+        classes = self.backbone.num_classes
+        others = (labels + torch.randint_like(labels, 1, max(classes, 2))) % classes
+        return torch.where(torch.rand(labels.shape, device=labels.device) < self.swap, others, labels)
 
-    def _fused(self, views: Tensor, labels: Tensor, keep: Tensor | None) -> Tensor:
-        features = self.backbone.encode_multimodal(views.flatten(0, 1), labels.repeat(len(views)), keep=keep)
-        return features.unflatten(0, views.shape[:2])
-
-    def _labels(self, labels: Tensor) -> Tensor:
-        """Labels `(b,)` → features `(b d)`, each class computed once."""
-        return self.backbone.encode_label(torch.arange(self.backbone.num_classes, device=labels.device))[labels.clamp(min=0)]
-
-    def _draw(self, views: Tensor) -> Tensor | None:
-        """Indices `(v·b k)` of the patches to keep, drawn evenly without replacement; None for all."""
+    def _encode_last(self, images: Tensor, labels: Tensor) -> Tensor:
         patches = self.backbone.num_patches
         count = max(1, round(self.keep * patches))
-        if count == patches:
-            return None
-        noise = torch.rand(views.shape[0] * views.shape[1], patches, device=views.device)
-        return noise.argsort(dim=1)[:, :count]
-
-    def _project(self, parts: list[Tensor]) -> Tensor:
-        return self.projector(torch.cat(parts))
+        keep = None
+        if count < patches:
+            keep = torch.rand(len(images), patches, device=images.device).argsort(dim=1)[:, :count]
+        features: Tensor = self.backbone.encode_multimodal(images, labels, keep=keep)
+        return features

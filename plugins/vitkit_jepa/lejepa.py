@@ -16,8 +16,8 @@ class LeJEPALoss(nn.Module):
         invariance = mean over views, samples and dimensions of (z_v − μ)²,  μ = mean over views of z_v.
 
     `present` `(v n)` bool leaves views that a sample lacks out of μ and of every mean. SIGReg, see there,
-    looks at the first `regularised` views (None: all): a view with few distinct values, such as a label's
-    alone, cannot be Gaussian.
+    looks at the first `regularised` views (None: all; negative: all but so many last ones): a view with few
+    distinct values, such as a label's alone, cannot be Gaussian.
 
     Ranks: all three are those of the whole batch, the same everywhere, over parts that may differ in size;
     gradients by the convention of `vitkit.distributed`. Raises `UsageError` for `lamda` outside [0, 1] and
@@ -40,8 +40,8 @@ class LeJEPALoss(nn.Module):
     ) -> dict[str, Tensor]:
         if projections.ndim != 3:
             raise UsageError(f"projections are {tuple(projections.shape)}, expected (views, samples, dim)")
-        views = slice(regularised)
-        sigreg = self.sigreg(projections[views], present=None if present is None else present[views])["sigreg"]
+        shown = None if present is None else present[:regularised]
+        sigreg = self.sigreg(projections[:regularised], present=shown)["sigreg"]
         with torch.autocast(projections.device.type, enabled=False):
             invariance = _invariance(projections.float(), present)
         return {

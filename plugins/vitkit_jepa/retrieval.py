@@ -5,12 +5,12 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from vitkit_eval import confusion_matrix
-from vitkit_eval.features import evaluating
 
 from vitkit.contracts import Attention, Confusion, Embeddings, Measurement, Picture, Scores
 from vitkit.distributed import all_gather, rank, world_size
 from vitkit.errors import UsageError
+from vitkit_eval import confusion_matrix
+from vitkit_eval.features import evaluating
 
 SHOWN = 2_000
 """Test embeddings handed to the report's map: more make its picture no clearer."""
@@ -39,7 +39,11 @@ class LabelRetrieval:
     """
 
     def __init__(
-        self, *, space: Literal["projector", "encoder"] = "projector", batch_size: int = 500, attention_samples: int = 10
+        self,
+        *,
+        space: Literal["projector", "encoder"] = "projector",
+        batch_size: int = 500,
+        attention_samples: int = 10,
     ) -> None:
         if space not in ("projector", "encoder"):
             raise UsageError(f"space is {space!r}, expected 'projector' or 'encoder'")
@@ -58,7 +62,10 @@ class LabelRetrieval:
             )
         classes: list[str] = dataset.classes
         if backbone.num_classes != len(classes):
-            raise UsageError(f"the model knows {backbone.num_classes} labels, {dataset.name} has {len(classes)} classes")
+            raise UsageError(
+                f"the model knows {backbone.num_classes} labels, {dataset.name} has {len(classes)} classes; "
+                f"evaluate it on the dataset it was trained on"
+            )
         if len(dataset.test) == 0:
             raise UsageError("the split to evaluate on holds no images")
         with evaluating(model) as device:
@@ -69,15 +76,19 @@ class LabelRetrieval:
                 )
             ]
             m1, m2, features, labels = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))
+            methods = {"m1": m1, "m2": m2}
             pictures: dict[str, Picture] = {
-                "m1_confusion": Confusion(confusion_matrix(labels, m1.argmax(1), len(classes)).numpy(), classes),
-                "m2_confusion": Confusion(confusion_matrix(labels, m2.argmax(1), len(classes)).numpy(), classes),
+                f"{name}_confusion": Confusion(
+                    confusion_matrix(labels, scores.argmax(1), len(classes)).numpy(), classes
+                )
+                for name, scores in methods.items()
+            } | {
                 "embeddings": Embeddings(features[:SHOWN].numpy(), labels[:SHOWN].numpy(), classes),
             }
             if self.attention_samples:
                 pictures["label_attention"] = self._attention(backbone, dataset, device)
         return Scores(
-            {f"{name}_top{k}": topk(scores, labels, k) for name, scores in (("m1", m1), ("m2", m2)) for k in (1, 3)},
+            {f"{name}_top{k}": topk(scores, labels, k) for name, scores in methods.items() for k in (1, 3)},
             protocols={
                 f"{name}_top{k}": Measurement(
                     split="test",
@@ -101,9 +112,10 @@ class LabelRetrieval:
         alone = project(features).float()
         labels = project(backbone.encode_label(all_labels)).float()
         m2 = F.cosine_similarity(alone[:, None], labels[None], dim=-1)
-        # One label after another, so that a batch is as large as without labels and stays in the processor's cache.
+        # One label after another: a batch is as large as without labels, and stays in the processor's cache.
         with_label = [
-            project(backbone.encode_multimodal(images, label.expand(len(images)))).float() for label in all_labels
+            project(backbone.encode_multimodal(images, label.expand(len(images)))).float()
+            for label in all_labels
         ]
         m1 = torch.stack([F.cosine_similarity(alone, z, dim=-1) for z in with_label], dim=1)
         return m1, m2, features.float(), batch["labels"]
@@ -123,7 +135,7 @@ class LabelRetrieval:
 
 
 def topk(scores: Tensor, labels: Tensor, k: int) -> float:
-    """The share of samples whose label is among the `k` highest of scores `(n c)`, equal scores sharing their places."""
+    """The share of samples whose label is among the `k` highest of scores `(n c)`, ties sharing their places."""
     own = scores.gather(1, labels[:, None])
     higher, equal = (scores > own).sum(1), (scores == own).sum(1)
     return float(((k - higher) / equal).clamp(0, 1).mean())

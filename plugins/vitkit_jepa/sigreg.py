@@ -48,7 +48,7 @@ class SIGReg(nn.Module):
             if value < least:
                 raise UsageError(f"{name} is {value}, expected a whole number of at least {least}")
         if not limit > 0:
-            raise UsageError(f"limit is {limit}, expected a positive number: the largest t that the statistic looks at")
+            raise UsageError(f"limit is {limit}, expected a positive number: the largest t looked at")
         self.directions, self.knots, self.limit = directions, knots, limit
         step = limit / (knots - 1)
         t = torch.linspace(0.0, limit, knots)[1:]  # at t = 0 both terms vanish for any z
@@ -64,7 +64,9 @@ class SIGReg(nn.Module):
         if z.ndim != 3:
             raise UsageError(f"projections are {tuple(projections.shape)}, expected (views, samples, dim)")
         if present is not None and present.shape != z.shape[:2]:
-            raise UsageError(f"present is {tuple(present.shape)}, expected (views, samples) = {tuple(z.shape[:2])}")
+            raise UsageError(
+                f"present is {tuple(present.shape)}, expected (views, samples) = {tuple(z.shape[:2])}"
+            )
         with torch.autocast(z.device.type, enabled=False):
             statistic = self._statistic(z.float(), None if present is None else present.float())
         return {"loss": statistic, "sigreg": statistic}

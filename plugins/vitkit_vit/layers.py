@@ -1,6 +1,5 @@
 """The transformer block: multi-head self-attention and an MLP, each behind a layer norm and on a residual stream."""
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn

@@ -66,7 +66,7 @@ def test_shape_type_and_range_stay(transform, channels):
     found = transform(given, generator())
     assert found.shape == given.shape
     assert found.dtype == torch.float32
-    assert -1e-6 <= found.min()
+    assert found.min() >= -1e-6
     assert found.max() <= 1 + 1e-6
     assert torch.equal(given, before)
 

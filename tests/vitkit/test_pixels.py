@@ -107,7 +107,7 @@ def test_what_is_given_stays_as_it_is():
 def test_blur_is_torchvisions(kernel_size):
     given, sigma = images(3, 9, 14), between(0.1, 2.0)
     found = gaussian_blur(given, sigma, kernel_size=kernel_size)
-    expected = torch.stack([tv.gaussian_blur(x, [kernel_size], [float(s)]) for x, s in zip(given, sigma, strict=True)])
+    expected = torch.stack([tv.gaussian_blur(x, kernel_size, float(s)) for x, s in zip(given, sigma, strict=True)])
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from vitkit_jepa import MultimodalViT
 
 from vitkit import backbones
 from vitkit.errors import UsageError
+from vitkit_jepa import MultimodalViT
 
 
 def encoder(**kwargs: Any) -> MultimodalViT:

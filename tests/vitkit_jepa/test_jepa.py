@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from vitkit_jepa import JEPA
+from torch import Tensor, nn
 
 from vitkit import backbones, heads, losses
 from vitkit.errors import UsageError
+from vitkit_jepa import JEPA
 
 
 def jepa(objective: Any = "joint", **kwargs: Any) -> JEPA:
@@ -52,13 +52,12 @@ def test_labels_matter_and_hidden_ones_do_not(objective: str) -> None:
     assert hidden == run(model, batch([0, 1, -1]))["loss"]
 
 
-def test_with_all_labels_hidden_the_joint_objective_is_that_of_images() -> None:
-    data, labelled = batch([-1, -1, -1, -1]), batch([0, 1, 2, 0])
-    model = jepa("joint", keep=1.0)
-    joint = run(model, data)
-    images = run(jepa("images"), labelled)
-    for part in joint:
-        torch.testing.assert_close(joint[part], images[part])
+def test_hidden_labels_leave_no_trace_of_a_class() -> None:
+    model = jepa("joint")
+    parts = run(model, batch([-1, -1, -1, -1]))
+    torch.nn.init.normal_(model.backbone.label_embed.weight)
+    for part, value in run(model, batch([-1, -1, -1, -1])).items():
+        assert torch.equal(value, parts[part])
 
 
 def test_images_objective_ignores_labels_and_leaves_their_embedding_alone() -> None:
@@ -84,24 +83,60 @@ def test_seed_objective_is_the_loss_of_labelled_views_alone() -> None:
     torch.testing.assert_close(run(model, data), expected)
 
 
-def test_joint_objective_is_the_loss_of_images_fused_and_label() -> None:
-    model, data = jepa("joint", keep=1.0), batch([0, 1, 2])
-    first, last = data["images"].unbind(1)
+def test_without_swaps_joint_is_the_loss_of_images_fused_and_label() -> None:
+    model, data = jepa("joint", swap=0.0), batch([0, 1, 2], views=3)
+    first, second, last = data["images"].unbind(1)
     backbone, labels = model.backbone, data["labels"]
     features = [
-        backbone.encode_image(first), backbone.encode_image(last),
-        backbone.encode_multimodal(last, labels), backbone.encode_label(labels),
-    ]  # fmt: skip
-    torch.manual_seed(7)
+        backbone.encode_image(first),
+        backbone.encode_image(second),
+        backbone.encode_multimodal(last, labels),
+        backbone.encode_label(labels),
+    ]
     expected = model.loss(torch.stack([model.projector(f) for f in features]), regularised=3)
-    torch.testing.assert_close(run(model, data), expected)
+    torch.testing.assert_close(run(model, data)["invariance"], expected["invariance"])
+
+
+def test_a_swapped_view_agrees_where_the_label_alone_moves_it() -> None:
+    class Additive(nn.Module):
+        """An encoder in which a label takes its class's place: E(x, k) = style(x) + e_k, E(x) = E(x, own label)."""
+
+        num_classes, num_patches = 3, 4
+
+        def encode_image(self, x: Tensor) -> Tensor:
+            return x.flatten(1)[:, :8]
+
+        def encode_label(self, labels: Tensor) -> Tensor:
+            return 5 * torch.eye(8)[labels]
+
+        def encode_multimodal(self, x: Tensor, labels: Tensor, *, keep: Tensor | None = None) -> Tensor:
+            own = torch.tensor([0, 1, 2])
+            return self.encode_image(x) - self.encode_label(own) + self.encode_label(labels)
+
+        def check_labels(self, labels: Tensor) -> None:
+            pass
+
+    data = batch([0, 1, 2], views=1)
+    parts = [
+        run(JEPA(Additive(), nn.Identity(), losses.build("lejepa"), swap=swap), data)["invariance"] for swap in (0.0, 1.0)
+    ]
+    torch.testing.assert_close(parts[0], parts[1])
+
+
+def test_swap_is_the_share_of_wrong_labels() -> None:
+    labels = torch.arange(3).repeat(400)
+    for swap in (0.0, 0.25, 1.0):
+        torch.manual_seed(0)
+        told = jepa(swap=swap)._tell(labels)
+        assert (told != labels).float().mean().item() == pytest.approx(swap, abs=0.04)
+        assert ((told >= 0) & (told < 3)).all()
 
 
 def test_fewer_patches_enter_with_the_label() -> None:
     model, seen = jepa("joint", keep=0.5), []
-    model.backbone.vit.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
-    run(model, batch([0, 1, 2]))
-    assert seen == [4, 3, 1]  # all four patches; two of them and the label; the label
+    model.backbone.vit.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:2]))
+    run(model, batch([0, 1]))
+    assert seen == [(2, 4), (2, 3), (3, 1)]  # two images; two of their patches and a label; three labels
 
 
 def test_a_single_view_needs_no_axis_of_its_own() -> None:
@@ -115,7 +150,7 @@ def test_training_brings_image_and_label_together() -> None:
     model, labels = jepa(), torch.arange(3).repeat(16)
     prototypes = torch.randn(3, 1, 8, 8)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(120):
+    for _ in range(150):
         images = prototypes[labels][:, None] + 0.3 * torch.randn(48, 2, 1, 8, 8)
         optimizer.zero_grad()
         model({"images": images, "labels": labels})["loss"].backward()
@@ -133,7 +168,7 @@ def test_training_brings_image_and_label_together() -> None:
     [
         (lambda: jepa("joined"), "objective is 'joined', expected 'joint', 'seed', 'images'"),
         (lambda: jepa(keep=0.0), r"keep is 0.0, expected a share of the patches in \(0, 1\]"),
-        (lambda: jepa(fused=0), "fused is 0, expected at least 1 view"),
+        (lambda: jepa(swap=1.5), r"swap is 1.5, expected a share of the labels in \[0, 1\]"),
         (
             lambda: jepa()({"images": torch.zeros(2, 8, 8), "labels": torch.zeros(2)}),
             r"images are \(2, 8, 8\) and labels \(2,\)",

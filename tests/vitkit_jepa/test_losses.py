@@ -9,10 +9,10 @@ import torch.multiprocessing as mp
 from lightly.loss.lejepa_loss import LeJEPALoss as LightlyLoss
 from lightly.loss.lejepa_loss import SIGReg as LightlySIGReg
 from torch import Tensor
-from vitkit_jepa import LeJEPALoss, SIGReg
 
 from vitkit import losses
 from vitkit.errors import UsageError
+from vitkit_jepa import LeJEPALoss, SIGReg
 
 FLOOR, COLLAPSE = 1.0525, 0.4020
 

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from vitkit_jepa import LabelRetrieval
-from vitkit_jepa.retrieval import topk
 
 from vitkit import backbones, evaluators, heads
 from vitkit.contracts import Attention, Confusion, Embeddings
 from vitkit.data import ImageDataset, ImageSplit, Preparation
 from vitkit.errors import UsageError
+from vitkit_jepa import LabelRetrieval
+from vitkit_jepa.retrieval import topk
 
 CLASSES = ["a", "b", "c", "d"]
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def write_report(directory: str | Path, pictures: Mapping[str, "Picture"] | None = None) -> Path:
     """Write `plots/*.png` and `report.html` of the run in `directory`; the page's path.
 
-    Files that are missing leave their part of the page out; a picture that cannot be drawn is named on the page.
+    What is missing leaves its part of the page out; a picture that cannot be drawn is named on the page.
     Raises `UsageError` for a table that cannot be read and `RunError` where nothing can be written.
     """
     directory = Path(directory)
@@ -28,7 +28,9 @@ def write_report(directory: str | Path, pictures: Mapping[str, "Picture"] | None
     problems: list[str] = []
     with house_style():
         for plot in _curves(record):
-            (evaluation if plot.name in ("metrics", "retrieval") else training).append(_keep(directory, plot.name, plot))
+            (evaluation if plot.name in ("metrics", "retrieval") else training).append(
+                _keep(directory, plot.name, plot)
+            )
         for name, picture in (pictures or {}).items():
             from vitkit.report.pictures import draw_picture  # scikit-learn, torch
 
@@ -44,7 +46,13 @@ def write_report(directory: str | Path, pictures: Mapping[str, "Picture"] | None
 
 def _curves(record: Record) -> list[Plot]:
     statistics = (curves.statistic(record, name) for name in (*record.losses, *record.metrics))
-    found = (curves.losses(record), *statistics, curves.pace(record), curves.metrics(record), curves.bars(record))
+    found = (
+        curves.losses(record),
+        *statistics,
+        curves.pace(record),
+        curves.metrics(record),
+        curves.bars(record),
+    )
     return [plot for plot in found if plot is not None]
 
 

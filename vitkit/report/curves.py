@@ -18,7 +18,7 @@ WIDE_RANGE = 10.0
 
 def draw(axes: Axes, series: Series, *, color: str, linestyle: str = "-") -> Line2D:
     """One column over epochs; with markers where a line alone would hide points."""
-    lonely = len(series.values) <= 25 or not np.isfinite(series.values).all()
+    lonely = len(series.values) <= 15 or not np.isfinite(series.values).all()
     marker = "o" if lonely else None
     (line,) = axes.plot(series.epochs, series.values, color=color, linestyle=linestyle, marker=marker)
     return line
@@ -61,11 +61,21 @@ def losses(record: Record) -> Plot | None:
     names = sorted(columns, key=lambda name: name != "loss")
     figure, axes = panels(len(names))
     for place, (name, axis) in enumerate(zip(names, axes, strict=True)):
-        draw(axis, columns[name], color=PALETTE[0] if name == "loss" else PALETTE[1 + place % (len(PALETTE) - 1)])
+        draw(
+            axis,
+            columns[name],
+            color=PALETTE[0] if name == "loss" else PALETTE[1 + place % (len(PALETTE) - 1)],
+        )
         axis.set_title(drawable(pretty(name), 36))
         fit_axes(axis, [columns[name]])
-    return Plot("losses", "Loss and its parts", figure, " ".join(_story(name, columns[name]) for name in names),
-                "Means over each epoch's batches.", wide=len(names) > 1)  # fmt: skip
+    return Plot(
+        "losses",
+        "Loss and its parts",
+        figure,
+        " ".join(_story(name, columns[name]) for name in names),
+        "Means over each epoch's batches.",
+        wide=len(names) > 1,
+    )
 
 
 def metrics(record: Record) -> Plot | None:
@@ -93,18 +103,18 @@ def _metric_panel(axis: Axes, record: Record, stem: str, names: Sequence[str], c
         color = PALETTE[place % len(PALETTE)]
         handles.append(draw(axis, columns[name], color=color))
         labels.append(f"{_short(name, stem)} {shown(float(columns[name].finite[-1]))}")
-        if chances[name] is not None:
-            axis.axhline(chances[name], color=color if len(names) > 1 else MUTED, linestyle=(0, (4, 3)), linewidth=1.0)
+        if (chance := chances[name]) is not None:
+            axis.axhline(chance, color=color if len(names) > 1 else MUTED, linestyle=(0, (4, 3)), linewidth=1.0)
         for label, value in record.references(name):
             axis.axhline(value, color=color, linestyle=":", linewidth=1.4, alpha=0.9)
             references.setdefault(label, []).append(value)
     known = [chance for chance in chances.values() if chance is not None]
     if known:
         handles.append(Line2D([], [], color=MUTED, linestyle=(0, (4, 3)), linewidth=1.0))
-        labels.append("chance " + ", ".join(map(plain, known)))
+        labels.append(f"chance {', '.join(map(plain, known))}")
     for label, values in references.items():
         handles.append(Line2D([], [], color=MUTED, linestyle=":", linewidth=1.4))
-        labels.append(f"{drawable(label, 24)} " + ", ".join(map(plain, values)))
+        labels.append(f"{label} {', '.join(map(plain, values))}")
     axis.set_title(drawable(pretty(stem), 36))
     lines = [value for values in references.values() for value in values]
     everything = [*known, *lines, *(value for name in names for value in columns[name].finite)]
@@ -152,37 +162,42 @@ def statistic(record: Record, name: str) -> Plot | None:
         spread = 0.12 * (high - low or 1.0)
         axis.set_yscale("linear")
         axis.set_ylim(low - spread, high + spread)
+    alt = _story(name, series)
     for label, value, color, above in (("floor", floor, PALETTE[2], False), ("collapse", collapse, PALETTE[1], True)):
         if value is None:
             continue
+        alt += f" Its {label} line is at {plain(value)}."
         axis.axhline(value, color=color, linestyle="--", linewidth=1.4)
         axis.annotate(
-            f"{label} {plain(value)}", (0.99, value), xycoords=("axes fraction", "data"), ha="right", color=color,
-            xytext=(0, 4 if above else -4), textcoords="offset points", va="bottom" if above else "top",
-            fontsize=8.5, fontweight="bold", path_effects=HALO,
-        )  # fmt: skip
-    alt = _story(name, series)
-    alt += "".join(f" Its {label} is {plain(value)}." for label, value in (("floor", floor), ("collapse line", collapse))
-                   if value is not None)  # fmt: skip
-    return Plot(f"statistic_{name}", f"{pretty(name)} between its bounds", figure, alt,
-                "At the floor the embeddings are distributed as wanted; at the collapse line they are all the same.")  # fmt: skip
+            f"{label} {plain(value)}",
+            (0.99, value),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            color=color,
+            xytext=(0, 4 if above else -4),
+            textcoords="offset points",
+            va="bottom" if above else "top",
+            fontsize=8.5,
+            fontweight="bold",
+            path_effects=HALO,
+        )
+    caption = "At the floor the embeddings are distributed as wanted; at the collapse line they are all the same."
+    return Plot(f"statistic_{name}", f"{pretty(name)} between its bounds", figure, alt, caption)
 
 
 def bars(record: Record) -> Plot | None:
     """Final accuracies as bars, with chance and references marked on them."""
-    final = {name: value for name, value in record.final.items() if split_topk(name) and np.isfinite(value)}
-    final = {name: value for name, value in final.items() if 0 <= value <= 1}
+    k_of = {name: found[1] for name in record.final if (found := split_topk(name))}
+    final = {name: record.final[name] for name in k_of if 0 <= record.final[name] <= 1}
     if not final:
         return None
     figure, (axis,) = panels(1)
     figure.set_size_inches(5.6, 1.5 + 0.34 * len(final))
-    ks = sorted({(split_topk(name) or ("", 1))[1] for name in final})
+    ks = sorted({k_of[name] for name in final})
     colors = dict(zip(ks, (PALETTE[0], PALETTE[5], *PALETTE[1:5], *PALETTE[6:]), strict=False))
     marked: dict[str, str] = {}
     for row, (name, value) in enumerate(final.items()):
-        stem_k = split_topk(name)
-        assert stem_k is not None
-        axis.barh(row, value, color=colors.get(stem_k[1], MUTED), height=0.66)
+        axis.barh(row, value, color=colors.get(k_of[name], MUTED), height=0.66)
         axis.annotate(shown(value), (1.02, row), va="center", fontsize=8.5, fontweight="bold", annotation_clip=False)
         chance = record.chance(name)
         if chance is not None:
@@ -201,7 +216,9 @@ def bars(record: Record) -> Plot | None:
         handles.append(Line2D([], [], color=INK, linestyle=(0, (2, 1.2)), linewidth=1.6))
         labels.append("chance")
     for label, marker in marked.items():
-        handles.append(Line2D([], [], color=PALETTE[1], marker=marker, linestyle="", markeredgecolor="white", markersize=7.5))
+        handles.append(
+            Line2D([], [], color=PALETTE[1], marker=marker, linestyle="", markeredgecolor="white", markersize=7.5)
+        )
         labels.append(drawable(label, 24))
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4))
     alt = "Final accuracies: " + ", ".join(f"{pretty(name)} {shown(value)}" for name, value in final.items()) + "."

@@ -38,13 +38,17 @@ def element(tag: str, *content: Any, **attributes: Any) -> Html:
 
 
 def table(head: Sequence[Any], rows: Iterable[Sequence[Any]], caption: str, class_: str | None = None) -> Html:
-    """A table that says what it is, with a header for each row and column; it scrolls where it is too wide."""
+    """A table that says what it is, with a header for each row and column; it scrolls where too wide."""
     top = element("tr", *(element("th", cell, scope="col") for cell in head))
     body = (
         element("tr", element("th", row[0], scope="row"), *(element("td", cell) for cell in row[1:])) for row in rows
     )
     whole = element(
-        "table", element("caption", caption), element("thead", top) if any(head) else "", element("tbody", *body), class_=class_
+        "table",
+        element("caption", caption),
+        element("thead", top) if any(head) else "",
+        element("tbody", *body),
+        class_=class_,
     )
     return element("div", whole, class_="scroll", role="region", aria_label=caption, tabindex="0")
 
@@ -80,9 +84,20 @@ def picture(plot: Plot, data: bytes) -> Html:
     )
 
 
+def figures(drawn: Sequence[Html]) -> Html:
+    """Figures side by side where there is room."""
+    return element("div", *drawn, class_="figures")
+
+
 def banner(kind: str, title: str, *content: Any) -> Html:
     """A notice with a paragraph for each of `content`; `kind` is alarm, error or warning."""
-    return element("div", element("strong", title), *(element("p", line) for line in content), class_=f"banner {kind}", role="alert")
+    return element(
+        "div",
+        element("strong", title),
+        *(element("p", line) for line in content),
+        class_=f"banner {kind}",
+        role="alert",
+    )
 
 
 def status_chip(record: Record) -> Html:
@@ -121,6 +136,7 @@ def document(title: str, body: Html) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n<meta name="color-scheme" content="light dark">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
         f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )

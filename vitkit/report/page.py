@@ -5,10 +5,21 @@ from typing import Any
 
 import numpy as np
 
-from vitkit.report.html import Html, banner, document, element, facts, join, pairs, status_chip, table, text, value
+from vitkit.report.html import (
+    Html,
+    banner,
+    document,
+    element,
+    facts,
+    figures,
+    join,
+    pairs,
+    status_chip,
+    table,
+    value,
+)
 from vitkit.report.record import (
     Record,
-    Series,
     difference,
     duration,
     lower_is_better,
@@ -22,23 +33,42 @@ from vitkit.report.record import (
 
 MOST_CARDS = 8
 MOST_ROWS = 60
-NOT_SETTINGS = ("seed",)
 STATUS = {
-    "interrupted": ("warning", "This run was stopped before its end", "The numbers are those of the last evaluation so far."),
-    "failed": ("error", "This run failed", "The numbers are those of the last evaluation before; log.txt says more."),
-    "running": ("warning", "This run has not ended", "The page was written while it was going on, or it was killed."),
+    "interrupted": (
+        "warning",
+        "This run was stopped before its end",
+        "Its numbers are of its last evaluation.",
+    ),
+    "failed": (
+        "error",
+        "This run failed",
+        "Its numbers are of the last evaluation before; log.txt says more.",
+    ),
+    "running": (
+        "warning",
+        "This run has not ended",
+        "The page was written meanwhile, or the run was killed.",
+    ),
 }
 
 
 def page(record: Record, training: Sequence[Html], evaluation: Sequence[Html], problems: Sequence[str]) -> str:
-    """The whole page; `training` and `evaluation` are figures, `problems` pictures that could not be drawn."""
+    """The whole page; `training` and `evaluation` hold figures, `problems` say which are missing and why."""
     body = [
-        element("header", element("div", element("h1", record.name), status_chip(record), class_="title"),
-                element("p", facts(record), class_="facts")),  # fmt: skip
+        element(
+            "header",
+            element("div", element("h1", record.name), status_chip(record), class_="title"),
+            element("p", facts(record), class_="facts"),
+        ),
         *_banners(record),
         *_section("Results", _cards(record), _results(record)),
-        *_section("Training", _figures(training)),
-        *_section("Evaluation", _figures(evaluation), _problems(problems), _evaluations(record)),
+        *_section("Training", figures(training) if training else None),
+        *_section(
+            "Evaluation",
+            figures(evaluation) if evaluation else None,
+            _problems(problems),
+            _evaluations(record),
+        ),
         *_section("Data", _data(record)),
         *_section("Arguments and settings", _arguments(record)),
         *_section("To repeat it", _repeat(record)),
@@ -51,10 +81,6 @@ def _section(title: str, *content: Html | None) -> list[Html]:
     return [element("section", element("h2", title), *filled)] if filled else []
 
 
-def _figures(figures: Sequence[Html]) -> Html | None:
-    return element("div", *figures, class_="figures") if figures else None
-
-
 def _banners(record: Record) -> list[Html]:
     banners = []
     data = record.part("dataset")
@@ -62,9 +88,13 @@ def _banners(record: Record) -> list[Html]:
         asked, used = data["fallback_for"], data.get("name", "another dataset")
         notice = data.get("notice") or f"{asked} could neither be found nor downloaded."
         banners.append(
-            banner("alarm", f"This is not {asked}: the run used {used} instead", notice,
-                   f"No result on this page is one of {asked}; the reference numbers, where there are any, are.")
-        )  # fmt: skip
+            banner(
+                "alarm",
+                f"This is not {asked}: the run used {used} instead",
+                notice,
+                f"No result on this page is one of {asked}; the reference numbers, where there are any, are.",
+            )
+        )
     if record.summary.get("status") in STATUS:
         banners.append(banner(*STATUS[record.summary["status"]]))
     return banners
@@ -82,11 +112,11 @@ def _headlines(record: Record) -> list[str]:
 
 
 def _cards(record: Record) -> Html | None:
-    names = _headlines(record)
-    if not names and record.losses.get("loss"):
-        last = float(record.losses["loss"].values[-1])
-        return element("ul", _card(record, "loss", last), class_="cards")
-    return element("ul", *(_card(record, name, record.final[name]) for name in names), class_="cards") if names else None
+    values = {name: record.final[name] for name in _headlines(record)}
+    if not values and record.losses.get("loss"):
+        values = {"loss": float(record.losses["loss"].values[-1])}
+    cards = (_card(record, name, value) for name, value in values.items())
+    return element("ul", *cards, class_="cards") if values else None
 
 
 def _card(record: Record, name: str, final: float) -> Html:
@@ -102,8 +132,13 @@ def _card(record: Record, name: str, final: float) -> Html:
         lines.append(element("p", f"best {shown(best[0])} at epoch {best[1]}"))
     meter = _meter(final, chance, [line for _, line in references]) if chance is not None else ""
     spread = element("small", f"± {shown(error)}", title="one standard error") if error is not None else ""
-    return element("li", element("div", pretty(name), class_="name"),
-                   element("div", shown(final), " ", spread, class_="value"), meter, *lines)  # fmt: skip
+    return element(
+        "li",
+        element("div", pretty(name), class_="name"),
+        element("div", shown(final), " ", spread, class_="value"),
+        meter,
+        *lines,
+    )
 
 
 def _meter(final: float, chance: float, references: Sequence[float]) -> Html | str:
@@ -130,10 +165,22 @@ def _results(record: Record) -> Html | None:
         best, lines = record.best(name), dict(record.references(name))
         reached = f"{shown(best[0])} (epoch {best[1]})" if best else "–"
         against = [plain(lines.get(label)) for label in labels]
-        rows.append([element("code", name), element("b", shown(final)), reached, plain(record.chance(name)), *against,
-                     _protocol(record, name)])  # fmt: skip
-    rest = element("p", "± is one standard error over the samples. Best values are picked by the very numbers they report, "
-                   "so they flatter: the last evaluation is the result.", class_="muted")  # fmt: skip
+        rows.append(
+            [
+                element("code", name),
+                element("b", shown(final)),
+                reached,
+                plain(record.chance(name)),
+                *against,
+                _protocol(record, name),
+            ]
+        )
+    rest = element(
+        "p",
+        "± is one standard error over the samples. Best values are picked by the very numbers they report, "
+        "so they flatter: the last evaluation is the result.",
+        class_="muted",
+    )
     head = ["metric", "last", "best", "chance", *labels, "how it was measured"]
     return Html(table(head, rows, "Results and how each was measured", "told") + rest)
 
@@ -157,11 +204,17 @@ def _evaluations(record: Record) -> Html | None:
     if not record.metrics:
         return None
     epochs = sorted({float(epoch) for series in record.metrics.values() for epoch in series.epochs})
-    columns = [dict(zip(series.epochs.tolist(), series.values.tolist(), strict=True)) for series in record.metrics.values()]
+    columns = [
+        dict(zip(series.epochs.tolist(), series.values.tolist(), strict=True)) for series in record.metrics.values()
+    ]
     rows = [[f"{epoch:g}", *(shown(column.get(epoch)) for column in columns)] for epoch in epochs[-MOST_ROWS:]]
     left_out = f" (the last {MOST_ROWS} of {len(epochs)})" if len(epochs) > MOST_ROWS else ""
     head = ["epoch", *map(pretty, record.metrics)]
-    return element("details", element("summary", "Every evaluation in numbers"), table(head, rows, f"Evaluations{left_out}"))
+    return element(
+        "details",
+        element("summary", "Every evaluation in numbers"),
+        table(head, rows, f"Evaluations{left_out}"),
+    )
 
 
 def _problems(problems: Sequence[str]) -> Html | None:
@@ -194,11 +247,11 @@ def _data(record: Record) -> Html | None:
 
 
 def _arguments(record: Record) -> Html | None:
-    settings = {name: item for name, item in record.part("settings").items() if name not in NOT_SETTINGS}
-    if record.summary.get("seed") is not None:
-        settings = {"seed": record.summary["seed"], **settings}
-    tables = [pairs(values, caption) for values, caption in
-              ((record.part("arguments"), "The recipe's arguments"), (settings, "The runner's settings")) if values]  # fmt: skip
+    told = {
+        "The recipe's arguments": record.part("arguments"),
+        "The runner's settings": record.part("settings"),
+    }
+    tables = [pairs(values, caption) for caption, values in told.items() if values]
     return element("div", *tables, class_="columns") if tables else None
 
 
@@ -211,11 +264,10 @@ def _repeat(record: Record) -> Html | None:
         timing["started"] = summary["started"]
     if number(summary.get("seconds")) > 0:
         timing["wall time"] = duration(number(summary["seconds"]))
+        if losses := record.losses.get("loss"):
+            timing["an epoch, evaluation included"] = duration(number(summary["seconds"]) / len(losses.epochs))
     if number(summary.get("images_per_second")) > 0:
         timing["images/s in training"] = f"{number(summary['images_per_second']):,.1f}"
-    epoch_seconds = _seconds_of_epoch(record.losses.get("loss"), summary)
-    if epoch_seconds:
-        timing["an epoch"] = duration(epoch_seconds)
     if summary.get("machine"):
         timing["machine"] = summary["machine"]
     versions = {name: version for name, version in record.part("versions").items() if version}
@@ -223,13 +275,3 @@ def _repeat(record: Record) -> Html | None:
     if tables:
         pieces.append(element("div", *tables, class_="columns", style="margin-top:1rem"))
     return join(pieces) if pieces else None
-
-
-def _seconds_of_epoch(losses: Series | None, summary: Any) -> float | None:
-    """Wall time of an epoch with its evaluations, on average."""
-    if not losses or not number(summary.get("seconds")) > 0:
-        return None
-    return number(summary["seconds"]) / len(losses.epochs)
-
-
-__all__ = ["page", "text"]

@@ -52,23 +52,25 @@ def confusion(name: str, picture: Confusion) -> Plot:
     every = -(-k // 100)
     size = 8.0 if k <= COUNTS_UP_TO else max(4.8, 9.0 - k / 24)
     ticks = range(0, k, every)
-    axis.set_xticks(ticks, [labels[tick] for tick in ticks], rotation=90 if k * max(map(len, labels)) > 60 else 0, fontsize=size)
-    axis.set_yticks(ticks, [labels[tick] for tick in ticks], fontsize=size)
+    ticked = [labels[tick] for tick in ticks]
+    upright = k * max(map(len, labels)) > 60
+    axis.set_xticks(ticks, ticked, rotation=90 if upright else 0, fontsize=size)
+    axis.set_yticks(ticks, ticked, fontsize=size)
     axis.set(xlabel="predicted", ylabel="true")
     axis.grid(False)
     axis.tick_params(length=2)
     axis.spines[:].set_visible(False)
     if k <= COUNTS_UP_TO:
         _write_counts(axis, counts, shares, 8.0 if k <= 12 else 6.0)
-    bar = figure.colorbar(image, ax=axis, shrink=0.6, pad=0.015, ticks=[0, 0.01, 0.1, 0.25, 0.5, 1])
+    bar: Any = figure.colorbar(image, ax=axis, shrink=0.6, pad=0.015, ticks=[0, 0.01, 0.1, 0.25, 0.5, 1])
     bar.ax.set_yticklabels(["0 %", "1 %", "10 %", "25 %", "50 %", "100 %"])
     bar.set_label("share of the true class")
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     right, total = int(np.trace(counts)), int(counts.sum())
     summary = f"{right:,} of {total:,} right ({right / total:.2%})." if total else "No samples."
+    caption = f"{summary} {_mistaken(counts, picture.classes)}".strip()
     alt = f"Confusion matrix of {k} classes: {summary}"
-    return Plot(name, pretty(name), figure, alt, f"{summary} {_mistaken(counts, picture.classes)}".strip(),
-                wide=k > COUNTS_UP_TO)  # fmt: skip
+    return Plot(name, pretty(name), figure, alt, caption, wide=k > COUNTS_UP_TO)
 
 
 def _write_counts(axis: Any, counts: np.ndarray, shares: np.ndarray, size: float) -> None:
@@ -88,7 +90,7 @@ def _mistaken(counts: np.ndarray, classes: Sequence[str], most: int = 5) -> str:
 
 
 def embeddings(name: str, picture: Embeddings) -> Plot:
-    """Features in two dimensions: PCA, then t-SNE; classes differ in colour and marker, their names beside."""
+    """Features in two dimensions: PCA, then t-SNE; classes differ in colour and marker."""
     features, labels = _array(picture.features).astype(np.float32), _array(picture.labels).astype(np.int64)
     if features.ndim != 2 or labels.shape != features.shape[:1]:
         raise ValueError(f"features are (n, d) and labels (n,); got {features.shape} and {labels.shape}")
@@ -101,7 +103,8 @@ def embeddings(name: str, picture: Embeddings) -> Plot:
     points, how = plane(features)
     names = class_labels(picture.classes, 22)
     present = [int(label) for label in np.unique(labels)]
-    figure = Figure(figsize=(7.6, 5.6) if len(present) <= COUNTS_UP_TO else (11.5, 7.6), layout="constrained")
+    few = len(present) <= COUNTS_UP_TO
+    figure = Figure(figsize=(7.6, 5.6) if few else (11.5, 7.6), layout="constrained")
     axis = figure.add_subplot()
     axis.grid(False)
     axis.set(xticks=[], yticks=[])
@@ -110,21 +113,29 @@ def embeddings(name: str, picture: Embeddings) -> Plot:
     handles, told = [], []
     for label in present:
         known = 0 <= label < len(names)
-        color, marker = (COLORS[label % len(COLORS)], MARKERS[label // len(COLORS) % len(MARKERS)]) if known else (GRID, ".")
+        color, marker = _mark(label) if known else (MUTED, ".")
         at = points[labels == label]
         axis.scatter(at[:, 0], at[:, 1], s=13, color=color, marker=marker, alpha=0.75, linewidths=0)
         handles.append(Line2D([], [], color=color, marker=marker, linestyle="", markersize=5))
         told.append(names[label] if known else f"class {label}")
-        if known:
-            middle = at[np.argmin(((at - np.median(at, axis=0)) ** 2).sum(1))]
-            few = len(present) <= COUNTS_UP_TO
-            axis.annotate(names[label], middle, (0, 0 if few else 8), textcoords="offset points", ha="center", va="center",
-                          color=INK, path_effects=HALO, fontsize=9.0 if few else 5.5, fontweight="bold")  # fmt: skip
-    columns = -(-len(present) // 34) if len(present) > COUNTS_UP_TO else 1
-    if handles:
-        figure.legend(handles, told, loc="outside right upper", ncols=columns, labelspacing=0.35,
-                      fontsize=8.5 if columns == 1 and len(present) <= COUNTS_UP_TO else 6.0, handletextpad=0.2)  # fmt: skip
-    caption = f"{len(features):,} of {total:,} embeddings, {how}." if len(features) < total else f"{total:,} embeddings, {how}."
+        middle = at[np.argmin(((at - np.median(at, axis=0)) ** 2).sum(1))]
+        axis.annotate(
+            told[-1],
+            middle,
+            (0, 0 if few else 8),
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            color=INK,
+            path_effects=HALO,
+            fontsize=9.0 if few else 5.5,
+            fontweight="bold",
+        )
+    columns = 1 if few else -(-len(present) // 34)
+    where, size = "outside right upper", 8.5 if few else 6.0
+    figure.legend(handles, told, loc=where, ncols=columns, fontsize=size, labelspacing=0.35, handletextpad=0.2)
+    count = f"{len(features):,} of {total:,}" if len(features) < total else f"{total:,}"
+    caption = f"{count} embeddings, {how}."
     if dropped:
         caption += f" {dropped:,} that are not finite are left out."
     if "t-SNE" in how:
@@ -133,14 +144,18 @@ def embeddings(name: str, picture: Embeddings) -> Plot:
     return Plot(name, pretty(name), figure, alt, caption, wide=True)
 
 
+def _mark(label: int) -> tuple[str, str]:
+    """A colour and a marker: a pair of its own for each of the first 140 classes."""
+    return COLORS[label % len(COLORS)], MARKERS[label // len(COLORS) % len(MARKERS)]
+
+
 def plane(features: np.ndarray) -> tuple[np.ndarray, str]:
     """Features `(n, d)` → points `(n, 2)` and how; the same features always give the same points."""
     n, d = features.shape
     if n < 2 or d == 0 or not np.ptp(features, axis=0).any():
         return np.zeros((n, 2)), "all at one point"
     scale = float(np.abs(features).max())
-    centred = (features / scale).astype(np.float64)
-    reduced = PCA(min(50, d, n), svd_solver="full" if d <= 512 else "randomized", random_state=0).fit_transform(centred)
+    reduced = PCA(min(50, d, n), random_state=0).fit_transform((features / scale).astype(np.float64))
     flat = np.pad(reduced, ((0, 0), (0, max(0, 2 - reduced.shape[1]))))[:, :2]
     if n < 12 or reduced.shape[1] < 3 or len(np.unique(reduced, axis=0)) < 12:
         return flat, "their first two principal components"
@@ -174,7 +189,8 @@ def attention(name: str, picture: Attention) -> Plot:
     axes = figure.subplots(2 * blocks, columns, squeeze=False)
     shade = None
     for place in range(columns * blocks):
-        above, below = axes[2 * (place // columns), place % columns], axes[2 * (place // columns) + 1, place % columns]
+        row, column = 2 * (place // columns), place % columns
+        above, below = axes[row, column], axes[row + 1, column]
         for axis in (above, below):
             axis.set_axis_off()
         if place >= count:
@@ -190,9 +206,9 @@ def attention(name: str, picture: Attention) -> Plot:
         weights = np.clip(np.nan_to_num(maps[place]), 0, 1)
         shade = below.imshow(weights, cmap="inferno", vmin=0, vmax=1, alpha=0.72, extent=box, interpolation="nearest")
     if shade is not None:
-        bar = figure.colorbar(shade, ax=axes, shrink=0.5, pad=0.01, aspect=24)
+        bar: Any = figure.colorbar(shade, ax=axes, shrink=0.5, pad=0.01, aspect=24)
         bar.set_label("attention", color=MUTED)
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
     left_out = f" {count} of {len(images)} are shown." if count < len(images) else ""
     alt = f"{count} images with their attention maps: {', '.join(map(str, picture.captions[:count]))}."
     return Plot(name, pretty(name), figure, alt, f"Above the image, below its attention map.{left_out}", wide=True)

@@ -20,7 +20,7 @@ BOUNDS = ("floor", "collapse")
 """The references that bound a statistic instead of standing beside a result."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Series:
     """A column over epochs; rows where the column is blank are left out, a written `nan` is kept."""
 
@@ -37,7 +37,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Record:
-    """What a run directory holds: `losses`, `pace` (learning rate, speed) and `metrics` by column, and the summary."""
+    """What a run directory holds: columns of losses, `pace` (learning rate, speed) and metrics; the summary."""
 
     directory: Path
     losses: Mapping[str, Series]
@@ -136,7 +136,7 @@ def number(value: Any) -> float:
 
 
 def lower_is_better(name: str) -> bool:
-    """Whether a column is an error: its last word is loss, mse, mae, rmse, error, nll, perplexity or seconds."""
+    """Whether a column is an error or a cost: its last word is loss, mse, mae, rmse, error, ..."""
     words = ("loss", "mse", "mae", "rmse", "error", "nll", "perplexity", "seconds")
     return name.rsplit("_", 1)[-1].lower() in words
 

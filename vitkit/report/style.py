@@ -7,31 +7,53 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import matplotlib
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import get_font
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6a3d9a", "#7f7f7f")
-"""Okabe and Ito's colours, which people with any kind of colour vision tell apart, in an order that suits white."""
+"""Okabe and Ito's colours, which people with any kind of colour vision tell apart, in an order for white."""
 INK, MUTED, GRID = "#1f2430", "#667085", "#e6e8ec"
 HALO = [withStroke(linewidth=2.5, foreground="white")]
-SETTINGS = {
-    "font.family": ["DejaVu Sans"], "font.size": 9.0, "axes.titlesize": 10.0, "axes.titleweight": "bold",
-    "axes.titlelocation": "left", "axes.labelcolor": MUTED, "axes.edgecolor": "#b8bec9", "axes.labelsize": 8.5,
-    "axes.spines.top": False, "axes.spines.right": False, "text.color": INK, "axes.titlecolor": INK,
-    "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelsize": 8.0, "ytick.labelsize": 8.0, "axes.grid": True,
-    "axes.axisbelow": True, "grid.color": GRID, "grid.linewidth": 0.8, "legend.frameon": False,
-    "legend.fontsize": 8.0, "lines.linewidth": 1.8, "lines.markersize": 4.0, "lines.solid_capstyle": "round",
-}  # fmt: skip
+SETTINGS: dict[Any, Any] = {
+    "font.family": ["DejaVu Sans"],
+    "font.size": 9.0,
+    "axes.titlesize": 10.0,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": "#b8bec9",
+    "axes.labelsize": 8.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.color": INK,
+    "axes.titlecolor": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelsize": 8.0,
+    "ytick.labelsize": 8.0,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "legend.fontsize": 8.0,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 4.0,
+    "lines.solid_capstyle": "round",
+}
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure with what a page says of it: a title, a sentence for those who cannot see it, and a caption."""
+    """A figure with what a page says of it: a title, a text for those who cannot see it, a caption."""
 
     name: str
     title: str
@@ -51,12 +73,12 @@ def house_style() -> Iterator[None]:
 
 
 def panels(count: int, *, height: float = 2.9, width: float = 11.1) -> tuple[Figure, list[Axes]]:
-    """A figure with `count` axes over epochs, as wide as the page where there are several; sizes in inches."""
+    """A figure with `count` axes over epochs, as wide as the page if there are several; sizes in inches."""
     columns = count if count in (1, 2, 4) else 3
     rows = math.ceil(count / columns)
     size = (5.6, 3.4) if count == 1 else (width, height * rows)
-    figure = Figure(figsize=size, layout="constrained")
-    figure.get_layout_engine().set(wspace=0.06, hspace=0.08, w_pad=0.08, h_pad=0.08)  # type: ignore[union-attr,call-arg]
+    layout = ConstrainedLayoutEngine(wspace=0.06, hspace=0.08, w_pad=0.08, h_pad=0.08)
+    figure = Figure(figsize=size, layout=layout)
     axes = [figure.add_subplot(rows, columns, place) for place in range(1, count + 1)]
     for axis in axes:
         axis.set_xlabel("epoch")
@@ -64,12 +86,18 @@ def panels(count: int, *, height: float = 2.9, width: float = 11.1) -> tuple[Fig
     return figure, axes
 
 
-def legend_below(axes: Axes, handles: Sequence[object], labels: Sequence[str], columns: int = 2) -> None:
+def legend_below(axes: Axes, handles: Sequence[Artist], labels: Sequence[str], columns: int = 2) -> None:
     """A legend under the axes, where it hides no data."""
     axes.legend(
-        handles, [drawable(label) for label in labels], loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=columns,
-        handlelength=1.8, columnspacing=1.2, borderaxespad=0.2,
-    )  # fmt: skip
+        handles,
+        [drawable(label, 40) for label in labels],
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.2),
+        ncols=columns,
+        handlelength=1.8,
+        columnspacing=1.2,
+        borderaxespad=0.2,
+    )
 
 
 def png(figure: Figure, dpi: int = 150) -> bytes:
@@ -81,14 +109,12 @@ def png(figure: Figure, dpi: int = 150) -> bytes:
 
 def drawable(text: str, limit: int = 60) -> str:
     """The text as matplotlib can draw it: one line, not too long, no formulas, unknown glyphs as □."""
-    text = "".join(" " if character.isspace() or not character.isprintable() else character for character in text)
-    text = " ".join(text.split())
+    text = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
     if len(text) > limit:  # the end tells apart as often as the beginning
         tail = limit // 3
         text = f"{text[: limit - tail - 1].rstrip()}…{text[-tail:].lstrip()}"
-    text = "".join(character if _has_glyph(character) else "□" for character in text)
-    # A legend leaves out labels that begin with an underscore.
-    return text.replace("$", r"\$").replace("_", "\u200a_", 1) if text.startswith("_") else text.replace("$", r"\$")
+    text = "".join(letter if _has_glyph(letter) else "□" for letter in text).replace("$", r"\$")
+    return f"\u200a{text}" if text.startswith("_") else text  # a legend leaves out what begins with an underscore
 
 
 def class_labels(classes: Sequence[str], limit: int = 20) -> list[str]:
@@ -101,6 +127,6 @@ def class_labels(classes: Sequence[str], limit: int = 20) -> list[str]:
 
 
 @cache
-def _has_glyph(character: str) -> bool:
+def _has_glyph(letter: str) -> bool:
     font = get_font(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
-    return bool(font.get_char_index(ord(character)))
+    return bool(font.get_char_index(ord(letter)))
