@@ -10,7 +10,7 @@ import torch
 
 from vitkit import Run, backbones, evaluators, heads, losses
 from vitkit.augment import Compose, RandomAffine
-from vitkit.schedule import warmup_cosine
+from vitkit.optim import warmup_cosine
 from vitkit_jepa import JEPA
 
 PRESETS = {

@@ -174,7 +174,11 @@ class ColorJitter:
 
     def __call__(self, images: Tensor, generator: Generator) -> Tensor:
         chosen = uniform(images, generator, 0, 1) < self.p
-        steps = ((self.brightness, adjust_brightness), (self.contrast, adjust_contrast), (self.saturation, adjust_saturation))
+        steps = (
+            (self.brightness, adjust_brightness),
+            (self.contrast, adjust_contrast),
+            (self.saturation, adjust_saturation),
+        )
         for strength, adjust in steps:
             if strength:
                 factor = uniform(images, generator, max(0.0, 1 - strength), 1 + strength)

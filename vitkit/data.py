@@ -78,7 +78,9 @@ def from_store(
 
 def imported(name: str, *, img_size: int | None = None) -> ImageDataset:
     """A dataset that `vitkit data import` wrote into the store, delivered at `img_size`; errors as `read_store`."""
-    return from_store(read_store(store_path(name)), img_size=img_size, source=f"imported as {name}", licence="its owner's")
+    return from_store(
+        read_store(store_path(name)), img_size=img_size, source=f"imported as {name}", licence="its owner's"
+    )
 
 
 def build(name: str, **kwargs: Any) -> ImageDataset:

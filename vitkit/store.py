@@ -138,7 +138,9 @@ def write_store(
     if problem:
         raise DatasetError(f"dataset {name!r} cannot be stored: {problem}")
     lists = {"classes": classes, "skipped": skipped} if skipped else {"classes": classes}
-    everything = {"name": name, **metadata} | {key: json.dumps(value, ensure_ascii=False) for key, value in lists.items()}
+    everything = {"name": name, **metadata} | {
+        key: json.dumps(value, ensure_ascii=False) for key, value in lists.items()
+    }
     try:
         with atomic_write(path) as temporary:
             # The form for torch refuses tensors that share memory, such as two slices of one.

@@ -78,13 +78,11 @@ class LabelRetrieval:
             m1, m2, features, labels = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))
             methods = {"m1": m1, "m2": m2}
             pictures: dict[str, Picture] = {
-                f"{name}_confusion": Confusion(
-                    confusion_matrix(labels, scores.argmax(1), len(classes)).numpy(), classes
-                )
-                for name, scores in methods.items()
-            } | {
-                "embeddings": Embeddings(features[:SHOWN].numpy(), labels[:SHOWN].numpy(), classes),
+                "embeddings": Embeddings(features[:SHOWN].numpy(), labels[:SHOWN].numpy(), classes)
             }
+            for name, scores in methods.items():
+                counts = confusion_matrix(labels, scores.argmax(1), len(classes))
+                pictures[f"{name}_confusion"] = Confusion(counts.numpy(), classes)
             if self.attention_samples:
                 pictures["label_attention"] = self._attention(backbone, dataset, device)
         return Scores(

@@ -150,7 +150,9 @@ def test_a_composition_does_what_its_parts_do_one_after_another():
 
 
 def test_a_flip_is_a_flip():
-    torch.testing.assert_close(HorizontalFlip(1.0)(images(3, 5, 8), generator()), images(3, 5, 8).flip(-1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        HorizontalFlip(1.0)(images(3, 5, 8), generator()), images(3, 5, 8).flip(-1), atol=1e-5, rtol=0
+    )
 
 
 def test_a_padded_crop_moves_by_whole_pixels():
@@ -216,7 +218,10 @@ def test_an_affine_of_nothing_changes_nothing():
     ("make", "said"),
     [
         (lambda: RandomResizedCrop(scale=(0.0, 1.0)), "scale is (0.0, 1.0); expected two positive numbers"),
-        (lambda: RandomResizedCrop(ratio=(2.0, 1.0)), "ratio is (2.0, 1.0); expected two positive numbers, the smaller"),
+        (
+            lambda: RandomResizedCrop(ratio=(2.0, 1.0)),
+            "ratio is (2.0, 1.0); expected two positive numbers, the smaller",
+        ),
         (lambda: RandomAffine(scale=(-1.0, 1.0)), "scale is (-1.0, 1.0)"),
         (lambda: RandomErasing(ratio=(0.0, 1.0)), "ratio is (0.0, 1.0)"),
         (lambda: GaussianBlur(sigma=(0.0, 1.0)), "sigma is (0.0, 1.0)"),

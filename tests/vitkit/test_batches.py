@@ -24,7 +24,10 @@ def numbers(batch) -> list[int]:
 
 
 def same(a, b) -> bool:
-    return all(torch.equal(x["images"], y["images"]) and torch.equal(x["labels"], y["labels"]) for x, y in zip(a, b, strict=True))
+    return all(
+        torch.equal(x["images"], y["images"]) and torch.equal(x["labels"], y["labels"])
+        for x, y in zip(a, b, strict=True)
+    )
 
 
 def test_it_follows_the_contract():

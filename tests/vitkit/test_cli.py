@@ -145,8 +145,8 @@ def test_dry_run_shows_values_and_the_models_cost_and_trains_nothing(vitkit, tmp
         (["run", "line.py", "--out", "/proc/nowhere"], 1, "cannot write to /proc/nowhere"),
         (["run", "line.py", "--resume"], 2, "no unfinished run under runs/line"),
         (["nothing"], 2, "No such command"),
-        (["compare", "nowhere"], 2, "compare needs at least two"),
-        (["compare", "nowhere", "line.py"], 2, "nowhere holds no run"),
+        (["compare", "nowhere"], 2, "two"),
+        (["compare", "nowhere", "line.py"], 2, "no run at nowhere"),
     ],
 )
 def test_bad_input_is_answered_with_one_message_and_no_traceback(vitkit, arguments, code, text):

@@ -17,7 +17,9 @@ def tensors(n: int = 20, channels: int = 3, size: int = 8) -> dict[str, torch.Te
     made = {}
     for seed, split in enumerate(("train", "test")):
         generator = torch.Generator().manual_seed(seed)
-        made[f"{split}.images"] = torch.randint(0, 256, (n, channels, size, size), dtype=torch.uint8, generator=generator)
+        made[f"{split}.images"] = torch.randint(
+            0, 256, (n, channels, size, size), dtype=torch.uint8, generator=generator
+        )
         made[f"{split}.labels"] = torch.arange(n) % 2
     return made
 
@@ -81,7 +83,11 @@ def test_another_size_is_delivered_from_the_same_file():
 
 def test_what_was_imported_is_found_by_its_name():
     write_store("pets", tensors(), ["cat", "dog"], skipped=["x.png: broken"])
-    for found in (build("pets", img_size=6), resolve("pets", default="mnist", img_size=6), imported("pets", img_size=6)):
+    for found in (
+        build("pets", img_size=6),
+        resolve("pets", default="mnist", img_size=6),
+        imported("pets", img_size=6),
+    ):
         assert (found.name, found.shape, found.skipped) == ("pets", (3, 6, 6), ["x.png: broken"])
     with pytest.raises(ArgumentsError, match="dataset 'pets' takes no argument 'image_size'; did you mean 'img_size'"):
         build("pets", image_size=6)
@@ -115,7 +121,9 @@ def test_a_dataset_named_by_hand_never_falls_back(unreachable):
     with pytest.raises(MissingDatasetError) as caught:
         resolve(unreachable, default="mnist")
     said = str(caught.value)
-    assert said.startswith(f"dataset 'far' is not in the store ({store_path('far')}) and could not be downloaded: OSError:")
+    assert said.startswith(
+        f"dataset 'far' is not in the store ({store_path('far')}) and could not be downloaded: OSError:"
+    )
     assert "https://example.org/far.tar: <urlopen error no route to host>" in said  # what was tried
     assert "run `vitkit data get far` and copy the file there, or use --dataset digits" in said
 
@@ -162,6 +170,8 @@ def test_several_that_want_one_dataset_download_it_once():
 
 def test_what_a_download_brings_is_checked_before_it_is_kept():
     bad = tensors() | {"train.labels": torch.full((20,), 7)}
-    with pytest.raises(DatasetError, match="dataset 'pets' cannot be stored: train.labels run from 7 to 7, expected 0 to 1"):
+    with pytest.raises(
+        DatasetError, match="dataset 'pets' cannot be stored: train.labels run from 7 to 7, expected 0 to 1"
+    ):
         fetched("pets", lambda: (bad, ["cat", "dog"]))
     assert stored_names() == []

@@ -12,7 +12,7 @@ from torch import nn
 
 from vitkit import Run
 from vitkit.errors import RunDirectoryError, RunError, UsageError
-from vitkit.schedule import warmup_cosine
+from vitkit.optim import warmup_cosine
 
 
 class Points:

@@ -179,11 +179,14 @@ def test_the_middle_is_kept_and_nothing_is_stretched(folder):
 
 def huge_png(path: Path, side: int) -> None:
     """A PNG whose header promises side × side pixels."""
+
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    )
 
 
 def test_unreadable_pictures_are_named_and_left_out(folder):
@@ -197,7 +200,13 @@ def test_unreadable_pictures_are_named_and_left_out(folder):
     with warnings.catch_warnings(record=True) as warned:
         skipped = import_folder(folder, "pets", img_size=8)
     assert warned == []
-    assert [Path(line.split(": ")[0]).name for line in sorted(skipped)] == ["cut.jpg", "empty.png", "huge.png", "large.png", "text.webp"]
+    assert [Path(line.split(": ")[0]).name for line in sorted(skipped)] == [
+        "cut.jpg",
+        "empty.png",
+        "huge.png",
+        "large.png",
+        "text.webp",
+    ]
     assert "truncated" in next(line for line in skipped if "cut.jpg" in line)
     for name in ("huge", "large"):
         assert "decompression bomb" in next(line for line in skipped if name in line)
@@ -236,7 +245,9 @@ def test_a_class_that_is_only_tested_is_named_and_left_out(folder):
 
 
 def test_folders_that_are_no_dataset(folder):
-    with pytest.raises(DatasetError, match=r"no folder at .*pets; expected one that holds a folder of pictures for each"):
+    with pytest.raises(
+        DatasetError, match=r"no folder at .*pets; expected one that holds a folder of pictures for each"
+    ):
         import_folder(folder, "pets")
     folder.mkdir()
     with pytest.raises(DatasetError, match=r"a folder for each of at least two classes, with \.png.*; found none"):
@@ -246,7 +257,9 @@ def test_folders_that_are_no_dataset(folder):
         import_folder(folder, "pets")
     (folder / "dog").mkdir()
     (folder / "dog" / "a.png").write_bytes(b"no")
-    with pytest.raises(DatasetError, match=r"to train on of 1 classes, expected at least two; left out: .*a\.png: Unident"):
+    with pytest.raises(
+        DatasetError, match=r"to train on of 1 classes, expected at least two; left out: .*a\.png: Unident"
+    ):
         import_folder(folder, "pets")
     assert stored_names() == []
 
@@ -276,5 +289,7 @@ def test_large_photographs_are_reduced_as_small_ones_are(folder):
     centre(folder, path, size=32)
     found = read_store(store_path("pets")).train
     expected = photo.crop((100, 0, 700, 600)).resize((32, 32), Image.Resampling.BICUBIC)
-    difference = found.images[found.labels == 1][0].float() - torch.from_numpy(np.array(expected)).permute(2, 0, 1).float()
+    difference = (
+        found.images[found.labels == 1][0].float() - torch.from_numpy(np.array(expected)).permute(2, 0, 1).float()
+    )
     assert difference.abs().mean() < 2

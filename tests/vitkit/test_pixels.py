@@ -53,8 +53,8 @@ def test_a_crop_is_torchvisions():
     top, left, high, wide = (torch.tensor(values, dtype=torch.float32) for values in zip(*boxes, strict=True))
     x, y = (2 * left + wide) / 20 - 1, (2 * top + high) / 16 - 1
     found = sample(given, matrices_of(wide / 20, 0.0, x, 0.0, high / 16, y), outside="border")
-    for i, (t, l, h, w) in enumerate(boxes):
-        whole = tv.resized_crop(given[i], t, l, h, w, [16, 20], antialias=False)
+    for i, (y0, x0, h, w) in enumerate(boxes):
+        whole = tv.resized_crop(given[i], y0, x0, h, w, [16, 20], antialias=False)
         # Inside the crop's half-pixel rim; there torchvision repeats the crop's edge, and this reads on in the image.
         rows, columns = math.ceil(8 / h), math.ceil(10 / w)
         inner = (slice(None), slice(rows, 16 - rows), slice(columns, 20 - columns))
@@ -91,7 +91,9 @@ def test_neutral_parameters_change_nothing():
     for adjust in (adjust_brightness, adjust_contrast, adjust_saturation):
         assert torch.equal(adjust(given, torch.ones(N)), given)
     torch.testing.assert_close(adjust_hue(given, torch.zeros(N)), given, atol=1e-6, rtol=0)
-    torch.testing.assert_close(adjust_hue(adjust_hue(given, between(0, 0.5)), -between(0, 0.5)), given, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        adjust_hue(adjust_hue(given, between(0, 0.5)), -between(0, 0.5)), given, atol=1e-5, rtol=0
+    )
 
 
 def test_what_is_given_stays_as_it_is():
@@ -122,7 +124,9 @@ def test_grey_is_torchvisions():
     assert torch.equal(grey(images(1)), images(1))
 
 
-@pytest.mark.parametrize("change", [grey, lambda x: adjust_hue(x, between(0, 0.1)), lambda x: adjust_saturation(x, between(1, 2))])
+@pytest.mark.parametrize(
+    "change", [grey, lambda x: adjust_hue(x, between(0, 0.1)), lambda x: adjust_saturation(x, between(1, 2))]
+)
 def test_colours_need_one_or_three_channels(change):
     with pytest.raises(UsageError, match="colours need images of 1 or 3 channels; given 2"):
         change(images(2))

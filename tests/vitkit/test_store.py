@@ -86,7 +86,9 @@ def test_a_file_cut_short(store):
         read_store(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG" * 100, b"\xff" * 64], ids=["empty", "text", "png", "ones"])
+@pytest.mark.parametrize(
+    "content", [b"", b"hello", b"\x89PNG" * 100, b"\xff" * 64], ids=["empty", "text", "png", "ones"]
+)
 def test_a_foreign_file(store, content):
     store.mkdir()
     store_path("pets").write_bytes(content)
@@ -169,6 +171,8 @@ def full_disk():
 
 
 def test_a_full_disk_leaves_nothing_half_written(store, full_disk):
-    with pytest.raises(DatasetError, match=r"cannot write .*pets\.safetensors: .*[Ff]ile too large.*free some room there"):
+    with pytest.raises(
+        DatasetError, match=r"cannot write .*pets\.safetensors: .*[Ff]ile too large.*free some room there"
+    ):
         write_store("pets", tensors(n=1000, size=32), CLASSES)
     assert list(store.iterdir()) == []

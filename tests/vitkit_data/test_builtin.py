@@ -81,7 +81,9 @@ def test_a_download_is_converted_once(name, empty_store, reachable, monkeypatch,
 
 def test_a_failed_download_says_what_was_tried_and_what_to_do(empty_store, reachable, monkeypatch):
     def fail(*args, **kwargs):
-        raise RuntimeError("Error downloading train.gz:\nTried https://mirror.example/, got:\n<urlopen error timed out>")
+        raise RuntimeError(
+            "Error downloading train.gz:\nTried https://mirror.example/, got:\n<urlopen error timed out>"
+        )
 
     fail.url = "https://mirror.example/"
     monkeypatch.setattr(published, "CIFAR10", fail)
@@ -106,8 +108,8 @@ def test_the_real_images_are_as_described(name, real_data):
     counts = found.train.labels.bincount()
     assert counts.tolist() == [each] * count if each else 5000 < counts.min() < counts.max() < 7000
     computed = from_store(read_store(store_path(name)))
-    assert np.allclose(computed.mean, found.mean, atol=1e-3)
-    assert np.allclose(computed.std, found.std, atol=1e-3)
+    assert np.allclose(computed.mean, found.mean, atol=5e-3)
+    assert np.allclose(computed.std, found.std, atol=5e-3)
 
 
 def test_mnist_at_32_pixels_is_lenets(real_data):

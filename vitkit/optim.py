@@ -1,0 +1,94 @@
+"""Optimisers and schedules as plain torch objects: Muon for matrices beside AdamW for the rest, warm-up and cosine."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+from torch.optim import AdamW, Muon, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from vitkit.errors import UsageError
+
+
+class Together(Optimizer):
+    """Several optimisers, each with its own parameters, as one: for `run.fit` and for schedules.
+
+    Its parameter groups are theirs, so that a schedule acts on all. Raises `UsageError` where two share a parameter.
+    """
+
+    def __init__(self, *optimizers: Optimizer) -> None:
+        parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+        if len({id(p) for p in parameters}) < len(parameters):
+            raise UsageError("two optimisers share a parameter; give each of them its own")
+        self.optimizers = optimizers
+        super().__init__(parameters, {})
+        self.param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None if closure is None else closure()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+
+def muon_adamw(
+    model: nn.Module,
+    *,
+    lr: float,
+    muon_lr: float | None = None,
+    weight_decay: float = 0.05,
+    betas: tuple[float, float] = (0.9, 0.999),
+    only_adamw: Iterable[nn.Parameter] = (),
+) -> Together:
+    """Muon for the weight matrices inside a network, AdamW for embeddings, biases, norms and convolutions.
+
+    Muon (Jordan et al., 2024) steps along the orthogonalised momentum, scaled to AdamW's usual step so that the same
+    learning rates do (arXiv 2502.16982); `muon_lr` is `lr` where not given. Matrices of `nn.Linear` go to Muon, save
+    those in `only_adamw`; weight decay spares biases, norms and single vectors. Raises `UsageError` where a learning
+    rate is not positive.
+    """
+    muon_lr = lr if muon_lr is None else muon_lr
+    if not (lr > 0 and muon_lr > 0 and math.isfinite(lr + muon_lr)):
+        raise UsageError(f"lr is {lr} and muon_lr {muon_lr}; expected finite positive numbers")
+    kept = {id(parameter) for parameter in only_adamw}
+    matrices = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+    matrices = [weight for weight in matrices if weight.requires_grad and id(weight) not in kept]
+    taken = {id(weight) for weight in matrices}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
+    groups = [
+        {"params": [p for p in rest if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    adamw = AdamW([group for group in groups if group["params"]], lr=lr, betas=betas)
+    if not matrices:
+        return Together(adamw)
+    return Together(Muon(matrices, lr=muon_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"), adamw)
+
+
+def warmup_cosine(optimizer: Optimizer, steps: int, *, warmup: int = 0, floor: float = 0.0) -> LambdaLR:
+    """Linear warm-up over `warmup` steps, then half a cosine down to `floor` times the learning rate at `steps`.
+
+    lr(t) = lr·(t+1)/warmup for t < warmup, then lr·(floor + (1 − floor)·(1 + cos(π·(t − warmup)/(steps − warmup)))/2).
+    Raises `UsageError` where `warmup` is longer than `steps` or `floor` lies outside [0, 1].
+    """
+    if steps < 1 or not 0 <= warmup <= steps:
+        raise UsageError(f"a schedule of {steps} steps with {warmup} of warm-up; expected 0 <= warmup <= steps, steps >= 1")
+    if not 0.0 <= floor <= 1.0:
+        raise UsageError(f"a schedule's floor is a share of the learning rate in [0, 1]; given {floor}")
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        share = min((step - warmup) / max(steps - warmup, 1), 1.0)
+        return floor + (1.0 - floor) * (1.0 + math.cos(math.pi * share)) / 2.0
+
+    return LambdaLR(optimizer, factor)
