@@ -80,9 +80,9 @@ def adjust_hue(images: Tensor, turn: Tensor) -> Tensor:
     green_or_blue = torch.where(value == green, 2 + (blue - red) / scale, 4 + (red - green) / scale)
     hue = torch.where(value == red, (green - blue) / scale, green_or_blue) + 6 * turn.view(-1, 1, 1)
     # A channel is full within one sixth of its own hue, and zero from two sixths on: its distance `away` decides.
-    away = hue[:, None] - torch.arange(0, 6, 2, device=images.device).view(3, 1, 1)  # (n 3 h w)
-    away = away.sub_(6 * torch.round(away / 6)).abs_()
-    return value[:, None] - chroma[:, None] * (away - 1).clamp_(0, 1)
+    away = (hue[:, None] - torch.arange(0, 6, 2, device=images.device).view(3, 1, 1)).abs_()  # (n 3 h w)
+    away = torch.minimum(away, (away - 6).abs_())  # the way round the circle may be shorter
+    return value[:, None] - away.sub_(1).clamp_(0, 1).mul_(chroma[:, None])
 
 
 def grey(images: Tensor) -> Tensor:

@@ -9,8 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from vitkit.checkpoint import encode_image
+from vitkit.contracts import Confusion, Measurement, Scores
 from vitkit.distributed import all_gather, rank, world_size
-from vitkit.errors import UsageError
+from vitkit.errors import UsageError, VitkitError
+
+MANY = 10
+"""With more classes than these the top-5 accuracy is reported too; with fewer it says next to nothing."""
 
 
 @dataclass(frozen=True)
@@ -27,46 +31,97 @@ def evaluating(model: Any) -> Iterator[torch.device]:
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     training = [module for module in modules if module.training]
     parameter = next(model.parameters(), None) if modules else None
-    state = torch.get_rng_state()
+    device = parameter.device if parameter is not None else torch.device("cpu")
     try:
         for module in training:
             module.training = False
-        with torch.inference_mode():
-            yield parameter.device if parameter is not None else torch.device("cpu")
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.inference_mode():
+            yield device
     finally:
         for module in training:
             module.training = True
-        torch.set_rng_state(state)
 
 
 def extract_features(model: Any, split: Any, *, batch_size: int = 500) -> Features:
     """The pooled features of every image of a split, once each, in the split's order, on every rank.
 
-    The model's own `encode_image(images) -> (b d)` is asked, or else the mean over its tokens `(b n d)` is taken.
-    Called under autocast the features are computed in its precision and returned in float32. Raises `UsageError` for an
-    empty split and for features that are not finite.
+    The model's own `encode_image(images) -> (b d)` is asked, or else the mean over its tokens `(b n d)` is taken. Called
+    under autocast the features are computed in its precision; they are returned in float32. Labels are the split's, so
+    hidden ones are refused. Raises `UsageError` for an empty split, for hidden labels and for a model that returns
+    something else, and `VitkitError` for features that are not finite.
     """
     if len(split) == 0:
         raise UsageError("the split to evaluate on holds no images")
+    if int(split.labels.min()) < 0:
+        raise UsageError("the split to evaluate on hides labels (-1); give the dataset as it was before hide_labels")
     found, labels = [], []
     with evaluating(model) as device:
         for batch in split.batches(batch_size).epoch(0, device=device, rank=rank(), world=world_size()):
             # Ranks hold consecutive parts of each batch, so gathering batch by batch keeps the split's order.
-            found.append(all_gather(encode_image(model, batch["images"]).float()))
+            found.append(all_gather(_encode(model, batch["images"])))
             labels.append(all_gather(batch["labels"]))
     features, targets = torch.cat(found), torch.cat(labels)
     if not bool(features.isfinite().all()):
-        raise UsageError("the model's features are not finite: it has diverged, or its weights are damaged")
+        raise VitkitError("the model's features are not finite: it has diverged, or its weights are damaged")
     return Features(features.clone(), targets.clone())  # clones are no inference tensors: a probe may train on them
 
 
-def confusion_matrix(true: Tensor, predicted: Tensor, classes: int) -> Tensor:
+def _encode(model: Any, images: Tensor) -> Tensor:
+    count = len(images)
+    if count == 0:  # one rank's share of the last batch: a model need not take it, and any image tells the width
+        images = images.new_zeros(1, *images.shape[1:])
+    return encode_image(model, images)[:count].float()
+
+
+def frozen_features(
+    model: Any, dataset: Any, *, train_size: int | None = None, test_size: int | None = None, seed: int = 0
+) -> tuple[Features, Features]:
+    """The features of a dataset's training and test split, or of `train_size` and `test_size` images chosen by `seed`.
+
+    Capped splits hold the classes as evenly as they can be had. Errors are those of `extract_features`.
+    """
+    train, test = (
+        extract_features(model, split if size is None else split.take(size, seed=seed))
+        for split, size in ((dataset.train, train_size), (dataset.test, test_size))
+    )
+    return train, test
+
+
+def check_classes(train: Features, test: Features, classes: list[str]) -> None:
+    """`UsageError` where there is nothing to tell apart, or where a label belongs to no class."""
+    highest = max(int(train.labels.max()), int(test.labels.max()))
+    if highest >= len(classes):
+        raise UsageError(f"a label is {highest}, but there are {len(classes)} classes: labels count from 0")
+    if len(train.labels.unique()) < 2:
+        raise UsageError("a classifier needs training images of at least two classes")
+
+
+def classification(name: str, scores: Tensor, test: Features, classes: list[str], *, note: str) -> Scores:
+    """`<name>_top1`, with more than ten classes `<name>_top5` too, and the confusion matrix, of scores `(n k)`."""
+    k = len(classes)
+    tops = (1, 5) if k > MANY else (1,)
+    counts = confusion_matrix(test.labels, scores.argmax(dim=1), k)
+    return Scores(
+        {f"{name}_top{top}": topk_accuracy(scores, test.labels, top) for top in tops},
+        protocols={
+            f"{name}_top{top}": Measurement("test", len(test.labels), chance=top / k, frozen="encoder", note=note)
+            for top in tops
+        },
+        pictures={f"{name}_confusion": Confusion(counts.cpu().numpy(), classes)},
+    )
+
+
+def confusion_matrix(true: Tensor, predicted: Tensor, k: int) -> Tensor:
     """Counts `(k k)`: row the true class, column the predicted one."""
-    return torch.bincount(true * classes + predicted, minlength=classes * classes).view(classes, classes)
+    return torch.bincount(true * k + predicted, minlength=k * k).view(k, k)
 
 
 def topk_accuracy(scores: Tensor, labels: Tensor, k: int = 1) -> float:
-    """The share of samples whose label is among the `k` highest of scores `(n c)`."""
-    k = min(k, scores.shape[1])
-    return float((scores.topk(k, dim=1).indices == labels[:, None]).any(dim=1).float().mean())
+    """The share of samples whose label is among the `k` highest of scores `(n c)`.
 
+    Of equal scores the class of lower number stands first, as in `argmax`; a score that is no number is no hit.
+    """
+    own = scores.gather(1, labels[:, None])
+    lower = torch.arange(scores.shape[1], device=scores.device) < labels[:, None]
+    ahead = ~(scores <= own) | ((scores == own) & lower)
+    return float((ahead.sum(dim=1) < k).float().mean())

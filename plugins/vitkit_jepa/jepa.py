@@ -77,6 +77,11 @@ class JEPA(nn.Module):
             features = self.backbone.encode_image(rows)
         return dict(self.loss(self.projector(features).unflatten(0, (views, -1))))
 
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Images `(b c h w)` → the backbone's features `(b d)`, which probes are trained on."""
+        features: Tensor = self.backbone.encode_image(images)
+        return features
+
     def _joint(self, rows: Tensor, labels: Tensor) -> dict[str, Tensor]:
         self.backbone.check_labels(labels)
         batch, classes = len(labels), self.backbone.num_classes

@@ -54,7 +54,7 @@ class LabelRetrieval:
         self.space, self.batch_size, self.attention_samples = space, batch_size, attention_samples
 
     def __call__(self, model: Any, dataset: Any) -> Scores:
-        backbone = getattr(model, "backbone", None)
+        backbone: Any = getattr(model, "backbone", None)
         if not hasattr(backbone, "encode_multimodal"):
             raise UsageError(
                 f"label retrieval needs a model whose .backbone takes labels, such as 'multimodal_vit'; "

@@ -1,16 +1,16 @@
-"""A transformer block for CPUs, its backward pass written out by hand: the same function as `layers.Block`, faster.
+"""A transformer block for CPUs with its backward pass written out: `layers.Block`'s function, twice as fast.
 
-Why it exists, for ViT 192/6/3 at 65 tokens trained in bf16 on a CPU with AMX, beside timm's block in the same process:
+What makes the difference, for ViT 192/6/3 at 65 tokens trained in bf16 on a CPU with AMX, beside timm's block:
 
-- torch's flash attention takes half of a step in its backward pass there; as batched matrix products it takes a tenth.
-- Autocast keeps the residual stream in fp32 and copies between it and bf16 around every product. Here everything
-  between the block's input and output has one dtype, and statistics of layer norms are fp32.
-- Whatever is linear is done to weights instead of activations, which are ten times as large: the layer norms' scale
-  and shift are folded into the next product, 1/√d_k and the 1/(1 − p) of every dropout likewise, and unfolded from the
-  weights' gradients.
-- The batch goes through in chunks whose activations stay in cache, and that are small enough for the C library to
-  recycle their memory rather than ask the system for zeroed pages anew each step.
-- torch draws dropout masks one element after another; here four come from one draw.
+- Torch's flash attention spends half of a training step in its backward pass there. Written as batched matrix
+  products, attention takes a fifth of a step half as long.
+- Autocast keeps the residual stream in fp32 and copies between it and bf16 around each product. Here all between a
+  block's input and output has one dtype; only the statistics of layer norms are fp32.
+- What is linear is done to weights rather than to activations, of which there are far more. The scale and shift of a
+  layer norm become part of the product behind it, and so do 1/√d_k and the 1/(1 − p) of dropout.
+- The batch goes through in chunks: large enough for the products, small enough to stay near the cache and for the C
+  library to recycle their memory; a larger block comes from the system, to be zeroed, anew in each step.
+- Torch draws dropout masks one element after another. Here one draw serves four.
 """
 
 from typing import Any, NamedTuple
@@ -20,24 +20,24 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK = 4096 * 192  # elements of the residual stream to work on at once; flat between half and twice that
-LONGEST = 512  # tokens; beyond, attention weights outgrow the other activations and flash attention pays
+CHUNK = 4096 * 192  # elements of the residual stream in a chunk; speed is flat from half to twice that
+LONGEST = 512  # tokens; beyond, attention weights outgrow all other activations and flash attention pays
 
 _aten = torch.ops.aten
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers as wide as a float of so many bytes
-_STEPS = 2**15  # dropout probabilities are rounded to this grid
+_STEPS = 2**15  # dropout probabilities are rounded to multiples of 1/_STEPS
 
 
 class Parameters(NamedTuple):
-    """A block's weights `(out in)`, biases and layer norms' scales and shifts; their gradients alike."""
+    """A block's weights `(out in)`, biases, and the scales and shifts of its norms; or their gradients."""
 
-    norm1: Tensor
+    scale1: Tensor
     shift1: Tensor
     qkv: Tensor
     qkv_bias: Tensor
     proj: Tensor
     proj_bias: Tensor
-    norm2: Tensor
+    scale2: Tensor
     shift2: Tensor
     fc1: Tensor
     fc1_bias: Tensor
@@ -45,8 +45,16 @@ class Parameters(NamedTuple):
     fc2_bias: Tensor
 
 
+class _Factors(NamedTuple):
+    """What products are multiplied by: queries by 1/√d_k, what went through dropout by 1/(1 − p)."""
+
+    queries: float
+    mixed: float
+    active: float
+
+
 class _Folded(NamedTuple):
-    """Weights in the compute dtype with norms and scales folded in; or their gradients, qkv and fc1 as `(in out)`."""
+    """Weights in the compute dtype with norms and factors folded in; or gradients, qkv and fc1 as `(in out)`."""
 
     qkv: Tensor
     qkv_bias: Tensor
@@ -58,26 +66,18 @@ class _Folded(NamedTuple):
     fc2_bias: Tensor
 
 
-class _Scales(NamedTuple):
-    """What products are multiplied by: scores by 1/√d_k, activations after dropout by 1/(1 − p)."""
-
-    queries: float
-    mixed: float
-    active: float
-
-
 class _Saved(NamedTuple):
-    """What the backward pass needs of one chunk; r are rows, samples times tokens."""
+    """What the backward pass needs of one chunk; r stands for rows, samples times tokens."""
 
     x: Tensor  # (r d)
     mean1: Tensor
     rstd1: Tensor
     normed1: Tensor  # (r d)
     qkv: Tensor  # (3, b·heads, n, d/heads)
-    weights: Tensor  # (b·heads, n, n), before dropout
-    dropped: Tensor  # the same, after
+    weights: Tensor  # (b·heads, n, n)
+    dropped: Tensor  # the same after dropout
     mixed: Tensor  # (r d)
-    y: Tensor  # (r d), after attention
+    y: Tensor  # (r d), the residual stream between attention and MLP
     mean2: Tensor
     rstd2: Tensor
     normed2: Tensor  # (r d)
@@ -89,16 +89,17 @@ class _Saved(NamedTuple):
 
 
 def suits(x: Tensor) -> bool:
-    """Whether `block` is the way to go for tokens `(b n d)`; it can be differentiated once, and is not for compilers."""
-    return x.device.type == "cpu" and x.shape[1] <= LONGEST and not torch.compiler.is_compiling()
+    """Whether `block` is the way to go for tokens `(b n d)`."""
+    return x.device.type == "cpu" and x.shape[1] <= LONGEST
 
 
 def block(x: Tensor, parameters: Parameters, num_heads: int, eps: float, dropout: float, attn_dropout: float) -> Tensor:
-    """Tokens `(b n d)` → `(b n d)` in autocast's dtype, or the parameters' own without autocast."""
-    autocast = torch.is_autocast_enabled("cpu")
-    dtype = torch.get_autocast_dtype("cpu") if autocast else parameters.qkv.dtype
-    rates = (_rate(dropout), _rate(attn_dropout))
-    return _Block.apply(x.to(dtype), num_heads, eps, *rates, *parameters)  # type: ignore[no-untyped-call]
+    """Tokens `(b n d)` → `(b n d)` in autocast's dtype, or without autocast in the parameters'.
+
+    It can be differentiated once, not twice.
+    """
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else parameters.qkv.dtype
+    return _Block.apply(x.to(dtype), num_heads, eps, _rate(dropout), _rate(attn_dropout), *parameters)
 
 
 class _Block(torch.autograd.Function):
@@ -107,35 +108,37 @@ class _Block(torch.autograd.Function):
         ctx: Any, x: Tensor, num_heads: int, eps: float, dropout: float, attn_dropout: float, *given: Tensor
     ) -> Tensor:
         parameters = Parameters(*given)
-        scales = _Scales((x.shape[-1] // num_heads) ** -0.5, 1 / (1 - attn_dropout), 1 / (1 - dropout))
-        size = max(1, CHUNK // (x.shape[1] * x.shape[2]))  # samples a chunk
+        factors = _Factors((x.shape[-1] // num_heads) ** -0.5, 1 / (1 - attn_dropout), 1 / (1 - dropout))
+        size = max(1, CHUNK // (x.shape[1] * x.shape[2]))  # samples in a chunk
         outputs: list[Tensor] = []
         saved: list[Tensor | None] = []
         with torch.autocast("cpu", enabled=False):
-            folded = _fold(parameters, scales, x.dtype)
+            folded = _fold(parameters, factors, x.dtype)
             for part in x.split(size):
                 output, kept = _forward(part, folded, num_heads, eps, dropout, attn_dropout)
                 outputs.append(output)
                 if any(ctx.needs_input_grad):
                     saved.extend(kept)
-        ctx.num_heads, ctx.size, ctx.scales = num_heads, size, scales
+        ctx.num_heads, ctx.size, ctx.factors = num_heads, size, factors
         ctx.save_for_backward(*parameters, *folded, *saved)
         return torch.cat(outputs).view_as(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (g,) = outputs
         tensors = list(ctx.saved_tensors)
         parameters = Parameters(*_take(tensors, Parameters))
         folded = _Folded(*_take(tensors, _Folded))
-        sums = _Folded(*(torch.zeros_like(p, dtype=parameters.qkv.dtype) for p in folded))
-        sums = sums._replace(qkv=sums.qkv.view(sums.qkv.shape[::-1]), fc1=sums.fc1.view(sums.fc1.shape[::-1]))
+        sums = _Folded(*(torch.zeros_like(weight, dtype=parameters.qkv.dtype) for weight in folded))
+        sums = sums._replace(qkv=sums.qkv.view(-1, len(sums.qkv)), fc1=sums.fc1.view(-1, len(sums.fc1)))
         with torch.autocast("cpu", enabled=False):
-            dx = [
-                _backward(g, folded, _Saved(*_take(tensors, _Saved)), ctx.num_heads, sums)
-                for g in grads[0].split(ctx.size)
+            inputs = [
+                _backward(part, folded, _Saved(*_take(tensors, _Saved)), ctx.num_heads, sums)
+                for part in g.split(ctx.size)
             ]
-            return torch.cat(dx).view_as(grads[0]), None, None, None, None, *_unfold(sums, parameters, ctx.scales)
+            grads = _unfold(sums, parameters, ctx.factors)
+        return torch.cat(inputs).view_as(g), None, None, None, None, *grads
 
 
 def _forward(
@@ -145,13 +148,13 @@ def _forward(
     b, n, d = x.shape
     x = x.reshape(b * n, d)
     normed1, mean1, rstd1 = torch.native_layer_norm(x, [d], None, None, eps)
-    qkv = _linear(normed1, w.qkv, w.qkv_bias).view(b, n, 3, num_heads, -1)
-    qkv = qkv.permute(2, 0, 3, 1, 4).reshape(3, b * num_heads, n, -1)
+    qkv = _linear(normed1, w.qkv, w.qkv_bias).view(b, n, 3, num_heads, d // num_heads)
+    qkv = qkv.permute(2, 0, 3, 1, 4).reshape(3, b * num_heads, n, d // num_heads)
     q, k, v = qkv.unbind(0)
     weights = torch.bmm(q, k.transpose(1, 2)).softmax(-1)
     weights_mask = _mask(weights, attn_dropout)
     dropped = _drop(weights, weights_mask)
-    mixed = torch.bmm(dropped, v).view(b, num_heads, n, -1).transpose(1, 2).reshape(b * n, d)
+    mixed = torch.bmm(dropped, v).view(b, num_heads, n, d // num_heads).transpose(1, 2).reshape(b * n, d)
     y = _linear(mixed, w.proj, w.proj_bias, x)
     normed2, mean2, rstd2 = torch.native_layer_norm(y, [d], None, None, eps)
     hidden = _linear(normed2, w.fc1, w.fc1_bias)
@@ -169,71 +172,71 @@ def _forward(
 
 
 def _backward(g: Tensor, w: _Folded, s: _Saved, num_heads: int, sums: _Folded) -> Tensor:
-    """The gradient `(r d)` for a chunk's input, of that for its output; those for weights are added to `sums`."""
+    """The gradient `(r d)` for a chunk's input, of `g` for its output; those for weights are added to `sums`."""
     b, n, d = g.shape
     g = g.reshape(b * n, d)
-    ones = g.new_ones(b * n)  # sums over rows are products too
+    ones = g.new_ones(b * n)  # sums over rows are fastest as products
 
     branch = _drop(g, s.branch_mask)
     sums.fc2.add_(branch.t() @ s.active)
     sums.fc2_bias.add_(ones @ branch)
     hidden = _aten.gelu_backward(_drop(branch @ w.fc2, s.active_mask), s.hidden)
-    sums.fc1.add_(s.normed2.t() @ hidden)  # with the narrow matrix transposed a product takes three quarters as long
+    sums.fc1.add_(s.normed2.t() @ hidden)  # transposing the narrow matrix rather than the wide one saves a quarter
     sums.fc1_bias.add_(ones @ hidden)
     g = _norm_backward(hidden @ w.fc1, s.y, s.mean2, s.rstd2).add_(g)
 
     sums.proj.add_(g.t() @ s.mixed)
     sums.proj_bias.add_(ones @ g)
     q, k, v = s.qkv.unbind(0)
-    mixed = (g @ w.proj).view(b, n, num_heads, -1).transpose(1, 2).reshape(q.shape)
-    grads = torch.empty_like(s.qkv)
-    torch.bmm(s.dropped.transpose(1, 2), mixed, out=grads[2])
+    mixed = (g @ w.proj).view(b, n, num_heads, d // num_heads).transpose(1, 2).reshape(q.shape)
+    qkv = torch.empty_like(s.qkv)
+    torch.bmm(s.dropped.transpose(1, 2), mixed, out=qkv[2])
     weights = _drop(torch.bmm(mixed, v.transpose(1, 2)), s.weights_mask)
     scores = _aten._softmax_backward_data(weights, s.weights, -1, g.dtype)
-    torch.bmm(scores, k, out=grads[0])
-    torch.bmm(scores.transpose(1, 2), q, out=grads[1])
-    qkv = grads.view(3, b, num_heads, n, -1).permute(1, 3, 0, 2, 4).reshape(b * n, 3 * d)
+    torch.bmm(scores, k, out=qkv[0])
+    torch.bmm(scores.transpose(1, 2), q, out=qkv[1])
+    qkv = qkv.view(3, b, num_heads, n, d // num_heads).permute(1, 3, 0, 2, 4).reshape(b * n, 3 * d)
     sums.qkv.add_(s.normed1.t() @ qkv)
     sums.qkv_bias.add_(ones @ qkv)
     return _norm_backward(qkv @ w.qkv, s.x, s.mean1, s.rstd1).add_(g)
 
 
-def _fold(p: Parameters, scales: _Scales, dtype: torch.dtype) -> _Folded:
-    """W·(γ⊙x̂ + β) + b = (W·diag γ)·x̂ + (W·β + b), times whatever scales the product."""
-    qkv, qkv_bias = p.qkv * p.norm1, p.qkv_bias + p.qkv @ p.shift1
-    _queries(qkv).mul_(scales.queries)
-    _queries(qkv_bias).mul_(scales.queries)
+def _fold(p: Parameters, factors: _Factors, dtype: torch.dtype) -> _Folded:
+    """W·(γ⊙x̂ + β) + b = (W·diag γ)·x̂ + (W·β + b), times the product's factor."""
+    qkv, qkv_bias = p.qkv * p.scale1, p.qkv_bias + p.qkv @ p.shift1
+    _queries(qkv).mul_(factors.queries)
+    _queries(qkv_bias).mul_(factors.queries)
     folded = _Folded(
-        qkv,
-        qkv_bias,
-        p.proj * scales.mixed,
-        p.proj_bias,
-        p.fc1 * p.norm2,
-        p.fc1_bias + p.fc1 @ p.shift2,
-        p.fc2 * scales.active**2,  # dropout before and after
-        p.fc2_bias * scales.active,
+        qkv=qkv,
+        qkv_bias=qkv_bias,
+        proj=p.proj * factors.mixed,
+        proj_bias=p.proj_bias,
+        fc1=p.fc1 * p.scale2,
+        fc1_bias=p.fc1_bias + p.fc1 @ p.shift2,
+        fc2=p.fc2 * factors.active**2,  # there is dropout before it and after
+        fc2_bias=p.fc2_bias * factors.active,
     )
     return _Folded(*(weight.to(dtype) for weight in folded))
 
 
-def _unfold(g: _Folded, p: Parameters, scales: _Scales) -> Parameters:
-    """The gradients for the parameters, from those for what `_fold` made of them."""
+def _unfold(g: _Folded, p: Parameters, factors: _Factors) -> Parameters:
+    """Gradients for the parameters, from those for what `_fold` made of them."""
     qkv, fc1 = g.qkv.t(), g.fc1.t()
-    _queries(qkv).mul_(scales.queries)
-    _queries(g.qkv_bias).mul_(scales.queries)
+    _queries(qkv).mul_(factors.queries)
+    _queries(g.qkv_bias).mul_(factors.queries)
     return Parameters(
-        norm1=(qkv * p.qkv).sum(0),
+        scale1=(qkv * p.qkv).sum(0),
         shift1=g.qkv_bias @ p.qkv,
-        qkv=torch.addr(qkv * p.norm1, g.qkv_bias, p.shift1),
+        qkv=torch.addr(qkv * p.scale1, g.qkv_bias, p.shift1),
         qkv_bias=g.qkv_bias,
-        proj=g.proj * scales.mixed,
+        proj=g.proj * factors.mixed,
         proj_bias=g.proj_bias,
-        norm2=(fc1 * p.fc1).sum(0),
+        scale2=(fc1 * p.fc1).sum(0),
         shift2=g.fc1_bias @ p.fc1,
-        fc1=torch.addr(fc1 * p.norm2, g.fc1_bias, p.shift2),
+        fc1=torch.addr(fc1 * p.scale2, g.fc1_bias, p.shift2),
         fc1_bias=g.fc1_bias,
-        fc2=g.fc2 * scales.active**2,
-        fc2_bias=g.fc2_bias * scales.active,
+        fc2=g.fc2 * factors.active**2,
+        fc2_bias=g.fc2_bias * factors.active,
     )
 
 
@@ -242,7 +245,7 @@ def _queries(qkv: Tensor) -> Tensor:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
-    """x·Wᵀ + b (+ residual); for bf16 in one pass, which torch has under a private name and its compiler uses."""
+    """x·Wᵀ + b (+ residual): for bf16 in one pass, by an operation that torch keeps for its own compiler."""
     if x.dtype == torch.bfloat16 and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         if residual is None:
             return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -252,7 +255,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = N
 
 
 def _norm_backward(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    return _aten.native_layer_norm_backward(g, x, [x.shape[-1]], mean, rstd, None, None, [True, False, False])[0]
+    wanted = [True, False, False]  # there is neither scale nor shift
+    return _aten.native_layer_norm_backward(g, x, [x.shape[-1]], mean, rstd, None, None, wanted)[0]
 
 
 def _rate(probability: float) -> float:
@@ -260,22 +264,22 @@ def _rate(probability: float) -> float:
 
 
 def _mask(like: Tensor, rate: float) -> Tensor | None:
-    """An integer for each element of `like`, as wide: all bits set with probability 1 − rate, else none; None for 0."""
+    """For each element of `like` an integer as wide, all bits set with probability 1 − rate, else none."""
     if not rate:
         return None
-    draws = torch.empty(-(-like.numel() // 4), dtype=torch.int64).random_()  # four times fifteen random bits each
+    draws = torch.empty(-(-like.numel() // 4), dtype=torch.int64).random_()  # 63 bits: fifteen for each of four
     bits = draws.view(torch.int16)[: like.numel()].bitwise_and_(_STEPS - 1)
     kept = torch.rsub(bits, int(rate * _STEPS) - 1).bitwise_right_shift_(15)  # the sign, in every bit
     return kept.view(like.shape).to(_BITS[like.element_size()])
 
 
 def _drop(x: Tensor, mask: Tensor | None) -> Tensor:
-    """x where the mask is set and zero elsewhere: dropout without its 1/(1 − p), which the weights carry."""
+    """x where the mask is set, else zero: dropout but for its factor 1/(1 − p), which the weights carry."""
     return x if mask is None else (x.view(mask.dtype) & mask).view(x.dtype)
 
 
 def _take(tensors: list[Any], fields: type[NamedTuple]) -> list[Any]:
-    """The first of `tensors`, as many as `fields` has, taken out of the list."""
+    """As many tensors as `fields` has, taken from the front of the list."""
     count = len(fields._fields)
     taken, tensors[:count] = tensors[:count], []
     return taken

@@ -29,9 +29,10 @@ class LinearHead(nn.Module):
 class MLPHead(nn.Module):
     """`depth` linear layers with a norm and GELU between them: features `(b in_dim)` → `(b out_dim)`.
 
-    Hidden layers are `hidden` wide (None: `in_dim`). `norm` is "layer", "batch" (over every leading dimension; under
-    several processes wrap the model in `nn.SyncBatchNorm.convert_sync_batchnorm`, or each normalises by its own
-    share of the batch) or "none". Raises `UsageError` for dimensions or a depth below one and an unknown norm.
+    Hidden layers are `hidden` wide (None: `in_dim`). `norm` is "layer", "none" or "batch", over every leading
+    dimension; under several processes a batch norm sees its own share of the batch, unless the model goes through
+    `nn.SyncBatchNorm.convert_sync_batchnorm`. Weights are drawn as torch's `nn.Linear` draws them. Raises `UsageError`
+    for dimensions or a depth below one and for another norm.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The transformer block: multi-head self-attention and an MLP, each behind a layer norm and on a residual stream."""
+"""The transformer block: attention and an MLP, each behind a layer norm and on a residual stream."""
 
 import torch.nn.functional as F
 from einops import rearrange
@@ -10,7 +10,7 @@ LAYER_NORM_EPS = 1e-6  # as in the published ViT and timm; torch's own default i
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: softmax(Q·Kᵀ/√d_k)·V over all tokens, projected back; `(b n d)` → `(b n d)`."""
+    """Multi-head self-attention over all tokens, softmax(Q·Kᵀ/√d_k)·V, projected back: `(b n d)` → `(b n d)`."""
 
     def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear, GELU, dropout, linear, dropout; `(b n d)` → `(b n d)`."""
+    """Linear, GELU, dropout, linear, dropout: `(b n d)` → `(b n d)`."""
 
     def __init__(self, dim: int, hidden: int, dropout: float) -> None:
         super().__init__()
@@ -52,11 +52,19 @@ class Block(nn.Module):
     """One pre-norm transformer block: x + Attention(LayerNorm(x)), then x + MLP(LayerNorm(x)).
 
     In training each sample skips either branch with probability `drop_path`, and what is kept is scaled by
-    1/(1 − drop_path) (stochastic depth, arXiv 1603.09382). On a CPU `cpu_block` computes the same with the same weights.
+    1/(1 − drop_path) (stochastic depth, arXiv 1603.09382). On a CPU the work is done by `cpu_block`, except with
+    stochastic depth, which it does not know.
     """
 
     def __init__(
-        self, dim: int, num_heads: int, mlp_ratio: float, dropout: float, attn_dropout: float, drop_path: float
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        mlp_ratio: float,
+        dropout: float,
+        attn_dropout: float,
+        drop_path: float,
     ) -> None:
         super().__init__()
         self.drop_path = drop_path
@@ -80,8 +88,12 @@ class Block(nn.Module):
     def _on_cpu(self, x: Tensor) -> Tensor:
         attn, mlp = self.attn, self.mlp
         parameters = cpu_block.Parameters(
-            *self.norm1.parameters(), *attn.qkv.parameters(), *attn.proj.parameters(),
-            *self.norm2.parameters(), *mlp.fc1.parameters(), *mlp.fc2.parameters(),
-        )  # fmt: skip
+            *(self.norm1.weight, self.norm1.bias),
+            *(attn.qkv.weight, attn.qkv.bias),
+            *(attn.proj.weight, attn.proj.bias),
+            *(self.norm2.weight, self.norm2.bias),
+            *(mlp.fc1.weight, mlp.fc1.bias),
+            *(mlp.fc2.weight, mlp.fc2.bias),
+        )
         dropout, attn_dropout = (mlp.dropout, attn.dropout) if self.training else (0.0, 0.0)
         return cpu_block.block(x, parameters, attn.num_heads, LAYER_NORM_EPS, dropout, attn_dropout)

@@ -7,20 +7,20 @@ from vitkit.errors import UsageError
 
 
 def sincos1d(positions: Tensor, dim: int) -> Tensor:
-    """Codes `(n dim)` of `positions` `(n,)`: sin(p·ω_i) in the first half, cos(p·ω_i) in the second, ω_i = 10000^(−2i/dim).
+    """Codes `(n dim)` of `positions` `(n,)`: sin(p·ω_i), then cos(p·ω_i), with ω_i = 10000^(−2i/dim).
 
-    Raises `UsageError` where `dim` is odd. Source: Vaswani et al., arXiv 1706.03762, with sines and cosines in two
-    halves rather than interleaved, as MAE and timm do.
+    Raises `UsageError` where `dim` is odd. Source: Vaswani et al., arXiv 1706.03762; as in MAE and timm sines and
+    cosines fill a half each and do not alternate.
     """
     if dim % 2:
-        raise UsageError(f"sinusoidal positions need an even number of channels an axis; given {dim}")
+        raise UsageError(f"positions='sincos1d' needs an even embed_dim, for sines and cosines; given {dim}")
     omega = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim / 2))  # (dim/2)
     angles = positions.to(torch.float64)[:, None] * omega  # (n dim/2)
     return torch.cat([angles.sin(), angles.cos()], dim=1).float()
 
 
 def sincos2d(grid: tuple[int, int], dim: int) -> Tensor:
-    """Codes `(h·w dim)` of a grid in row-major order: the column's code in the first half, the row's in the second.
+    """Codes `(h·w dim)` of a grid's cells in row-major order: one half codes the column, the other the row.
 
     Raises `UsageError` where `dim` is no multiple of four. Source: MAE, arXiv 2111.06377.
     """

@@ -39,7 +39,7 @@ def stand_in(name: str, downloads: list[str]):
 
     class StandIn:
         url = "https://example.org/file.tar.gz"
-        classes = [f"{index} - name" for index in range(count)]
+        classes = tuple(f"{index} - name" for index in range(count))
 
         def __init__(self, root, train, download):
             assert download

@@ -132,8 +132,7 @@ def embeddings(name: str, picture: Embeddings) -> Plot:
             fontweight="bold",
         )
     columns = 1 if few else -(-len(present) // 34)
-    where, size = "outside right upper", 8.5 if few else 6.0
-    figure.legend(handles, told, loc=where, ncols=columns, fontsize=size, labelspacing=0.35, handletextpad=0.2)
+    figure.legend(handles, told, loc="outside right upper", ncols=columns, fontsize=8.5 if few else 6.0, handletextpad=0.2)
     count = f"{len(features):,} of {total:,}" if len(features) < total else f"{total:,}"
     caption = f"{count} embeddings, {how}."
     if dropped:

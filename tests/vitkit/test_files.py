@@ -1,0 +1,92 @@
+"""Files that are written whole or not at all."""
+
+import errno
+import json
+import os
+import stat
+import threading
+
+import pytest
+
+from vitkit.errors import RunError
+from vitkit.files import atomic_write, write_json, write_text
+
+
+def test_a_file_takes_its_place_in_one_step_and_only_when_all_went_well(tmp_path):
+    path = tmp_path / "new" / "file.txt"
+    with atomic_write(path) as temporary:
+        temporary.write_text("one")
+        assert temporary.parent == path.parent
+        assert not path.exists()
+    assert path.read_text() == "one"
+    with pytest.raises(KeyboardInterrupt), atomic_write(path) as temporary:
+        temporary.write_text("half of tw")
+        raise KeyboardInterrupt
+    assert path.read_text() == "one"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_new_file_has_the_usual_permissions(tmp_path):
+    write_text(tmp_path / "ours", "x")
+    (tmp_path / "plain").write_text("x")
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("ours", "plain")]
+    assert modes[0] == modes[1]
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (errno.ENOSPC, "No space left on device; free some room, or choose another --out"),
+        (errno.EACCES, "Permission denied; choose a directory that you may write to"),
+        (errno.EROFS, "Read-only file system; choose a directory that can be written to"),
+        (errno.EIO, "Input/output error; nothing was left half-written"),
+    ],
+)
+def test_what_goes_wrong_is_said_with_a_way_out(tmp_path, monkeypatch, number, text):
+    path = tmp_path / "file.txt"
+    write_text(path, "before")
+
+    def full(descriptor):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunError) as caught:
+        write_text(path, "after")
+    assert str(caught.value) == f"cannot write {path}: {text}"
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_path_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"cannot write .*file.below: (Not a directory|File exists)"):
+        write_text(tmp_path / "file" / "below", "x")
+
+
+def test_json_is_readable_everywhere(tmp_path):
+    value = {"name": "café 猫", "bad": [float("nan"), float("inf"), 1.5], "pair": (1, None), 3: True}
+    write_json(tmp_path / "x.json", value)
+    text = (tmp_path / "x.json").read_text(encoding="utf-8")
+    assert json.loads(text) == {"name": "café 猫", "bad": [None, None, 1.5], "pair": [1, None], "3": True}
+    assert "猫" in text
+    assert text.endswith("}\n")
+
+
+def test_readers_never_see_half_a_file(tmp_path):
+    path = tmp_path / "file.txt"
+    texts = {letter * 100_000 for letter in "ab"}
+    write_text(path, "a" * 100_000)
+    seen, done = set(), threading.Event()
+
+    def read():
+        while not done.is_set():
+            seen.add(path.read_text())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for _ in range(20):
+        for text in texts:
+            write_text(path, text)
+    done.set()
+    reader.join()
+    assert seen <= texts
