@@ -95,7 +95,7 @@ def save(
 
     The weights are written first and the config, which holds their size and SHA-256, after them: an old config beside
     new weights is noticed when loading. Raises `UsageError` for a module without a Spec, a name that no attribute can
-    have and a state that is no tensor, and `RunError` where the disk refuses.
+    have, a state that is no tensor and arguments that are not plain JSON, and `RunError` where the disk refuses.
     """
     directory = Path(directory)
     specs, tensors = {}, {}
@@ -126,6 +126,10 @@ def save(
         "arguments": dict(arguments),
         "weights": {"file": WEIGHTS, "bytes": len(body), "sha256": hashlib.sha256(body).hexdigest()},
     }
+    try:
+        json.dumps(config)
+    except (TypeError, ValueError) as error:  # before the weights are written, which would not have their config
+        raise UsageError(f"a saved model's config holds plain JSON values alone: {error}") from None
     with atomic_write(directory / WEIGHTS) as temporary:
         temporary.write_bytes(body)
     write_json(directory / CONFIG, config)
@@ -142,7 +146,7 @@ def load(source: str | Path, *, device: str | torch.device = "cpu") -> Model:
     directory = Path(source)
     config = _read_config(directory)
     tensors = _read_weights(directory, config["weights"])
-    with torch.random.fork_rng():  # building draws weights
+    with torch.random.fork_rng(devices=[]):  # building draws weights, on the CPU
         built = {name: _build(directory, name, data) for name, data in config["modules"].items()}
     modules = {name: module for name, (module, _) in built.items()}
     _check_tensors(directory, modules, tensors, "".join(mend for _, mend in built.values()))

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitkit.errors import CheckpointError
 from vitkit.files import atomic_write
 
 FORMAT = "vitkit-state-1"
-_DIGEST = 32
+UNSET = "0" * 64
+"""Stands in the place of the checksum while it is taken."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,35 @@ class State:
     ema_state: dict[str, Tensor] | None
     scheduler: dict[str, Any] | None
     progress: dict[str, Any]
+
+    def restore(self, model: nn.Module, optimizer: Any, average: nn.Module | None, schedule: Any | None) -> None:
+        """Put everything but `progress` back where it came from.
+
+        Raises `CheckpointError` for another model, another optimiser, and where averaged weights or a schedule are on
+        one side only.
+        """
+        way = "resume with the recipe and the arguments that the run was started with"
+        parts = (("averaged weights", average, self.ema_state), ("a schedule", schedule, self.scheduler))
+        for what, here, saved in parts:
+            if (here is None) != (saved is None):
+                with_, without = ("this run", "the checkpoint") if saved is None else ("the checkpoint", "this run")
+                raise CheckpointError(f"{with_} has {what}, {without} has none; {way}")
+        wanted = [set(group) for group in optimizer.param_groups]
+        try:
+            model.load_state_dict(self.model_state)
+            optimizer.load_state_dict(self.optimizer)
+            if average is not None and self.ema_state is not None:
+                average.load_state_dict(self.ema_state)
+            if schedule is not None and self.scheduler is not None:
+                schedule.load_state_dict(self.scheduler)
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            said = " ".join(str(error).split())
+            raise CheckpointError(f"the checkpoint is another model's or optimiser's: {said:.400}; {way}") from None
+        # torch takes another optimiser's state as it is, and fails only at the next step.
+        found = zip(wanted, optimizer.param_groups, strict=True)
+        lost = sorted({key for keys, group in found for key in keys - set(group)})
+        if lost:
+            raise CheckpointError(f"the checkpoint is another optimiser's: it has no {', '.join(lost)}; {way}")
 
 
 def save_state(
@@ -41,20 +71,24 @@ def save_state(
 ) -> None:
     """Write a training state, whole or not at all.
 
-    Everything is a tree of dicts and lists; its tensors go into the safetensors body, the rest into JSON metadata.
-    A SHA-256 of the whole follows the file's body, so that a flipped byte is noticed. Raises `RunError` where the file
-    cannot be written and `CheckpointError` for a value that is neither tensor nor JSON.
+    Everything is a tree of dicts and lists; its tensors become those of the file, the rest a JSON text in its metadata,
+    where a SHA-256 of the whole file stands too, so that a flipped byte is noticed. Functions in a scheduler's state are
+    left out: the recipe makes them anew. Raises `RunError` where the file cannot be written and `CheckpointError` for a
+    value that is neither tensor nor JSON.
     """
     tree = {
-        "model_state": dict(model_state), "optimizer": optimizer, "ema_state": ema_state,
-        "scheduler": _plain_attributes(scheduler), "progress": progress,
-    }  # fmt: skip
+        "model_state": dict(model_state),
+        "optimizer": optimizer,
+        "ema_state": ema_state,
+        "scheduler": None if scheduler is None else {k: v for k, v in scheduler.items() if _is_plain(v)},
+        "progress": progress,
+    }
     tensors: dict[str, Tensor] = {}
-    skeleton = _take_apart(tree, tensors)
-    body = save(tensors, metadata={"format": FORMAT, "tree": json.dumps(skeleton)})
-    with atomic_write(path) as temporary, temporary.open("wb") as file:
-        file.write(body)
-        file.write(hashlib.sha256(body).digest())
+    skeleton = json.dumps(_take_apart(tree, tensors))
+    body = save(tensors, metadata={"format": FORMAT, "tree": skeleton, "sha256": UNSET})
+    digest = hashlib.sha256(body).hexdigest()
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(_with_digest(body, UNSET, digest))
 
 
 def load_state(path: str | Path) -> State:
@@ -62,28 +96,34 @@ def load_state(path: str | Path) -> State:
     path = Path(path)
     way = "delete it and start again with --overwrite, or take another checkpoint"
     try:
-        content = path.read_bytes()
+        body = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
-    body, digest = content[:-_DIGEST], content[-_DIGEST:]
-    if hashlib.sha256(body).digest() != digest:
-        raise CheckpointError(f"{path} is cut short or damaged: its checksum does not fit its {len(content)} bytes; {way}")
     try:
-        tensors = load(body)
-        metadata = json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")]).get("__metadata__", {})
-        if metadata.get("format") != FORMAT:
-            raise CheckpointError(f"{path} is no training state of this version ({FORMAT}); {way}")
-        tree = _put_together(json.loads(metadata["tree"]), tensors)
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; {way}") from None
-    return State(**tree)
+        metadata = json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])["__metadata__"]
+        version, digest, skeleton = metadata["format"], metadata["sha256"], metadata["tree"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise CheckpointError(f"{path} is cut short, damaged or no training state; {way}") from None
+    if version != FORMAT:
+        raise CheckpointError(f"{path} is a training state of version {version!r:.40}, expected {FORMAT!r}; {way}")
+    if hashlib.sha256(_with_digest(body, digest, UNSET)).hexdigest() != digest:
+        raise CheckpointError(f"{path} is cut short or damaged: its checksum does not fit its {len(body)} bytes; {way}")
+    try:
+        return State(**_put_together(json.loads(skeleton), load(body)))
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no training state: {error}; {way}") from None
+
+
+def _with_digest(body: bytes, old: str, new: str) -> bytes:
+    """The file with another checksum in its header; quotes within the metadata's texts are escaped, so no other fits."""
+    return body.replace(f'"sha256":"{old}"'.encode(), f'"sha256":"{new}"'.encode(), 1)
 
 
 def _take_apart(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """The tree with each tensor replaced by its number; dicts become lists of pairs, as JSON keys are text alone."""
+    """The tree with each tensor replaced by its number; dicts become lists of pairs, for JSON's keys are text alone."""
     if isinstance(value, Tensor):
         name = str(len(tensors))
-        tensors[name] = value.detach().cpu().contiguous().clone()
+        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
         return {"tensor": name}
     if isinstance(value, Mapping):
         return {"dict": [[_take_apart(k, tensors), _take_apart(v, tensors)] for k, v in value.items()]}
@@ -93,7 +133,9 @@ def _take_apart(value: Any, tensors: dict[str, Tensor]) -> Any:
         return [_take_apart(item, tensors) for item in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise CheckpointError(f"a training state holds tensors and JSON values; given {type(value).__name__}: {value!r:.80}")
+    raise CheckpointError(
+        f"a training state holds tensors and JSON values; given {type(value).__name__}: {value!r:.80}"
+    )
 
 
 def _put_together(value: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -109,16 +151,12 @@ def _put_together(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     return value
 
 
-def _plain_attributes(scheduler: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """A scheduler's state without functions, which the recipe makes anew."""
-    if scheduler is None:
-        return None
-    return {name: value for name, value in scheduler.items() if _is_plain(value)}
-
-
 def _is_plain(value: Any) -> bool:
     if isinstance(value, Mapping):
         return all(_is_plain(item) for pair in value.items() for item in pair)
     if isinstance(value, list | tuple):
         return all(_is_plain(item) for item in value)
-    return value is None or isinstance(value, bool | int | float | str | torch.Tensor)
+    return value is None or isinstance(value, bool | int | float | str | Tensor)
+
+
+__all__ = ["State", "load_state", "save_state"]

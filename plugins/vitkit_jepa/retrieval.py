@@ -108,7 +108,8 @@ class LabelRetrieval:
         all_labels = torch.arange(backbone.num_classes, device=images.device)
         features = backbone.encode_image(images)
         alone = project(features).float()
-        labels = project(backbone.encode_label(all_labels)).float()
+        # One at a time: rows of one matrix product may differ in their last bit, and labels that are one must tie.
+        labels = torch.cat([project(backbone.encode_label(label[None])).float() for label in all_labels])
         m2 = F.cosine_similarity(alone[:, None], labels[None], dim=-1)
         # One label after another: a batch is as large as without labels, and stays in the processor's cache.
         with_label = [

@@ -94,24 +94,40 @@ def test_files_that_are_missing(tmp_path, saved):
         ("{", "is no JSON"),
         ("[1, 2]", "is no vitkit config"),
         ('{"library": "other"}', "is no vitkit config"),
-        ("[" * 10_000 + "]" * 10_000, "is no JSON|is no vitkit config"),
+        (b"\xff\xfe{}", "is no JSON: 'utf-8' codec can't decode"),
         (json.dumps({"library": "vitkit", "format": 99}), "has format 99, this vitkit reads 1; pip install --upgrade"),
         (json.dumps({"library": "vitkit", "format": 1}), "'modules' should be a dict, is None"),
-        (" " * (5 * 2**20), "a vitkit config is no longer than a few pages"),
+        (json.dumps({"library": "vitkit", "format": "1"}), "has format '1', this vitkit reads 1"),
+        (" " * (32 * 2**20 + 1), "has 33,554,433 bytes; a vitkit config has at most 33,554,432"),
     ],
+    ids=lambda value: str(value)[:20],
 )
 def test_configs_that_are_none(saved, text, message):
-    (saved / "config.json").write_text(text)
+    (saved / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(CheckpointError, match=message):
         load(saved)
 
 
-def test_a_config_nested_too_deeply_is_refused(saved):
-    nested: dict = {}
-    for _ in range(500):
-        nested = {"a": nested}
-    change(saved, arguments=nested)
-    with pytest.raises(CheckpointError, match="is no vitkit config"):
+@pytest.mark.parametrize("depth", [40, 500, 100_000])
+def test_a_config_nested_too_deeply_is_refused(saved, depth):
+    text = json.dumps({**config_of(saved), "arguments": "HERE"}).replace('"HERE"', '{"a":' * depth + "1" + "}" * depth)
+    (saved / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match="is nested (more than 32 levels deep|too deeply to be read)"):
+        load(saved)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"classes": [1, 2]}, r"'classes' should be a list of names, is \[1, 2\]"),
+        ({"weights": 3}, "'weights' should be a dict, is 3"),
+        ({"preprocessing": {**PREPARE, "mean": [0.5, 0.5]}}, "preprocessing names shape, mean, std and fit"),
+        ({"preprocessing": {**PREPARE, "shape": [1, 8, float("inf")]}}, "config.json: "),
+    ],
+)
+def test_configs_with_a_field_that_is_something_else(saved, values, message):
+    change(saved, **values)
+    with pytest.raises(CheckpointError, match=message):
         load(saved)
 
 
@@ -124,7 +140,7 @@ def test_weights_that_are_cut_short_changed_or_something_else(saved):
     changed = bytearray(whole)
     changed[-3] ^= 1
     path.write_bytes(changed)
-    with pytest.raises(CheckpointError, match="its SHA-256 differs from the config's"):
+    with pytest.raises(CheckpointError, match=r"its SHA-256 differs from the one in config\.json"):
         load(saved)
     for foreign in (pickle.dumps({"a": 1}), (2**60).to_bytes(8, "little") + b"{}"):
         path.write_bytes(foreign)
@@ -164,11 +180,11 @@ def test_only_registered_names_are_built(saved):
     modules = config_of(saved)["modules"]
     for spec, message in (
         ({**modules["projector"], "name": "os.system"}, "no head named 'os.system'"),
-        ({**modules["projector"], "kind": "module"}, "no registry for kind 'module'"),
+        ({**modules["projector"], "kind": "module"}, "of kind 'module'; a saved model is built from backbone, head, loss"),
         ({**modules["projector"], "kwargs": {"in_dim": 8, "out_dim": 4, "evil": 1}}, "takes no argument 'evil'"),
         ({**modules["projector"], "kwargs": {"in_dim": "8", "out_dim": 4}}, "in_dim is '8', expected int"),
         ({"kind": "head"}, "a Spec's 'name' is a str"),
-        ({**modules["projector"], "kind": "dataset", "name": "digits", "kwargs": {}}, "is no torch module"),
+        ({**modules["projector"], "kind": "dataset", "name": "digits", "kwargs": {}}, "of kind 'dataset'"),
     ):
         change(saved, modules={**modules, "projector": spec})
         with pytest.raises(CheckpointError, match=message):

@@ -12,6 +12,8 @@ from vitkit.cli import main
 
 RECIPE = '''
 """A line through points."""
+import os
+import signal
 from typing import Annotated, Literal
 import torch
 from torch import nn
@@ -32,13 +34,15 @@ class Line(nn.Module):
         return {"loss": (self.fc(batch["images"]).squeeze(1) - batch["labels"]).square().mean()}
 
 def main(run: Run, epochs: Annotated[int, "passes"] = 2, lr: float = 0.1, multimodal: bool = True,
-         kind: Literal["a", "b"] = "a", sizes: list[int] = [1], fail: bool = False):
+         kind: Literal["a", "b"] = "a", sizes: list[int] = [1], fail: bool = False, stop: bool = False):
     """Fit it."""
     if fail:
         raise ValueError("inside [the] recipe")
     model = Line()
     for epoch in run.fit(model, Points(), epochs=epochs, optimizer=torch.optim.SGD(model.parameters(), lr=lr)):
         epoch.log(top1=0.5)
+        if stop and epoch.number == 2 and not run.resuming:
+            os.kill(os.getpid(), signal.SIGINT)
 '''
 
 
@@ -107,6 +111,7 @@ def test_a_recipe_runs_and_leaves_a_run_behind(vitkit, tmp_path):
     summary = json.loads((tmp_path / "here" / "summary.json").read_text())
     assert summary["arguments"] == {
         "epochs": 3, "lr": 0.1, "multimodal": False, "kind": "a", "sizes": [3, 4], "fail": False,
+        "stop": False,
     }  # fmt: skip
     assert summary["command"] == "vitkit run line.py --epochs 3 --no-multimodal --sizes 3 --sizes 4"
     assert (tmp_path / "here" / "recipe.py").read_text() == RECIPE
@@ -145,7 +150,6 @@ def test_dry_run_shows_values_and_the_models_cost_and_trains_nothing(vitkit, tmp
         (["run", "line.py", "--out", "/proc/nowhere"], 1, "cannot write to /proc/nowhere"),
         (["run", "line.py", "--resume"], 2, "no unfinished run under runs/line"),
         (["nothing"], 2, "No such command"),
-        (["compare", "nowhere"], 2, "two"),
         (["compare", "nowhere", "line.py"], 2, "no run at nowhere"),
     ],
 )
@@ -173,6 +177,18 @@ def test_resuming_takes_the_flags_that_the_run_was_started_with(vitkit, tmp_path
     same = vitkit("run", "line.py", "--out", "here", "--resume")
     assert same.returncode == 1
     assert "not finite" in same.stderr
+
+
+def test_ctrl_c_prints_the_command_that_goes_on(vitkit, tmp_path):
+    stopped = vitkit("run", "line.py", "--epochs", "4", "--stop", "--out", "here")
+    assert stopped.returncode == 130
+    assert "stopped; go on with: vitkit run line.py --epochs 4 --stop --out here --resume" in stopped.stderr
+    assert json.loads((tmp_path / "here" / "summary.json").read_text())["status"] == "interrupted"
+    resumed = vitkit("run", "line.py", "--out", "here", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming at epoch 2" in resumed.stderr
+    summary = json.loads((tmp_path / "here" / "summary.json").read_text())
+    assert (summary["status"], summary["epochs"], summary["arguments"]["epochs"]) == ("finished", 4, 4)
 
 
 def test_doctor_names_what_is_broken(vitkit, install):

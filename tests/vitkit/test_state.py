@@ -57,15 +57,13 @@ def test_every_flipped_byte_and_every_cut_is_noticed(tmp_path):
     path = tmp_path / "s"
     keep(path, *trained(OPTIMIZERS["adamw"], 1))
     whole = path.read_bytes()
-    for place in range(0, len(whole), len(whole) // 40):
+    for place in range(0, len(whole), 7):
         changed = bytearray(whole)
-        changed[place] ^= 64
-        path.write_bytes(changed)
-        with pytest.raises(CheckpointError, match="is cut short or damaged: its checksum does not fit"):
-            load_state(path)
-        path.write_bytes(whole[:place])
-        with pytest.raises(CheckpointError, match="is cut short or damaged"):
-            load_state(path)
+        changed[place] ^= 1 << place % 8
+        for content in (changed, whole[:place]):
+            path.write_bytes(content)
+            with pytest.raises(CheckpointError, match=r"(is cut short.*damaged|of version .*, expected 'vitkit-state-1')"):
+                load_state(path)
     with pytest.raises(CheckpointError, match="cannot read .*nowhere"):
         load_state(tmp_path / "nowhere")
 

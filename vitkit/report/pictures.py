@@ -50,7 +50,7 @@ def confusion(name: str, picture: Confusion) -> Plot:
     # The square root of the share: one image in a hundred is seen beside the ninety-nine.
     image = axis.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
     every = -(-k // 100)
-    size = 8.0 if k <= COUNTS_UP_TO else max(4.8, 9.0 - k / 24)
+    size = 8.0 if k <= COUNTS_UP_TO else max(5.4, 9.0 - k / 24)
     ticks = range(0, k, every)
     ticked = [labels[tick] for tick in ticks]
     upright = k * max(map(len, labels)) > 60
