@@ -54,7 +54,8 @@ def main(
     size, epochs, width = int(chosen["img_size"]), int(chosen["epochs"]), int(chosen["emb_dim"])
     data = data.resized(size)
     train = data.train if train_size is None else data.train.take(train_size, seed=run.seed)
-    train = train if label_fraction == 1.0 else train.hide_labels(label_fraction, seed=run.seed)
+    if label_fraction < 1.0:
+        train = train.hide_labels(label_fraction, seed=run.seed).repeat_shown(0.25)
     augment = Compose([RandomAffine(degrees=15, translate=0.1, scale=(0.85, 1.15), shear=10)])
     batches = train.batches(batch_size, shuffle=True, drop_last=True, augment=augment, views=views)
 

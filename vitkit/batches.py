@@ -99,6 +99,18 @@ class ImageSplit:
         labels[shown] = self.labels[shown]
         return replace(self, labels=labels)
 
+    def repeat_shown(self, share: float) -> "ImageSplit":
+        """All images, those whose label is shown as often as it takes them to make up `share` of the whole.
+
+        Where few labels are shown, a batch would otherwise hold next to none. Raises `UsageError` for a share outside
+        [0, 1) and where no label is shown.
+        """
+        shown = (self.labels != HIDDEN).nonzero().squeeze(1)
+        if not 0.0 <= share < 1.0 or not len(shown):
+            raise UsageError(f"repeat_shown({share}): expected a share in [0, 1), and at least one label that is shown")
+        times = round(share / (1.0 - share) * (len(self) - len(shown)) / len(shown))
+        return self if times <= 1 else self.subset(torch.cat([torch.arange(len(self)), shown.repeat(times - 1)]))
+
     def batches(
         self,
         batch_size: int,

@@ -223,12 +223,7 @@ class Fit:
             self.run.say("no checkpoint yet: starting from the beginning")
             return
         state = load_state(path)
-        self.module.load_state_dict(state.model_state)
-        self.optimizer.load_state_dict(state.optimizer)
-        if self.average is not None and state.ema_state is not None:
-            self.average.load_state_dict(state.ema_state)
-        if self.schedule is not None and state.scheduler is not None:
-            self.schedule.load_state_dict(state.scheduler)
+        state.restore(self.module, self.optimizer, self.average, self.schedule)
         self.progress |= state.progress["fit"]
         self.run.restore_progress(state.progress["run"], self.progress["epoch"])
         self.run.say(f"resuming at epoch {self.progress['epoch'] + 1}, batch {self.progress['batch'] + 1}")

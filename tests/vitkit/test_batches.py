@@ -209,3 +209,17 @@ def test_seeds_depend_on_every_part_and_on_their_order():
     assert len(seeds) == 216
     assert len({seed % 2**32 for seed in seeds}) == 216  # the CPU's generator looks at 32 bits
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_labels_that_are_shown_are_repeated_to_a_share_of_the_whole():
+    labels = torch.arange(400) % 4
+    whole = ImageSplit(torch.zeros(400, 1, 2, 2, dtype=torch.uint8), labels, Preparation((1, 2, 2), (0.5,), (0.5,)))
+    hidden = whole.hide_labels(0.05, seed=1)
+    more = hidden.repeat_shown(0.25)
+    shown = (more.labels >= 0).float().mean()
+    assert float(shown) == pytest.approx(0.25, abs=0.02)
+    assert (more.labels[:400] == hidden.labels).all()
+    assert torch.bincount(more.labels[more.labels >= 0]).unique().numel() == 1
+    assert whole.repeat_shown(0.25) is whole
+    with pytest.raises(UsageError, match="expected a share in"):
+        hidden.repeat_shown(1.0)
