@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from vitkit import Run
 from vitkit.cli_run import run
 from vitkit.data import build
 from vitkit.recipe import Recipe
+from vitkit_jepa import JEPA
 
 COLUMNS = ["linear_top1", "knn_top1", "m1_top1", "m1_top3", "m2_top1", "m2_top3"]
 RECIPE = Path(__file__).parents[2] / "recipes" / "jepa_mnist.py"
@@ -29,7 +32,7 @@ def test_a_run_leaves_what_the_design_names(trained_run):
     for name in ("metrics.csv", "losses.csv", "summary.json", "model.safetensors", "config.json", "report.html"):
         assert (trained_run / name).stat().st_size > 100, name
     assert (trained_run / "recipe.py").read_text() == RECIPE.read_text()
-    assert {path.stem for path in (trained_run / "plots").glob("*.png")} >= {"loss", "sigreg", "m1_confusion"}
+    assert {path.stem for path in (trained_run / "plots").glob("*.png")} >= {"losses", "statistic_sigreg", "metrics", "m1_confusion"}
     with (trained_run / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["3", "6"]
@@ -61,6 +64,29 @@ def test_the_same_main_runs_without_the_command_line(tmp_path):
     Recipe(RECIPE).main(notebook, dataset="digits", epochs=1)
     notebook.finish()
     assert vitkit.load(tmp_path / "run").classes == [str(digit) for digit in range(10)]
+
+
+def test_stopped_in_the_middle_of_an_epoch_and_resumed_it_saves_the_same_weights(tmp_path, monkeypatch):
+    flags = ("--dataset", "digits", "--epochs", "2", "--eval-every", "2", "--emb-dim", "32", "--depth", "2")
+    train(tmp_path / "whole", *flags)
+    forward, calls = JEPA.forward, []
+
+    def stopping(self, batch):
+        calls.append(1)
+        if len(calls) == 16:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JEPA, "forward", stopping)
+        with pytest.raises(SystemExit) as leaving:
+            run(RECIPE, [*flags, "--out", str(tmp_path / "cut")])
+        assert leaving.value.code == 130
+    assert not (tmp_path / "cut" / "model.safetensors").exists()
+    resumed = train(tmp_path / "cut", "--resume")
+    whole = (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert (tmp_path / "cut" / "model.safetensors").read_bytes() == whole
+    assert resumed["final"] == json.loads((tmp_path / "whole" / "summary.json").read_text())["final"]
 
 
 def test_a_dataset_that_cannot_be_had_is_replaced_only_when_none_was_named(tmp_path, monkeypatch, capfd):
