@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def rank() -> int:
@@ -52,6 +52,30 @@ def broadcast(x: Tensor) -> Tensor:
     if world_size() > 1:
         dist.broadcast(x, src=0)
     return x
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Batch normalisation of `(n d)` over all ranks' rows, whose numbers may differ; with one process torch's own.
+
+    In training (x − mean)/√(var + eps)·weight + bias with mean and biased variance of the whole batch, in fp32; the
+    running statistics are the same on every rank. `nn.SyncBatchNorm` does this on CUDA devices alone.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or world_size() == 1:
+            return super().forward(input)
+        with torch.autocast(input.device.type, enabled=False):
+            x = input.float()
+            count = all_reduce_sum(x.new_tensor(float(len(x))))
+            mean = all_reduce_sum(x.sum(dim=0)) / count
+            centred = x - mean
+            var = all_reduce_sum(centred.square().sum(dim=0)) / count
+            with torch.no_grad():
+                self.num_batches_tracked.add_(1)
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(var * count / (count - 1).clamp(min=1), self.momentum)
+            normed = centred * (var + self.eps).rsqrt() * self.weight + self.bias
+        return normed.to(input.dtype)
 
 
 def _initialised() -> bool:
@@ -92,4 +116,4 @@ def _sum(x: Tensor) -> Tensor:
     return total
 
 
-__all__ = ["all_gather", "all_reduce_mean", "all_reduce_sum", "broadcast", "rank", "world_size"]
+__all__ = ["BatchNorm", "all_gather", "all_reduce_mean", "all_reduce_sum", "broadcast", "rank", "world_size"]

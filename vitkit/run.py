@@ -116,7 +116,8 @@ class Run:
             self.console.print(f"[bold yellow]WARNING[/] {found.notice}")
         self._dataset = {
             "name": found.name, "asked": name, "fallback_for": found.fallback_for, "notice": found.notice,
-            "classes": list(found.classes), "train": len(found.train), "test": len(found.test), "source": found.source, "licence": found.licence,
+            "classes": list(found.classes), "train": len(found.train), "test": len(found.test),
+            "source": found.source, "licence": found.licence,
         }  # fmt: skip
         return found
 

@@ -5,6 +5,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from vitkit.distributed import BatchNorm
 from vitkit.errors import UsageError
 
 
@@ -30,8 +31,7 @@ class MLPHead(nn.Module):
     """`depth` linear layers with a norm and GELU between them: features `(b in_dim)` → `(b out_dim)`.
 
     Hidden layers are `hidden` wide (None: `in_dim`). `norm` is "layer", "none" or "batch", over every leading
-    dimension; under several processes a batch norm sees its own share of the batch, unless the model goes through
-    `nn.SyncBatchNorm.convert_sync_batchnorm`. Weights are drawn as torch's `nn.Linear` draws them. Raises `UsageError`
+    dimension and, under several processes, over all of theirs. Weights are drawn as torch's `nn.Linear` draws them. Raises `UsageError`
     for dimensions or a depth below one and for another norm.
     """
 
@@ -46,7 +46,7 @@ class MLPHead(nn.Module):
         super().__init__()
         hidden = in_dim if hidden is None else hidden
         _check_dims(in_dim=in_dim, out_dim=out_dim, hidden=hidden, depth=depth)
-        norms = {"layer": nn.LayerNorm, "batch": nn.BatchNorm1d, "none": nn.Identity}
+        norms = {"layer": nn.LayerNorm, "batch": BatchNorm, "none": nn.Identity}
         if norm not in norms:
             raise UsageError(f"norm is {norm!r}, expected one of {', '.join(map(repr, norms))}")
         self.layers = nn.Sequential()

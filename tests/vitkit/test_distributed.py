@@ -7,7 +7,7 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from vitkit.distributed import all_gather, all_reduce_mean, all_reduce_sum, broadcast, rank, world_size
+from vitkit.distributed import BatchNorm, all_gather, all_reduce_mean, all_reduce_sum, broadcast, rank, world_size
 
 PARTS = (5, 3)
 """How many of eight samples each of two ranks holds."""
@@ -35,6 +35,12 @@ def similarity(x: Tensor) -> Tensor:
 
 def scaled(x: Tensor) -> Tensor:
     return all_reduce_mean(x.square().sum())
+
+
+def normalised(x: Tensor) -> Tensor:
+    norm = BatchNorm(x.shape[1])
+    loss = all_reduce_sum(norm(x).pow(3).sum())
+    return loss + (norm.running_mean - norm.running_var).square().sum()  # equal on all ranks
 
 
 EXPECTED: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
