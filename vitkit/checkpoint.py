@@ -257,9 +257,7 @@ def _build(directory: Path, name: str, data: Any) -> tuple[nn.Module, str]:
     mend = ""
     if spec.distribution != ADDED:
         if here is None:
-            raise MissingPluginError(
-                f"{where} is {what} of {spec.distribution} {saved}, which is not installed: {pin}"
-            )
+            raise MissingPluginError(f"{where} is {what} of {spec.distribution} {saved}, which is not installed: {pin}")
         if here != saved:
             said = f"saved with {spec.distribution} {saved}, installed is {here}"
             warnings.warn(f"{where} was {said}", VersionWarning, stacklevel=4)

@@ -61,6 +61,11 @@ class BatchNorm(nn.BatchNorm1d):
     running statistics are the same on every rank. `nn.SyncBatchNorm` does this on CUDA devices alone.
     """
 
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or world_size() == 1:
             return super().forward(input)

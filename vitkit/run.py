@@ -29,7 +29,7 @@ from vitkit.preview import preview
 from vitkit.progress import Progress
 from vitkit.recipe import plain
 from vitkit.registry import version_of
-from vitkit.rundir import claim
+from vitkit.rundir import claim, remove_run
 
 
 class DryRun(Exception):
@@ -215,6 +215,18 @@ class Run:
             self.accelerator.end_training()
         self.close()
 
+    def discard(self) -> None:
+        """Remove the directory of a run that was refused before its first step; one that has trained is finished."""
+        if self.resuming or self._fit.get("step") or self.dry_run:
+            self.finish("failed")
+            return
+        if self.is_main:
+            remove_run(self.directory)
+        self.close()
+        with contextlib.suppress(OSError):  # something else is in there, or another rank was faster
+            (self.directory / ".lock").unlink()
+            self.directory.rmdir()
+
     def close(self) -> None:
         """Let the directory go to another process."""
         if self._lock is not None:
@@ -370,6 +382,9 @@ def execute(recipe: Any, run_arguments: Mapping[str, Any], arguments: Mapping[st
         run.say(f"stopped; go on with: {run.command} --out {run.directory} --resume")
         run.finish("interrupted")
         return 130
+    except UsageError:
+        run.discard()
+        raise
     except BaseException as error:
         run.note(f"failed: {type(error).__name__}: {error}")
         with contextlib.suppress(VitkitError):  # the first error is the one to tell

@@ -74,6 +74,11 @@ def _settle(directory: Path, *, resume: bool, overwrite: bool) -> None:
             f"{directory} already holds an unfinished run; go on with --resume, choose another --out, "
             f"or give --overwrite to replace it"
         )
+    remove_run(directory)
+
+
+def remove_run(directory: Path) -> None:
+    """Remove what a run has written, and nothing else."""
     for name in FILES:
         (directory / name).unlink(missing_ok=True)
     for name in FOLDERS:

@@ -57,9 +57,7 @@ class KNN:
         """The scores of features that were extracted before: several evaluators can share them."""
         self._check(len(train.labels))
         check_classes(train, test, classes)
-        votes = vote(
-            train.features, train.labels, test.features, len(classes), k=self.k, temperature=self.temperature
-        )
+        votes = vote(train.features, train.labels, test.features, len(classes), k=self.k, temperature=self.temperature)
         note = f"{self.k} nearest of {len(train.labels):,} training images, cosine, T={self.temperature:g}"
         return classification("knn", votes, test, classes, note=note)
 

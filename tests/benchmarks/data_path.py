@@ -155,7 +155,7 @@ def beside_a_step(split: ImageSplit, options: argparse.Namespace) -> None:
     table.add_row("batch", f"{batch:.4f}", f"{128 / batch:,.0f}")
     table.add_row("forward and backward, ViT 192/6/3, bf16", f"{step:.4f}", f"{128 / step:,.0f}")
     table.add_row("share of the batch in both", f"{batch / (batch + step):.1%}", "")
-    Console().print(table)
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,21 @@
 """Saved models: rebuilt from names, loaded strictly, and everything else refused with a reason."""
 
+import hashlib
 import json
 import pickle
+import sys
 import warnings
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from torch import nn
 
 import vitkit
 from vitkit import backbones, heads
-from vitkit.checkpoint import VersionWarning, load, save
+from vitkit.checkpoint import VersionWarning, encode_image, load, save
 from vitkit.errors import CheckpointError, MissingPluginError, UsageError
 
 HEAD = '''
@@ -63,13 +69,13 @@ def test_what_was_saved_comes_back_bit_for_bit(saved, modules):
     assert config_of(saved)["modules"]["backbone"]["version"] == vitkit.__version__
 
 
-def test_images_of_another_kind_are_refused(saved):
+def test_pictures_are_prepared_as_the_training_images_were(saved):
     model = load(saved)
+    images = torch.randint(0, 256, (2, 1, 8, 8), dtype=torch.uint8)
+    pictures = [Image.fromarray(image.squeeze(0).numpy()) for image in images]
+    torch.testing.assert_close(model.preprocess(pictures), model.preprocess(images))
     with pytest.raises(UsageError, match=r"images are torch.uint8 \(2, 3, 8, 8\); expected uint8 \(n, 1, h, w\)"):
         model.preprocess(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
-    with pytest.raises(UsageError, match="images are torch.float32"):
-        model.preprocess(torch.zeros(2, 1, 8, 8))
-    assert model.preprocess(torch.zeros(2, 1, 4, 4, dtype=torch.uint8)).shape == (2, 1, 8, 8)
 
 
 def test_a_module_that_no_registry_built_cannot_be_saved(tmp_path):
@@ -151,18 +157,12 @@ def test_weights_that_are_cut_short_changed_or_something_else(saved):
 
 
 def replace_weights(saved, tensors):
-    import hashlib
-
-    from safetensors.torch import save as to_bytes
-
     body = to_bytes(tensors)
     (saved / "model.safetensors").write_bytes(body)
     change(saved, weights={"bytes": len(body), "sha256": hashlib.sha256(body).hexdigest()})
 
 
 def test_weights_that_do_not_fit(saved):
-    from safetensors.torch import load_file
-
     tensors = load_file(saved / "model.safetensors")
     key = "projector.layers.0.weight"
     replace_weights(saved, {name: value for name, value in tensors.items() if name != key} | {"x.y": torch.zeros(1)})
@@ -180,7 +180,10 @@ def test_only_registered_names_are_built(saved):
     modules = config_of(saved)["modules"]
     for spec, message in (
         ({**modules["projector"], "name": "os.system"}, "no head named 'os.system'"),
-        ({**modules["projector"], "kind": "module"}, "of kind 'module'; a saved model is built from backbone, head, loss"),
+        (
+            {**modules["projector"], "kind": "module"},
+            "of kind 'module'; a saved model is built from backbone, head, loss",
+        ),
         ({**modules["projector"], "kwargs": {"in_dim": 8, "out_dim": 4, "evil": 1}}, "takes no argument 'evil'"),
         ({**modules["projector"], "kwargs": {"in_dim": "8", "out_dim": 4}}, "in_dim is '8', expected int"),
         ({"kind": "head"}, "a Spec's 'name' is a str"),
@@ -195,8 +198,10 @@ def test_a_missing_plugin_is_named_with_the_command_that_mends_it(tmp_path, inst
     site = install("wide-heads", "1.2", {"heads": {"wide": "wide_heads:Wide"}}, wide_heads=HEAD)
     save(tmp_path / "m", {"head": heads.build("wide", in_dim=2)}, preprocessing={}, classes=[], arguments={})
     assert load(tmp_path / "m").head.spec.distribution == "wide-heads"
-    monkeypatch.setattr("sys.path", [path for path in __import__("sys").path if path != str(site)])
-    with pytest.raises(MissingPluginError, match=r"of wide-heads 1.2, which is not installed: pip install 'wide-heads==1.2'"):
+    monkeypatch.setattr("sys.path", [path for path in sys.path if path != str(site)])
+    with pytest.raises(
+        MissingPluginError, match=r"of wide-heads 1.2, which is not installed: pip install 'wide-heads==1.2'"
+    ):
         load(tmp_path / "m")
 
 
@@ -226,3 +231,147 @@ def test_saving_again_replaces_and_a_config_beside_other_weights_is_noticed(save
     (saved / "config.json").write_text(old)
     with pytest.raises(CheckpointError, match="SHA-256 differs"):
         load(saved)
+
+
+def test_a_directory_holds_two_files_and_what_is_saved_beside_them_changes_no_field(tmp_path, modules):
+    extra = {"recipe": "mine", "format": 7, "modules": {}}
+    save(tmp_path / "m", modules, preprocessing=PREPARE, classes=["a"], arguments={}, extra=extra)
+    assert sorted(path.name for path in (tmp_path / "m").iterdir()) == ["config.json", "model.safetensors"]
+    assert config_of(tmp_path / "m")["recipe"] == "mine"
+    assert load(tmp_path / "m").classes == ["a"]
+
+
+def test_what_cannot_be_saved_leaves_the_older_model_as_it_was(saved, modules):
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    for changed, arguments, message in (
+        (modules, {"path": saved}, "config holds plain JSON values alone: Object of type PosixPath"),
+        ({"classes": modules["backbone"]}, {}, "a name that can be an attribute of the model; given 'classes'"),
+        ({"class": modules["backbone"]}, {}, "given 'class'"),
+        ({"a.b": modules["backbone"]}, {}, "given 'a.b'"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            save(saved, changed, preprocessing=PREPARE, classes=["a"], arguments=arguments)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+    load(saved)
+
+
+@pytest.mark.parametrize("name", ["train", "config", "class", "a b", "__class__", ""])
+def test_a_config_with_a_module_of_an_impossible_name_is_refused(saved, name):
+    change(saved, modules={name: config_of(saved)["modules"]["backbone"]})
+    with pytest.raises(CheckpointError, match=f"module {name!r} has a name that no attribute of a model can have"):
+        load(saved)
+
+
+def test_a_file_in_place_of_a_directory_and_a_directory_in_place_of_a_file(saved):
+    with pytest.raises(CheckpointError, match=r"no model at .*config\.json: that is a file; give a directory"):
+        load(saved / "config.json")
+    (saved / "config.json").unlink()
+    (saved / "config.json").mkdir()
+    with pytest.raises(CheckpointError, match=r"cannot read .*config\.json: Is a directory"):
+        load(saved)
+
+
+def test_tied_weights_stay_tied(tmp_path, monkeypatch):
+    class Tied(nn.Module):
+        def __init__(self, width: int = 3) -> None:
+            super().__init__()
+            self.into, self.out = nn.Linear(width, width), nn.Linear(width, width)
+            self.out.weight = self.into.weight
+            self.register_buffer("turned", torch.arange(6.0).view(2, 3).T)  # not contiguous
+
+    monkeypatch.setattr(heads, "_added", {})
+    heads.add("tied", Tied)
+    head = heads.build("tied")
+    save(tmp_path, {"head": head}, preprocessing={}, classes=[], arguments={})
+    again = load(tmp_path).head
+    assert again.out.weight is again.into.weight
+    assert torch.equal(again.into.weight, head.into.weight)
+    assert torch.equal(again.turned, head.turned)
+
+
+def test_what_was_added_by_hand_must_be_added_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(heads, "_added", {})
+    heads.add("mine", nn.Identity)
+    save(tmp_path, {"head": heads.build("mine")}, preprocessing={}, classes=[], arguments={})
+    load(tmp_path)
+    monkeypatch.setattr(heads, "_added", {})
+    with pytest.raises(
+        MissingPluginError, match=r"added by hand as the head 'mine': call .*REGISTRIES\['head'\]\.add\('mine', "
+    ):
+        load(tmp_path)
+
+
+def test_loading_leaves_the_random_state(saved):
+    state = torch.get_rng_state()
+    load(saved)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_no_dataset_or_evaluator_is_built_nor_its_plugin_imported(saved, install):
+    install("traps", "1.0", {"datasets": {"trap": "traps:Trap"}}, traps="raise SystemExit(3)")
+    modules = config_of(saved)["modules"]
+    trap = {"kind": "dataset", "name": "trap", "distribution": "traps", "version": "1.0", "kwargs": {}}
+    change(saved, modules={**modules, "projector": trap})
+    with pytest.raises(CheckpointError, match="of kind 'dataset'; a saved model is built from backbone, head, loss"):
+        load(saved)
+    assert "traps" not in sys.modules
+
+
+FAULTS = """
+from torch import nn
+
+def broken(): raise ValueError("out of luck")
+class Thing: pass
+def thing(): return Thing()
+def changed(): return nn.Linear(2, 4)
+"""
+
+
+def test_whatever_a_plugin_does_when_built_is_one_message_that_names_both_versions(tmp_path, install):
+    points = {
+        "heads": {"broken": "faults:broken", "thing": "faults:thing", "wide": "faults:changed", "gone": "no:where"}
+    }
+    install("faults", "1.3", points, faults=FAULTS)
+    save(tmp_path, {"head": heads.build("wide")}, preprocessing={}, classes=[], arguments={})
+    spec = config_of(tmp_path)["modules"]["head"]
+    assert load(tmp_path).head.weight.shape == (4, 2)
+    mend = r"; 'head' was saved with faults 1\.2, installed is 1\.3: pip install 'faults==1\.2'"
+    for name, message in (
+        ("broken", f"cannot be built: ValueError: out of luck{mend}"),
+        ("thing", f"the head 'thing' is no torch module but a Thing{mend}"),
+        ("gone", rf"cannot be built: PluginError: .* cannot be imported: ModuleNotFoundError.*{mend}"),
+        ("lost", f"no head named 'lost' from 'faults'.*{mend}"),
+    ):
+        change(tmp_path, modules={"head": {**spec, "name": name, "version": "1.2"}})
+        with pytest.warns(VersionWarning), pytest.raises(CheckpointError, match=message):
+            load(tmp_path)
+    change(tmp_path, modules={"head": {**spec, "version": "1.2"}})
+    replace_weights(tmp_path, {"head.weight": torch.zeros(3, 2), "head.bias": torch.zeros(4)})
+    with (
+        pytest.warns(VersionWarning),
+        pytest.raises(CheckpointError, match=rf"\(3, 2\), its config builds \(4, 2\){mend}"),
+    ):
+        load(tmp_path)
+
+
+def test_a_backbone_that_pools_itself_one_that_gives_tokens_and_others():
+    class Pooling(nn.Module):
+        def encode_image(self, images):
+            return images.mean(dim=(2, 3))
+
+    images = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(encode_image(Pooling(), images), images.mean(dim=(2, 3)))
+    torch.testing.assert_close(encode_image(lambda x: x.flatten(2), images), images.flatten(2).mean(1))
+    with pytest.raises(UsageError, match=r"Identity gave \(2, 3, 4, 4\) for 2 images; expected tokens \(2, n, d\)"):
+        encode_image(nn.Identity(), images)
+    with pytest.raises(UsageError, match="gave tuple for 2 images"):
+        encode_image(lambda x: (x, x), images)
+
+
+def test_without_a_backbone_or_preprocessing_a_model_says_so(tmp_path, modules):
+    save(tmp_path, {"projector": modules["projector"]}, preprocessing={}, classes=[], arguments={})
+    model = load(tmp_path)
+    with pytest.raises(UsageError, match="saved without a module named 'backbone'"):
+        model.encode_image(torch.zeros(1, 1, 8, 8))
+    with pytest.raises(UsageError, match="saved without preprocessing; normalise images as its training did"):
+        model.preprocess(torch.zeros(1, 1, 8, 8, dtype=torch.uint8))

@@ -160,6 +160,12 @@ def test_bad_input_is_answered_with_one_message_and_no_traceback(vitkit, argumen
     assert "Traceback" not in answer.stderr
 
 
+def test_what_is_refused_leaves_no_directory_behind(vitkit, tmp_path):
+    assert vitkit("run", "line.py", "--epochs", "0", "--out", "here").returncode == 2
+    assert not (tmp_path / "here").exists()
+    assert vitkit("run", "line.py", "--out", "here").returncode == 0
+
+
 def test_debug_lets_the_traceback_through(tmp_path, monkeypatch):
     (tmp_path / "line.py").write_text(RECIPE)
     monkeypatch.chdir(tmp_path)

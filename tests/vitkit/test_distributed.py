@@ -45,6 +45,7 @@ def normalised(x: Tensor) -> Tensor:
 
 EXPECTED: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
     "variance": (variance, 1.0), "similarity": (similarity, 1.0), "scaled": (scaled, 0.5),
+    "normalised": (normalised, 1.0),
 }  # fmt: skip
 
 

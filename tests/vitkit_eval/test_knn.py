@@ -38,7 +38,9 @@ def test_a_training_image_is_its_own_nearest_and_lengths_of_features_do_not_matt
     test, _ = blobs(50, 6, 5, seed=1)
     votes = vote(train, labels, test, 5, k=9, temperature=0.07).double()
     lengths = torch.rand(100, 1, generator=torch.Generator().manual_seed(0)) + 0.1
-    torch.testing.assert_close(vote(train * lengths, labels, test * 1e3, 5, k=9, temperature=0.07).double(), votes, rtol=1e-4, atol=1e4)
+    torch.testing.assert_close(
+        vote(train * lengths, labels, test * 1e3, 5, k=9, temperature=0.07).double(), votes, rtol=1e-4, atol=1e4
+    )
 
 
 @pytest.mark.parametrize("k", [1, 4, 12])
@@ -63,7 +65,9 @@ def test_the_votes_do_not_depend_on_how_many_are_counted_at_once(monkeypatch):
     test, _ = blobs(40, 6, 3, seed=1)
     whole = vote(train, labels, test, 3, k=5, temperature=0.07)
     sizes = []
-    monkeypatch.setattr(knn, "nearest", lambda similarity, k: (sizes.append(similarity.numel()), nearest(similarity, k))[1])
+    monkeypatch.setattr(
+        knn, "nearest", lambda similarity, k: (sizes.append(similarity.numel()), nearest(similarity, k))[1]
+    )
     for limit in (1, 90 * 7, 90 * 40):
         monkeypatch.setattr(knn, "SIMILARITIES", limit)
         assert torch.equal(vote(train, labels, test, 3, k=5, temperature=0.07).argmax(1), whole.argmax(1))

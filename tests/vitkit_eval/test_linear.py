@@ -34,7 +34,9 @@ def test_the_probe_minimises_what_scikit_learn_minimises(C, dtype):
     lowest = objective(features, labels, *theirs, C)
     assert objective(features, labels, weight, bias, C) == pytest.approx(lowest, rel=1e-5)
     torch.testing.assert_close(weight.double(), theirs[0], atol=2e-3 * max(C, 1), rtol=2e-3)
-    torch.testing.assert_close((bias - bias.mean()).double(), theirs[1] - theirs[1].mean(), atol=2e-3 * max(C, 1), rtol=0)
+    torch.testing.assert_close(
+        (bias - bias.mean()).double(), theirs[1] - theirs[1].mean(), atol=2e-3 * max(C, 1), rtol=0
+    )
     test, _ = blobs(500, 8, 4, seed=1)
     predicted = (test.to(dtype) @ weight.T + bias).argmax(1)
     assert (predicted.numpy() == reference.predict(test.double().numpy())).mean() >= 0.998
@@ -51,7 +53,9 @@ def test_the_score_does_not_depend_on_the_features_scale_offset_or_order():
     plain = LinearProbe().score(train, test, list("abcd"))
     for scale, shift in ((1e-8, 0.0), (1e6, 0.0), (0.01, 3.0)):
         scaled = (Features(x.features * scale + shift, x.labels) for x in (train, test))
-        assert LinearProbe().score(*scaled, list("abcd"))["linear_top1"] == pytest.approx(plain["linear_top1"], abs=0.005)
+        assert LinearProbe().score(*scaled, list("abcd"))["linear_top1"] == pytest.approx(
+            plain["linear_top1"], abs=0.005
+        )
     order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
     turned = Features(train.features[order][:, torch.arange(7, -1, -1)], train.labels[order])
     assert LinearProbe().score(turned, Features(test.features.flip(1), test.labels), list("abcd"))["linear_top1"] == (
