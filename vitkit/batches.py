@@ -43,7 +43,7 @@ class Preparation:
     def normalise(self, images: Tensor) -> Tensor:
         """(x − mean)/std per channel; images `(… c h w)` in [0, 1]."""
         mean, std = (_column(values, images.device) for values in (self.mean, self.std))
-        return (images - mean).div_(std)
+        return torch.addcmul(-mean / std, images, 1 / std)  # in one pass over the images
 
     def to_json(self) -> dict[str, Any]:
         """As `config.json` keeps it."""
