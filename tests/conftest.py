@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-
 # One thread: sums on the CPU depend on their number in the last bit, and two wait for each other on a busy machine.
 torch.set_num_threads(1)
 
