@@ -14,7 +14,7 @@ from vitkit_jepa import JEPA
 PRESETS = {
     "quick": {"epochs": 5, "img_size": 28, "patch_size": 7, "emb_dim": 128, "depth": 4, "num_heads": 2},
     "full": {"epochs": 50, "img_size": 32, "patch_size": 4, "emb_dim": 192, "depth": 6, "num_heads": 3},
-    "digits": {"epochs": 40, "img_size": 16, "patch_size": 4, "emb_dim": 128, "depth": 4, "num_heads": 2},
+    "digits": {"epochs": 60, "img_size": 16, "patch_size": 4, "emb_dim": 128, "depth": 4, "num_heads": 2},
 }
 # Its best epochs on MNIST, each metric at its own.
 SEED_DOCUMENT = {"linear_top1": 0.95, "m1_top1": 0.79, "m1_top3": 0.96, "m2_top1": 0.64, "m2_top3": 0.88}

@@ -13,12 +13,15 @@ What makes the difference, for ViT 192/6/3 at 65 tokens trained in bf16 on a CPU
 - Torch draws dropout masks one element after another. Here one draw serves four.
 """
 
+from collections.abc import Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 CHUNK = 4096 * 192  # elements of the residual stream in a chunk; speed is flat from half to twice that
 LONGEST = 512  # tokens; beyond, attention weights outgrow all other activations and flash attention pays
@@ -93,6 +96,7 @@ def suits(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.shape[1] <= LONGEST
 
 
+@torch.compiler.disable  # what torch.compile makes of it is no faster, after minutes
 def block(x: Tensor, parameters: Parameters, num_heads: int, eps: float, dropout: float, attn_dropout: float) -> Tensor:
     """Tokens `(b n d)` → `(b n d)` in autocast's dtype, or without autocast in the parameters'.
 
@@ -246,12 +250,21 @@ def _queries(qkv: Tensor) -> Tensor:
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
     """x·Wᵀ + b (+ residual): for bf16 in one pass, by an operation that torch keeps for its own compiler."""
-    if x.dtype == torch.bfloat16 and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if x.dtype == torch.bfloat16 and _pointwise is not None:
         if residual is None:
-            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
+            return _pointwise(x, weight, bias, "none", [], "")
+        return _pointwise.binary(x, residual, weight, bias, "add")
     product = F.linear(x, weight, bias)
     return product if residual is None else product.add_(residual)
+
+
+def _linear_flops(x_shape: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any) -> int:
+    return 2 * prod(out_shape) * x_shape[-1]
+
+
+_pointwise = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+if _pointwise is not None and _pointwise not in flop_registry:  # torch's counter of FLOPs knows public names alone
+    register_flop_formula(_pointwise)(_linear_flops)
 
 
 def _norm_backward(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:

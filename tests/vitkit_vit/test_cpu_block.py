@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from vitkit_vit import cpu_block
 from vitkit_vit.layers import Block
@@ -105,6 +106,16 @@ def test_the_private_product_is_the_public_one() -> None:
     torch.testing.assert_close(cpu_block._linear(x, weight, bias).double(), exact, atol=0.05, rtol=0.01)
     with_residual = cpu_block._linear(x, weight, bias, residual).double()
     torch.testing.assert_close(with_residual, exact + residual.double(), atol=0.05, rtol=0.01)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_its_flops_are_counted(bf16: bool) -> None:
+    block = make()
+    counter = FlopCounterMode(display=False)
+    with counter, torch.autocast("cpu", torch.bfloat16, enabled=bf16), torch.no_grad():
+        block(torch.randn(2, 3, 16))
+    rows, products, attention = 2 * 3, 4 * 16 * 16 + 2 * 16 * 32, 2 * 3 * 16
+    assert counter.get_total_flops() == 2 * rows * (products + attention)
 
 
 def test_a_second_derivative_is_refused_in_words() -> None:
