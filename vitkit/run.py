@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
+from rich.text import Text
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -113,7 +114,7 @@ class Run:
         """
         found = data.resolve(name, default=default, **kwargs)
         if found.notice:
-            self.console.print(f"[bold yellow]WARNING[/] {found.notice}")
+            self.console.print("[bold yellow]WARNING[/]", Text(found.notice))
         self._dataset = {
             "name": found.name, "asked": name, "fallback_for": found.fallback_for, "notice": found.notice,
             "classes": list(found.classes), "train": len(found.train), "test": len(found.test),
