@@ -6,9 +6,10 @@ for labels: by M1, the label that moves an image's embedding least, and by M2, t
 
 from typing import Annotated, Literal
 
-from vitkit import Run, backbones, evaluators, heads, losses
+from vitkit import Run, backbones, evaluators, heads, losses, parse_arguments
 from vitkit.augment import Compose, RandomAffine
 from vitkit.optim import muon_adamw, warmup_cosine
+from vitkit_eval import sharing_features
 from vitkit_jepa import JEPA
 
 PRESETS = {
@@ -33,6 +34,8 @@ def main(
     depth: Annotated[int | None, "transformer blocks (quick 4, full 6)"] = None,
     num_heads: Annotated[int | None, "attention heads (quick 2, full 3)"] = None,
     proj_dim: Annotated[int, "dimensions of the projection"] = 32,
+    projector: Annotated[str, "a registered head: mlp, or a plugin's"] = "mlp",
+    projector_arg: Annotated[list[str], "an argument of that head as NAME=VALUE; may be repeated"] = [],
     lamda: Annotated[float, "weight of SIGReg against invariance"] = 0.05,
     multimodal: Annotated[bool, "show labels; without, the baseline"] = True,
     objective: Annotated[Literal["joint", "seed"], "views with and without label, or all with (the seed's)"] = "joint",
@@ -64,9 +67,10 @@ def main(
         in_chans=data.shape[0], embed_dim=width, depth=chosen["depth"], num_heads=chosen["num_heads"],
         positions="sincos2d",
     )  # fmt: skip
-    projector = heads.build("mlp", in_dim=width, out_dim=proj_dim, hidden=256, norm="batch")
+    own = {"hidden": 256, "norm": "batch"} if projector == "mlp" else {}
+    head = heads.build(projector, in_dim=width, out_dim=proj_dim, **{**own, **parse_arguments(projector_arg)})
     loss = losses.build("lejepa", lamda=lamda)
-    model = JEPA(backbone, projector, loss, objective=objective if multimodal else "images", swap=swap)
+    model = JEPA(backbone, head, loss, objective=objective if multimodal else "images", swap=swap)
     optimizer = muon_adamw(model, lr=lr)
     schedule = warmup_cosine(optimizer, epochs * len(batches), warmup=min(100, len(batches)))
 
@@ -77,7 +81,7 @@ def main(
     evaluate = [evaluators.build(name) for name in ("linear_probe", "knn", "label_retrieval")]
     for epoch in run.fit(model, batches, epochs=epochs, optimizer=optimizer, schedule=schedule, clip=1.0, ema=0.99):
         if epoch.due(eval_every):
-            with run.autocast():
+            with run.autocast(), sharing_features():
                 epoch.log(*(evaluator(model, data) for evaluator in evaluate))
-    run.save(backbone=backbone, projector=projector)
+    run.save(backbone=backbone, projector=head)
 

@@ -9,17 +9,20 @@ from typing import TYPE_CHECKING, Any
 from vitkit.registry import REGISTRIES, Registry, Spec, backbones, datasets, evaluators, heads, losses
 
 if TYPE_CHECKING:
-    from vitkit.checkpoint import Model, load
+    from vitkit.checkpoint import Model
     from vitkit.contracts import Scores
+    from vitkit.hub import load
+    from vitkit.recipe import parse_arguments
     from vitkit.run import Run
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "Run": "vitkit.run",
-    "load": "vitkit.checkpoint",
+    "load": "vitkit.hub",
     "Model": "vitkit.checkpoint",
     "Scores": "vitkit.contracts",
+    "parse_arguments": "vitkit.recipe",
 }
 
 
@@ -42,4 +45,5 @@ __all__ = [
     "heads",
     "load",
     "losses",
+    "parse_arguments",
 ]

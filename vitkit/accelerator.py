@@ -65,7 +65,7 @@ def make_accelerator(device: str, precision: str, report_to: list[str], director
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
     mixed = {"fp32": "no"}.get(precision, precision)
-    options: dict[str, Any] = {"log_with": trackers, "project_dir": directory} if trackers else {}
+    options: dict[str, Any] = {"log_with": trackers, "project_dir": directory / "trackers"} if trackers else {}
     return Accelerator(cpu=device == "cpu", mixed_precision=mixed, **options)
 
 

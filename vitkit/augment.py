@@ -18,17 +18,21 @@ import torch
 from torch import Generator, Tensor
 
 from vitkit.errors import UsageError
+from vitkit.mixing import CutMix, Mix, Mixing, MixUp
 from vitkit.pixels import (
     adjust_brightness,
     adjust_contrast,
     adjust_hue,
     adjust_saturation,
     affine_matrices,
+    chain,
     gaussian_blur,
     grey,
     matrices_of,
     sample,
+    solarize,
 )
+from vitkit.randaugment import RandAugment
 
 
 class Transform(Protocol):
@@ -72,8 +76,7 @@ def _moved(moves: Sequence[Geometric], images: Tensor, generator: Generator) -> 
         return images
     total = moves[0].matrices(images, generator)
     for move in moves[1:]:
-        # Output → input: what is applied last is undone first. Autocast would round a matrix product to bfloat16.
-        total = (total[:, :, :, None] * move.matrices(images, generator)[:, None]).sum(2)
+        total = chain(total, move.matrices(images, generator))
     return sample(images, total, outside="border" if all(move.stays_inside for move in moves) else "zeros")
 
 
@@ -222,7 +225,8 @@ class Solarize:
     p: float = 0.2
 
     def __call__(self, images: Tensor, generator: Generator) -> Tensor:
-        return torch.where(_chosen(images, generator, self.p) & (images >= self.threshold), 1 - images, images)
+        chosen = uniform(images, generator, 0, 1) < self.p
+        return solarize(images, torch.where(chosen, self.threshold, torch.inf))
 
 
 @dataclass(frozen=True)
@@ -288,6 +292,7 @@ def _positive(name: str, limits: tuple[float, float]) -> None:
 
 
 __all__ = [
-    "ColorJitter", "Compose", "GaussianBlur", "Geometric", "Grayscale", "HorizontalFlip", "Noise", "RandomAffine",
-    "RandomCrop", "RandomErasing", "RandomResizedCrop", "Solarize", "Transform", "uniform",
+    "ColorJitter", "Compose", "CutMix", "GaussianBlur", "Geometric", "Grayscale", "HorizontalFlip", "Mix", "MixUp", "Mixing",
+    "Noise", "RandAugment", "RandomAffine", "RandomCrop", "RandomErasing", "RandomResizedCrop", "Solarize", "Transform",
+    "uniform",
 ]  # fmt: skip

@@ -9,12 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitkit.augment import Transform
+from vitkit.augment import Mixing, Transform
+from vitkit.contracts import HIDDEN
 from vitkit.distributed import world_size
 from vitkit.errors import UsageError
-
-HIDDEN = -1
-"""The label of an image whose label is not shown."""
 
 
 @dataclass(frozen=True)
@@ -119,17 +117,23 @@ class ImageSplit:
         drop_last: bool = False,
         augment: Transform | None = None,
         views: int = 1,
+        mix: Mixing | None = None,
     ) -> "ImageBatches":
-        """This split in batches of normalised images `(b c h w)`, or `(b v c h w)` for several augmented views."""
-        return ImageBatches(self, batch_size, shuffle=shuffle, drop_last=drop_last, augment=augment, views=views)
+        """This split in batches of normalised images `(b c h w)`, or `(b v c h w)` for several augmented views.
+
+        With `mix` augmented images are mixed in pairs within a rank's batch, all views of an image alike, and a batch
+        also holds `partners` int64 `(b,)`, the labels of the images mixed in, and `weights` float32 `(b,)`, by which
+        `labels` count; `partners` count by 1 − `weights`. An image's two labels are both shown or both hidden (−1).
+        """
+        return ImageBatches(self, batch_size, shuffle, drop_last, augment, views, mix)
 
 
 @dataclass(frozen=True)
 class ImageBatches:
     """A split, cut into batches of `batch_size` a rank: `contracts.Batches`.
 
-    The order of an epoch comes from (seed, epoch), the augmentation of a batch from (seed, epoch, index, rank), so an
-    epoch can be entered anywhere. W ranks share each run of W · `batch_size` images. The rest at an epoch's end is left
+    The order of an epoch comes from (seed, epoch), a batch's augmentation and mixing from (seed, epoch, index, rank), so
+    an epoch can be entered anywhere. W ranks share each run of W · `batch_size` images. The rest at an epoch's end is left
     out with `drop_last`; without it every image comes exactly once, and the ranks' last batches differ by up to one
     image, so that one may be empty. Raises `UsageError` for a `batch_size` or `views` below 1.
     """
@@ -140,6 +144,7 @@ class ImageBatches:
     drop_last: bool = False
     augment: Transform | None = None
     views: int = 1
+    mix: Mixing | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "views"):
@@ -149,6 +154,11 @@ class ImageBatches:
     def __len__(self) -> int:
         """Batches an epoch, the same number on every rank."""
         return self._count(world_size())
+
+    @property
+    def prepare(self) -> Preparation:
+        """How the images are prepared: what a model that is trained on them must be given."""
+        return self.split.prepare
 
     def _count(self, world: int) -> int:
         whole, rest = divmod(len(self.split), self.batch_size * world)
@@ -172,14 +182,19 @@ class ImageBatches:
         prepare = self.split.prepare
         # Advanced indexing, images[indices], takes several times as long as index_select.
         images = prepare.pixels(_moved(self.split.images.index_select(0, indices), device))
+        labels = _moved(self.split.labels[indices], device)
+        generator = torch.Generator(images.device).manual_seed(seed)
         if self.views > 1:
             images = images.repeat_interleave(self.views, dim=0)
         if self.augment is not None:
-            images = self.augment(images, torch.Generator(images.device).manual_seed(seed))
-        images = prepare.normalise(images)
+            images = self.augment(images, generator)
         if self.views > 1:
             images = images.unflatten(0, (len(indices), self.views))  # (b·v c h w) → (b v c h w)
-        return {"images": images, "labels": _moved(self.split.labels[indices], device)}
+        batch = {"labels": labels}
+        if self.mix is not None:
+            images, partners, weights = self.mix(images, labels, generator)
+            batch |= {"partners": labels[partners], "weights": weights}
+        return {"images": prepare.normalise(images), **batch}
 
 
 def mix(*parts: int) -> int:

@@ -15,21 +15,29 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from vitkit.batches import Preparation
+from vitkit.bounded import Bounded, check_size
+from vitkit.contracts import Scores
 from vitkit.errors import CheckpointError, MissingPluginError, UnknownNameError, UsageError
 from vitkit.files import atomic_write, write_json
+from vitkit.foreign import AGAIN, plain_size, read_json
+from vitkit.inputs import prepared
+from vitkit.predicting import Prediction, predict
 from vitkit.preprocessing import preprocess
 from vitkit.registry import ADDED, Spec, version_of
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from vitkit.exporting import Export
+
+    Images = str | Path | Tensor | Sequence[str | Path | Image.Image]
+
 FORMAT = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 KINDS = ("backbone", "head", "loss")
 """What a saved model is built from; the other registries read files and download, which loading must not."""
-CONFIG_BYTES, DEPTH = 32 * 2**20, 32
-"""How long and how deeply nested a config may be: far beyond any that names thousands of classes."""
-AGAIN = "copy or download the whole directory again"
+ROOM = 256 * 2**20
+"""How many bytes building may take besides four times the weights: for tables and masks that are not saved."""
 
 
 class VersionWarning(UserWarning):
@@ -66,6 +74,41 @@ class Model(nn.Module):
             raise UsageError("this model was saved without a module named 'backbone'")
         return encode_image(backbone, images)
 
+    def embed(self, images: "Images", *, batch_size: int = 256) -> Tensor:
+        """A folder, picture files, Pillow images or uint8 `(n c h w)` → features float32 `(n d)` on the CPU.
+
+        A folder's pictures come in alphabetical order, those of folders in it too. Raises `UsageError` for a picture that
+        cannot be read, and as `preprocess` does.
+        """
+        device = next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
+        with torch.no_grad():
+            found = [self.encode_image(batch.to(device)).float().cpu() for batch in prepared(self, images, batch_size)]
+        return torch.cat(found)
+
+    def predict(
+        self, images: "Images", *, labels: Sequence[str] | None = None, top: int | None = None, batch_size: int = 256
+    ) -> list[Prediction]:
+        """What a folder, picture files, Pillow images or uint8 `(n c h w)` show: see `vitkit.predicting.predict`."""
+        device = next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
+        batches = prepared(self, images, batch_size)
+        return [one for batch in batches for one in predict(self, batch.to(device), labels=labels, top=top)]
+
+    def evaluate(self, evaluator: Any, dataset: Any) -> Scores:
+        """An evaluator's scores on a dataset, whose images are prepared as this model's training images were.
+
+        Raises `UsageError` as the evaluator does, and for images with another number of channels.
+        """
+        if self.preprocessing and hasattr(dataset, "prepared_as"):
+            dataset = dataset.prepared_as(Preparation.from_json(self.preprocessing))
+        scores: Scores = evaluator(self, dataset)
+        return scores
+
+    def export(self, out: str | Path, *, overwrite: bool = False) -> "Export":
+        """Write `out`, an .onnx file or a .pt2 one, checked to give the same numbers: see `vitkit.exporting.export`."""
+        from vitkit.exporting import export  # torch's exporters take a while to import
+
+        return export(self, out, overwrite=overwrite)
+
 
 def encode_image(backbone: Any, images: Tensor) -> Tensor:
     """Pooled features `(b d)`: a backbone's own `encode_image`, or the mean over its tokens `(b n d)`.
@@ -75,7 +118,8 @@ def encode_image(backbone: Any, images: Tensor) -> Tensor:
     pooled = getattr(backbone, "encode_image", None)
     found = (backbone if pooled is None else pooled)(images)
     axes = 3 if pooled is None else 2
-    if not isinstance(found, Tensor) or found.ndim != axes or len(found) != len(images):
+    # Sizes rather than len(), which an export would take for the constant that it saw.
+    if not isinstance(found, Tensor) or found.ndim != axes or found.shape[0] != images.shape[0]:
         what = f"tokens ({len(images)}, n, d)" if pooled is None else f"encode_image to give ({len(images)}, d)"
         given = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise UsageError(f"{type(backbone).__name__} gave {given} for {len(images)} images; expected {what}")
@@ -146,14 +190,26 @@ def load(source: str | Path, *, device: str | torch.device = "cpu") -> Model:
     directory = Path(source)
     config = _read_config(directory)
     tensors = _read_weights(directory, config["weights"])
-    with torch.random.fork_rng(devices=[]):  # building draws weights, on the CPU
-        built = {name: _build(directory, name, data) for name, data in config["modules"].items()}
+    most = ROOM + 4 * config["weights"]["bytes"]
+    parameters = 64 + 8 * len(tensors)  # some build parts that they then replace
+    with torch.random.fork_rng(devices=[]), Bounded(most):  # building draws weights, on the CPU
+        built = {name: _build(directory, name, data, most, parameters) for name, data in config["modules"].items()}
     modules = {name: module for name, (module, _) in built.items()}
     _check_tensors(directory, modules, tensors, "".join(mend for _, mend in built.values()))
     for name, module in modules.items():
         own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
         module.load_state_dict(own, strict=True)
     return Model(modules, config).to(device).eval()
+
+
+def check(directory: str | Path) -> dict[str, Any]:
+    """The config of a saved model whose two files are whole and belong together; nothing is built.
+
+    Raises `CheckpointError` for files that are missing, damaged or foreign.
+    """
+    config = _read_config(Path(directory))
+    _read_weights(Path(directory), config["weights"])
+    return config
 
 
 def _is_free(name: str) -> bool:
@@ -167,29 +223,13 @@ def _read_config(directory: Path) -> dict[str, Any]:
     if not directory.is_dir():
         there = "that is a file" if directory.exists() else "no such directory"
         raise CheckpointError(f"no model at {directory}: {there}; give a directory that a run saved into")
-    try:
-        size = path.stat().st_size
-        config = json.loads(path.read_text(encoding="utf-8")) if size <= CONFIG_BYTES else None
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{directory} holds no {CONFIG}: no model was saved there, or its run has not ended"
-        ) from None
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
-    except RecursionError:
-        raise CheckpointError(f"{path} is nested too deeply to be read; {AGAIN}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is no JSON: {error}; {AGAIN}") from None
-    if size > CONFIG_BYTES:
-        raise CheckpointError(f"{path} has {size:,} bytes; a vitkit config has at most {CONFIG_BYTES:,}")
+    config = read_json(path)
     if not isinstance(config, dict) or config.get("library") != "vitkit":
         raise CheckpointError(f'{path} is no vitkit config: expected an object with "library": "vitkit"')
     if config.get("format") != FORMAT:
         raise CheckpointError(
             f"{path} has format {config.get('format')!r:.20}, this vitkit reads {FORMAT}; pip install --upgrade vitkit"
         )
-    if _depth(config) > DEPTH:
-        raise CheckpointError(f"{path} is nested more than {DEPTH} levels deep; no vitkit config is")
     _check_fields(path, config)
     return config
 
@@ -208,21 +248,10 @@ def _check_fields(path: Path, config: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{path}: {error}") from None
 
 
-def _depth(value: Any) -> int:
-    """How deeply dicts and lists are nested, counted without recursion."""
-    deepest, pending = 0, [(value, 1)]
-    while pending:
-        item, level = pending.pop()
-        deepest = max(deepest, level)
-        children = item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
-        pending += [(child, level + 1) for child in children]
-    return deepest
-
-
 def _read_weights(directory: Path, recorded: Mapping[str, Any]) -> dict[str, Tensor]:
     path = directory / WEIGHTS
     try:
-        size = path.stat().st_size
+        size = plain_size(path)
         body = path.read_bytes() if size == recorded.get("bytes") else b""
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}; {AGAIN}") from None
@@ -241,7 +270,7 @@ def _read_weights(directory: Path, recorded: Mapping[str, Any]) -> dict[str, Ten
     return tensors
 
 
-def _build(directory: Path, name: str, data: Any) -> tuple[nn.Module, str]:
+def _build(directory: Path, name: str, data: Any, most: int, parameters: int) -> tuple[nn.Module, str]:
     """A module, and how to mend it where another version of its plugin is installed than it was saved with."""
     where = f"{directory / CONFIG}: module {name!r}"
     try:
@@ -263,6 +292,7 @@ def _build(directory: Path, name: str, data: Any) -> tuple[nn.Module, str]:
             warnings.warn(f"{where} was {said}", VersionWarning, stacklevel=4)
             mend = f"; {name!r} was {said}: {pin}"
     try:
+        check_size(spec.build, most, parameters)
         module = spec.build()
     except UnknownNameError as error:
         if spec.distribution == ADDED:
@@ -301,4 +331,4 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") if names else "nothing"
 
 
-__all__ = ["Model", "VersionWarning", "encode_image", "load", "save"]
+__all__ = ["Model", "VersionWarning", "check", "encode_image", "load", "save"]

@@ -9,11 +9,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vitkit import __version__, cli_data
+from vitkit import __version__, cli_data, cli_hub, cli_new, cli_reproduce, cli_use
+from vitkit.commands import Commands
 from vitkit.errors import UsageError, VitkitError, nearest
 from vitkit.registry import KINDS, REGISTRIES, Registry, signature_of
 
 app = typer.Typer(
+    cls=Commands,
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode="markdown",
@@ -21,6 +23,7 @@ app = typer.Typer(
     help="Learn representations with vision transformers: recipes composed from plugins.",
 )
 app.add_typer(cli_data.app, name="data", help="The dataset store: list, download and import datasets.")
+app.add_typer(cli_new.app, name="new", help="Write a plugin or a recipe to start from.")
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -82,7 +85,7 @@ def show_command(
     entry = registry.entry(name)
     factory = entry.load()
     try:
-        source = inspect.getsourcefile(inspect.unwrap(factory)) or "unknown"
+        source = inspect.getsourcefile(inspect.unwrap(getattr(factory, "func", factory))) or "unknown"
     except TypeError:
         source = "unknown"
     out.print(f"[bold]{registry.kind} {entry.name}[/] of {entry.distribution} {entry.version}")
@@ -92,11 +95,26 @@ def show_command(
 
 
 @app.command("doctor")
-def doctor_command() -> None:
+def doctor_command(context: typer.Context) -> None:
     """Say what is installed, what is broken and why; exit code 1 when something is broken."""
     from vitkit.doctor import examine
 
-    raise typer.Exit(1 if examine(out) else 0)
+    root = context.find_root()
+    assert isinstance(root.command, Commands)
+    raise typer.Exit(1 if examine(out, root.command.own_commands(root)) else 0)
+
+
+@app.command("check")
+def check_command(
+    name: Annotated[str, typer.Argument(help="a distribution, a registered name, or DISTRIBUTION:NAME")],
+    arguments: Annotated[list[str] | None, typer.Option("--arg", help="an argument of the component, NAME=VALUE")] = None,
+    kind: Annotated[str | None, typer.Option(help="of this kind alone: backbone, head, loss, dataset or evaluator")] = None,
+) -> None:
+    """Check that components do what the contract of their kind asks; exit code 1 when one does not."""
+    from vitkit.cli_check import check
+
+    kind = None if kind is None else _registry(kind).kind
+    raise typer.Exit(0 if check(name, arguments or [], kind, out) else 1)
 
 
 @app.command("compare")
@@ -108,6 +126,11 @@ def compare_command(
     from vitkit.cli_compare import compare
 
     compare(runs, page)
+
+
+_OTHERS = {**cli_use.COMMANDS, "reproduce": cli_reproduce.reproduce, "push": cli_hub.push, "pull": cli_hub.pull}
+for _name, _command in _OTHERS.items():
+    app.command(_name)(_command)
 
 
 def _registry(kind: str) -> Registry:

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from vitkit.errors import RunDirectoryError, UsageError
-from vitkit.recipe import Recipe, plain
+from vitkit.recipe import Recipe, plain, typed
 from vitkit.rundir import read_summary
 
 SETTINGS: dict[str, tuple[Any, Any, str]] = {
@@ -21,7 +21,7 @@ SETTINGS: dict[str, tuple[Any, Any, str]] = {
     "compile": (Literal["auto", "on", "off"], "auto", "compile the model; auto decides by the length of the run"),
     "resume": (bool, False, "go on with the run in --out, or with the newest unfinished one"),
     "overwrite": (bool, False, "replace the run in --out"),
-    "grad_accum": (int, 1, "batches whose gradients are added up before a step"),
+    "grad_accum": (int, 1, "batches whose gradient is taken together before a step"),
     "report_to": (str, "csv", "csv and accelerate's trackers, e.g. csv,tensorboard"),
     "dry_run": (bool, False, "show every resolved value and build the model, without training"),
 }
@@ -110,21 +110,13 @@ def _recorded(
                 f"{plain(values[name])!r}; leave the flag out to go on, or start another run with another --out"
             )
         if name not in given:
-            values[name] = _typed(values[name], earlier[name])
+            values[name] = typed(recipe.flags[name].annotation, earlier[name]) if name in flags else earlier[name]
     return {**settings, "out": directory}, flags
 
 
 def _requested(summary: Mapping[str, Any]) -> dict[str, Any]:
     settings = summary.get("settings", {})
     return {name: settings[name] for name in ("seed", "precision", "grad_accum") if name in settings}
-
-
-def _typed(default: Any, recorded: Any) -> Any:
-    """A recorded plain value in the type that the recipe expects: an enumeration's member, a path."""
-    if recorded is None or default is None:
-        return recorded
-    kind = type(default)
-    return recorded if isinstance(recorded, kind) else kind(recorded)
 
 
 def _command_line(recipe: Recipe, values: Mapping[str, Any], given: set[str]) -> str:

@@ -10,6 +10,34 @@ arguments returns an object that follows the protocol of its kind. Nothing has t
 | loss      | `vitkit.losses`     | `nn.Module`: → `{"loss": scalar, part: scalar, ...}`              |
 | dataset   | `vitkit.datasets`   | `Dataset`: splits of tensors and what to know of them             |
 | evaluator | `vitkit.evaluators` | callable `(model, dataset) -> Scores`                             |
+
+A plugin with more models than entry points registers a family: `"timm/*" = "vitkit_timm:TimmBackbone"` has its factory called
+as `TimmBackbone("resnet18", ...)` for `timm/resnet18`.
+
+A plugin may also add a subcommand: `vitkit.commands`, a function whose typed arguments are the command's.
+
+What is saved with `run.save(name=module, ...)` is found again by its name. Commands that work on any saved model know these:
+
+| module       | what it is                                                                                         |
+|--------------|----------------------------------------------------------------------------------------------------|
+| `backbone`   | `encode_image(images) -> (b d)`: features of an image; where it offers `encode_label(labels)`, of a label |
+| `classifier` | a head, features `(b d)` → logits `(b k)` over the model's `classes`                                 |
+| `projector`  | a head, features of an image or a label `(b d)` → the space in which they are compared by cosine       |
+| `decoder`    | a head, latents `(b z)` → images `(b c h w)` in [0, 1]; its backbone offers `encode_latent(images)`       |
+| `text`       | ids `(b l)`; `encode_text(list of str) -> (b d)`, behind `text_projector` if any, compared with `projector`'s by cosine |
+
+The conformance kit (`vitkit check NAME`, `vitkit.testing`) checks a small example of whatever is registered: built with
+its defaults, required arguments by their usual names (`in_dim`, `out_dim`, `num_classes`, `in_chans`, `img_size`,
+`vocab_size`, `context_length`, and `root`, a folder of pictures), and called with random images, ids or features of these
+sizes. A component that needs something else says so, a class in a static method, a function in an attribute of that name:
+
+    @staticmethod
+    def vitkit_example(samples: int) -> tuple[dict, dict]:
+        return {"temperature": 0.1}, {"image": torch.randn(samples, 8), "text": torch.randn(samples, 8)}
+
+The first dict holds the arguments, small ones, that build it; the second, by name, what it is called with for that many
+samples, or nothing for the usual. A loss must have it; an evaluator may give another `model` and `dataset`. The dimension
+of a tensor that is longer for more samples is the one that is divided among processes.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,6 +45,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
+
+HIDDEN = -1
+"""The label of an image whose label is not shown."""
 
 
 @runtime_checkable
@@ -52,7 +83,9 @@ class Batches(Protocol):
     """One split, cut into batches: what `run.fit` draws from.
 
     `epoch(number)` yields that epoch's batches, a dict each with `images` and `labels`. The same number, seed, rank
-    and world give the same batches, and `start` skips that many without making them.
+    and world give the same batches, and `start` skips that many without making them. Where images are mixed in pairs
+    there are `partners`, int64 `(b,)`, the labels of the images mixed in, and `weights` in [0, 1] `(b,)`: `labels`
+    count by `weights`, `partners` by 1 − `weights`.
     """
 
     def __len__(self) -> int: ...
@@ -134,7 +167,16 @@ class Attention:
     captions: list[str]
 
 
-Picture = Confusion | Embeddings | Attention
+@dataclass(frozen=True)
+class Sheet:
+    """Images `(n c h w)` in [0, 1] in rows of `columns`, with a caption each, or none at all; left to right, top down."""
+
+    images: Any
+    captions: list[str]
+    columns: int = 8
+
+
+Picture = Confusion | Embeddings | Attention | Sheet
 
 
 class Scores(dict[str, float]):
@@ -153,6 +195,7 @@ class Scores(dict[str, float]):
 
 
 __all__ = [
+    "HIDDEN",
     "Attention",
     "Backbone",
     "Batches",
@@ -165,5 +208,6 @@ __all__ = [
     "Measurement",
     "Picture",
     "Scores",
+    "Sheet",
     "Split",
 ]

@@ -17,8 +17,9 @@ from vitkit.store import Stored, read_store, store_directory, store_lock, store_
 class ImageDataset:
     """Two splits of labelled images, and what to know of them: `contracts.Dataset`.
 
-    `notice` is what a person must be told before they believe the numbers; `fallback_for` names the dataset that was
-    wanted where this one only stands in for it; `skipped` has a line for each picture that was left out of it.
+    `hub_id` is its id on the Hugging Face Hub, where it has one; `notice` is what a person must be told before they
+    believe the numbers; `fallback_for` names the dataset that was wanted where this one only stands in for it; `skipped`
+    has a line for each picture that was left out of it.
     """
 
     name: str
@@ -27,6 +28,7 @@ class ImageDataset:
     test: ImageSplit
     source: str = ""
     licence: str = ""
+    hub_id: str = ""
     fallback_for: str | None = None
     notice: str = ""
     skipped: list[str] = field(default_factory=list)
@@ -48,7 +50,12 @@ class ImageDataset:
         """The same images delivered at another size; `UsageError` below one pixel."""
         if img_size < 1:
             raise UsageError(f"img_size is {img_size}; expected at least 1 pixel")
-        prepare = replace(self.train.prepare, shape=(self.shape[0], img_size, img_size))
+        return self.prepared_as(replace(self.train.prepare, shape=(self.shape[0], img_size, img_size)))
+
+    def prepared_as(self, prepare: Preparation) -> "ImageDataset":
+        """The same images delivered as a trained model wants them; `UsageError` where it takes other channels."""
+        if prepare.shape[0] != self.shape[0]:
+            raise UsageError(f"images of {self.name} have {self.shape[0]} channels; expected {prepare.shape[0]}")
         return replace(self, train=replace(self.train, prepare=prepare), test=replace(self.test, prepare=prepare))
 
 
@@ -59,6 +66,7 @@ def from_store(
     fit: Literal["pad", "resize"] = "resize",
     source: str = "",
     licence: str = "",
+    hub_id: str = "",
     moments: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
 ) -> ImageDataset:
     """A dataset from the store's tensors; mean and std are taken over the training pixels where not given.
@@ -70,9 +78,7 @@ def from_store(
     mean, std = moments or _moments(stored.train.images)
     prepare = Preparation((channels, height, width), mean, std, fit)
     train, test = (ImageSplit(split.images, split.labels, prepare) for split in (stored.train, stored.test))
-    dataset = ImageDataset(
-        stored.name, stored.classes, train, test, source=source, licence=licence, skipped=stored.skipped
-    )
+    dataset = ImageDataset(stored.name, stored.classes, train, test, source, licence, hub_id, skipped=stored.skipped)
     return dataset if img_size is None else dataset.resized(img_size)
 
 

@@ -12,6 +12,7 @@ number. With plain `torch.distributed.all_reduce` in the forward pass the result
 small.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,6 +53,30 @@ def broadcast(x: Tensor) -> Tensor:
     if world_size() > 1:
         dist.broadcast(x, src=0)
     return x
+
+
+def broadcast_text(text: str, *, device: torch.device | str = "cpu") -> str:
+    """Rank 0's `text` on every rank; `device` is one that the process group communicates on."""
+    if world_size() == 1:
+        return text
+    body = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+    length = broadcast(torch.tensor(len(body), device=device))
+    told = body if rank() == 0 else torch.zeros(int(length), dtype=torch.uint8, device=device)
+    return bytes(broadcast(told).tolist()).decode()
+
+
+def draw_rows(draw: Callable[[int], Tensor], like: Tensor) -> Tensor:
+    """This rank's rows of `draw(n)` `(n ...)`, drawn on rank 0 for the n samples of the whole batch.
+
+    `like` `(n_r ...)` says how many samples this rank has, and on which device. So the whole batch is dealt with as one
+    process would deal with it; with one process this is `draw(len(like))`.
+    """
+    if world_size() == 1:
+        return draw(len(like))
+    sizes = _sizes(like)
+    # Every rank draws, though only rank 0's count, so that their generators stay in step with their own past.
+    whole = broadcast(draw(sum(sizes)).contiguous())
+    return whole.split(sizes)[rank()]
 
 
 class BatchNorm(nn.BatchNorm1d):
@@ -100,9 +125,7 @@ class _Sum(torch.autograd.Function):
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        sizes = [torch.zeros((), dtype=torch.int64, device=x.device) for _ in range(world_size())]
-        dist.all_gather(sizes, torch.tensor(x.shape[0], device=x.device))
-        ctx.sizes = [int(size) for size in sizes]
+        ctx.sizes = _sizes(x)
         # Collectives take equal shapes, so shorter parts are padded and cut again.
         padded = x.new_zeros(max(ctx.sizes), *x.shape[1:])
         padded[: x.shape[0]] = x
@@ -115,10 +138,17 @@ class _Gather(torch.autograd.Function):
         return _sum(grad).split(ctx.sizes)[rank()]
 
 
+def _sizes(x: Tensor) -> list[int]:
+    """How many rows each rank's `x` has."""
+    sizes = [torch.zeros((), dtype=torch.int64, device=x.device) for _ in range(world_size())]
+    dist.all_gather(sizes, torch.tensor(x.shape[0], device=x.device))
+    return [int(size) for size in sizes]
+
+
 def _sum(x: Tensor) -> Tensor:
     total = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total)
     return total
 
 
-__all__ = ["BatchNorm", "all_gather", "all_reduce_mean", "all_reduce_sum", "broadcast", "rank", "world_size"]
+__all__ = ["BatchNorm", "all_gather", "all_reduce_mean", "all_reduce_sum", "broadcast", "broadcast_text", "draw_rows", "rank", "world_size"]

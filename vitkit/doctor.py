@@ -3,12 +3,14 @@
 import platform
 import sys
 import time
+from collections.abc import Collection
 from importlib.metadata import distributions
 
 from rich.console import Console
 from rich.table import Table
 
 from vitkit import __version__
+from vitkit.commands import command_of, commands
 from vitkit.errors import DatasetError, PluginError
 from vitkit.registry import REGISTRIES, version_of
 
@@ -16,9 +18,9 @@ LIBRARIES = ("torch", "torchvision", "accelerate", "safetensors", "huggingface_h
 SLOW_IMPORT_SECONDS = 5.0
 
 
-def examine(console: Console) -> list[str]:
-    """Print what is here and return a line for each thing that is broken."""
-    broken = _plugins(console) + _unreadable_metadata()
+def examine(console: Console, own_commands: Collection[str] = ()) -> list[str]:
+    """Print what is here and return a line for each thing that is broken; `own_commands` are vitkit's, which always win."""
+    broken = _plugins(console, own_commands) + _unreadable_metadata()
     console.print(_versions())
     broken += _devices(console) + _store(console)
     if broken:
@@ -30,26 +32,31 @@ def examine(console: Console) -> list[str]:
     return broken
 
 
-def _plugins(console: Console) -> list[str]:
+def _plugins(console: Console, own_commands: Collection[str]) -> list[str]:
     broken: list[str] = []
     owners: dict[tuple[str, str], tuple[int, int]] = {}
-    slow: list[str] = []
-    for registry in REGISTRIES.values():
+    notes: list[str] = []
+    for registry in [*REGISTRIES.values(), commands]:
         entries = registry.entries()
         names = [entry.name for entry in entries]
         for entry in entries:
             began, fault = time.perf_counter(), 0
             try:
-                entry.load()
+                command_of(entry) if registry is commands else entry.load()
             except PluginError as error:
                 broken.append(str(error))
                 fault = 1
             if time.perf_counter() - began > SLOW_IMPORT_SECONDS:
-                slow.append(f"{entry.distribution} took {time.perf_counter() - began:.0f} s to import")
+                notes.append(f"{entry.distribution} took {time.perf_counter() - began:.0f} s to import")
             if names.count(entry.name) > 1:
-                slow.append(
+                notes.append(
                     f"{registry.kind} {entry.name!r} is registered by several distributions; "
                     f"{entry.distribution}:{entry.name} names this one"
+                )
+            if registry is commands and entry.name in own_commands:
+                notes.append(
+                    f"command {entry.name!r} of {entry.distribution} is hidden by vitkit's own; "
+                    f"{entry.distribution}:{entry.name} runs it"
                 )
             good, bad = owners.get((entry.distribution, entry.version), (0, 0))
             owners[(entry.distribution, entry.version)] = (good + 1 - fault, bad + fault)
@@ -57,7 +64,7 @@ def _plugins(console: Console) -> list[str]:
     for (name, number), (good, bad) in sorted(owners.items()):
         table.add_row(name, number, str(good), f"[red]{bad}[/]" if bad else "0")
     console.print(table)
-    for line in slow:
+    for line in notes:
         console.print(f"note: {line}", markup=False)
     return broken
 

@@ -36,6 +36,10 @@ class PluginError(VitkitError):
     """A plugin is installed but cannot be imported, or what it registers is no callable."""
 
 
+class ConformanceError(VitkitError, AssertionError):
+    """A registered component does not do what the contract of its kind asks."""
+
+
 class RecipeError(UsageError):
     """A recipe file is missing, cannot be read, or its `main` cannot be turned into flags."""
 
@@ -54,6 +58,10 @@ class CheckpointError(VitkitError):
 
 class MissingPluginError(CheckpointError):
     """A saved model names a component whose distribution is not installed."""
+
+
+class HubError(VitkitError):
+    """The Hub cannot be reached, refuses what was asked, or holds something that is not taken from it."""
 
 
 class RunError(VitkitError):

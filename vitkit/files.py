@@ -47,6 +47,17 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def is_leftover(path: Path) -> bool:
+    """Whether a file is one that `atomic_write` could not finish, for its process was killed."""
+    return path.name.startswith(".") and path.suffix == ".partial"
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove the unfinished files of killed processes in a directory and below; nobody else may be writing there."""
+    for path in directory.rglob(".*.partial"):
+        path.unlink(missing_ok=True)
+
+
 def explain(path: Path, error: OSError) -> str:
     """`cannot write PATH: No space left on device; free some room, ...`."""
     way = _WAYS_OUT.get(error.errno or 0, "nothing was left half-written")

@@ -7,11 +7,10 @@ that goes on from a checkpoint needs no saved random state to give what an undis
 import contextlib
 import hashlib
 import math
-import signal
-import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from types import FrameType
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -22,8 +21,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vitkit.compiling import compile_for
 from vitkit.contracts import Batches, Scores
+from vitkit.distributed import all_reduce_sum
 from vitkit.errors import RunError, UsageError
+from vitkit.gradcache import Accumulated, Embedding
 from vitkit.rundir import BEST, LAST
+from vitkit.signals import Signals
 from vitkit.state import load_state, save_state
 
 if TYPE_CHECKING:
@@ -33,10 +35,8 @@ CHECKPOINT_SECONDS = 300.0
 """How much work a kill may cost at most, besides the checkpoint at the end of every epoch."""
 LOOK_SECONDS = 0.25
 """How often losses are read back from the device: each reading waits for it."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """A run was asked to stop and has saved a checkpoint."""
+TRAIL = 20
+"""How many batches before a loss that is not finite are written to the log."""
 
 
 class Epoch:
@@ -97,25 +97,30 @@ class Fit:
         if len(self.batches) == 0:
             raise UsageError("an epoch has no batches: the batch size is larger than the training set, or it is empty")
         steps = epochs * -(-len(self.batches) // run.grad_accum)
-        said = compile_for(model, run.compile, device=run.device.type, steps=steps)
+        self.module, self.cached = model, run.grad_accum > 1 and isinstance(model, Embedding)
+        if not self.cached:
+            said = compile_for(model, run.compile, device=run.device.type, steps=steps)
+        else:  # what a model compiles is its forward pass as a whole
+            said = "not compiled: --grad-accum calls this model's embed and loss_of" if run.compile == "on" else ""
         if said:
             run.say(said)
-        self.module = model
-        self.model, self.optimizer = run.accelerator.prepare(model, optimizer)
+        wrapped = Accumulated(model) if self.cached else model
+        self.model, self.optimizer = run.accelerator.prepare(wrapped, optimizer)
         self.schedule = schedule
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True) if ema else None
         self.progress: dict[str, Any] = {
             "epoch": 0, "batch": 0, "step": 0, "trained": False, "sums": {}, "count": 0, "images": 0,
             "train_seconds": 0.0, "best": None, "best_epoch": 0, "stale": 0,
         }  # fmt: skip
-        self._pending: list[tuple[int, dict[str, Tensor]]] = []
+        self._pending: list[tuple[int, dict[str, Tensor], Tensor | None, float]] = []
+        self._trail: deque[str] = deque(maxlen=TRAIL)
         self._saved = time.monotonic()
 
     def __iter__(self) -> Iterator[Epoch]:
         run, progress = self.run, self.progress
         if run.resuming:
             self._restore()
-        with _Signals() as signals, run.progress(self.epochs, len(self.batches)):
+        with Signals() as signals, run.progress(self.epochs, len(self.batches)):
             while progress["epoch"] < self.epochs:
                 if not progress["trained"]:
                     with signals.deferred():
@@ -138,38 +143,31 @@ class Fit:
         if self.average is not None:
             self.module.load_state_dict(self.average.module.state_dict())
 
-    def _train(self, signals: "_Signals") -> None:
+    def _train(self, signals: "Signals") -> None:
         """The rest of one epoch."""
         run, progress, accelerator = self.run, self.progress, self.run.accelerator
         self.model.train()
-        total, k = len(self.batches), run.grad_accum
         stream = self.batches.epoch(
             progress["epoch"], seed=run.seed, start=progress["batch"], device=run.device,
             rank=accelerator.process_index, world=accelerator.num_processes,
         )  # fmt: skip
         began, looked, images_then = time.monotonic(), time.monotonic(), progress["images"]
         begin_seconds = progress["train_seconds"]
-        for batch in stream:
-            index = progress["batch"]
-            last_of_group = (index + 1) % k == 0 or index + 1 == total
-            group = min(k, total - index // k * k)  # the last group of an epoch may be smaller
-            torch.manual_seed(_mix(run.seed, "step", progress["epoch"], index, accelerator.process_index))
-            with contextlib.nullcontext() if last_of_group else accelerator.no_sync(self.model):
-                parts = self.model(batch)
-                accelerator.backward(_loss_of(parts) / group)
-            if last_of_group:
-                if self.clip is not None:
-                    accelerator.clip_grad_norm_(self.model.parameters(), self.clip)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-                if self.schedule is not None:
-                    self.schedule.step()
-                if self.average is not None:
-                    self.average.update_parameters(self.module)
-                progress["step"] += 1
-            self._pending.append((index, {name: value.detach() for name, value in parts.items()}))
-            progress["batch"] = index + 1
-            progress["images"] += _samples(batch) * accelerator.num_processes
+        while group := list(islice(stream, run.grad_accum)):
+            found, norm, lr = self._backward(group), None, self.optimizer.param_groups[0]["lr"]
+            if self.clip is not None:
+                norm = accelerator.clip_grad_norm_(self.model.parameters(), self.clip)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            if self.schedule is not None:
+                self.schedule.step()
+            if self.average is not None:
+                self.average.update_parameters(self.module)
+            progress["step"] += 1
+            for index, parts in enumerate(found, start=progress["batch"]):
+                self._pending.append((index, {name: value.detach() for name, value in parts.items()}, norm, lr))
+            progress["batch"] += len(group)
+            progress["images"] += sum(map(_samples, group)) * accelerator.num_processes
             now = time.monotonic()
             progress["train_seconds"] = begin_seconds + now - began
             if now - looked > LOOK_SECONDS or len(self._pending) >= 50:
@@ -177,35 +175,72 @@ class Fit:
                 rate = (progress["images"] - images_then) / max(now - began, 1e-9)
                 looked = time.monotonic()
                 run.show(progress, rate)
-            if last_of_group and (signals.asked or now - self._saved > CHECKPOINT_SECONDS):
+            if signals.asked or now - self._saved > CHECKPOINT_SECONDS:
                 self._checkpoint()
-            if signals.asked and last_of_group:
-                signals.raise_if_asked()
+            signals.raise_if_asked()
         self._look()
+
+    def _backward(self, group: list[Any]) -> list[Mapping[str, Tensor]]:
+        """Add up the gradient of a group of batches; the losses and parts of each, or of all where they are one."""
+        run, accelerator, first = self.run, self.run.accelerator, self.progress["batch"]
+        seeds = [
+            _mix(run.seed, "step", self.progress["epoch"], index, accelerator.process_index)
+            for index in range(first, first + len(group))
+        ]
+        if self.cached:
+            parts = self.model(group, seeds)
+            accelerator.backward(_loss_of(parts))
+            return [parts]
+        found = []
+        for number, (batch, seed, share) in enumerate(zip(group, seeds, self._shares(group), strict=True), start=1):
+            torch.manual_seed(seed)
+            with contextlib.nullcontext() if number == len(group) else accelerator.no_sync(self.model):
+                parts = self.model(batch)
+                accelerator.backward(_loss_of(parts) * share)
+            found.append(parts)
+        return found
+
+    def _shares(self, group: list[Any]) -> Tensor:
+        """What part of the group's samples, over all ranks, each batch has: an epoch's last one may be smaller."""
+        counts = torch.tensor([float(_samples(batch)) for batch in group], device=self.run.device)
+        counts = all_reduce_sum(counts) if len(group) > 1 else torch.ones_like(counts)
+        return counts / counts.sum()
 
     def _look(self) -> None:
         """Read pending losses back; a value that is not finite stops the run before anything of it is saved."""
-        for index, parts in self._pending:
+        for index, parts, norm, lr in self._pending:
             values = {name: float(value) for name, value in parts.items()}
+            length = None if norm is None else float(norm)
+            shown = ", ".join(f"{name} {value:.6g}" for name, value in values.items())
+            place = f"epoch {self.progress['epoch'] + 1}, batch {index + 1}"
+            said = "" if length is None else f", gradient norm {length:.6g}"
+            self._trail.append(f"{place}: {shown}{said}, lr {lr:.6g}")
             if not math.isfinite(values["loss"]):
-                self._not_finite(index, values)
+                self._stop(f"the loss is not finite at {place}: {shown}")
+            # fp16's first scales are too large on purpose: such a step is left out.
+            if length is not None and not math.isfinite(length) and self.run.precision != "fp16":
+                self._stop(f"the gradient is not finite at {place}: {shown}{said}")
             for name, value in values.items():
                 self.progress["sums"][name] = self.progress["sums"].get(name, 0.0) + value
             self.progress["count"] += 1
         self._pending.clear()
 
-    def _not_finite(self, index: int, values: Mapping[str, float]) -> None:
-        shown = ", ".join(f"{name} {value:.6g}" for name, value in values.items())
+    def _stop(self, what: str) -> None:
+        led = "\n  ".join(self._trail)
+        self.run.note(f"{what}; the last {len(self._trail)} batches, with the learning rate of their step:\n  {led}")
         last = self.run.directory / LAST
         good = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was saved before"
         raise RunError(
-            f"the loss is not finite at epoch {self.progress['epoch'] + 1}, batch {index + 1}: {shown}; {good}; "
+            f"{what}; {good}; what led there is in {self.run.directory / 'log.txt'}; "
             f"try a lower learning rate, a longer warm-up, gradient clipping or --precision fp32"
         )
 
     def _checkpoint(self, path: Any = LAST) -> None:
         self._look()
         self._saved = time.monotonic()
+        # A finite loss may have a gradient that is not.
+        if not all(bool(parameter.isfinite().all()) for parameter in self.module.parameters()):
+            self._stop(f"the weights are not finite after step {self.progress['step']}")
         if not self.run.is_main:
             return
         save_state(
@@ -258,42 +293,6 @@ class Fit:
         yield
         # Reached only when the loop goes on: after a `break` the averaged weights stay, to be saved.
         self.module.load_state_dict(own)
-
-
-class _Signals:
-    """Ctrl-C and SIGTERM: at once outside a training step, and after it where one is under way."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._deferring = False
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> "_Signals":
-        if threading.current_thread() is threading.main_thread():
-            for name in (signal.SIGINT, signal.SIGTERM):
-                self._previous[name] = signal.signal(name, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for name, handler in self._previous.items():
-            signal.signal(name, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked or not self._deferring:  # the second one does not wait; an evaluation has nothing to save
-            raise Interrupted
-        self.asked = True
-
-    @contextlib.contextmanager
-    def deferred(self) -> Iterator[None]:
-        self._deferring = True
-        try:
-            yield
-        finally:
-            self._deferring = False
-
-    def raise_if_asked(self) -> None:
-        if self.asked:
-            raise Interrupted
 
 
 class _Loader:

@@ -64,14 +64,28 @@ def muon_adamw(
     matrices = [weight for weight in matrices if weight.requires_grad and id(weight) not in kept]
     taken = {id(weight) for weight in matrices}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
-    groups = [
-        {"params": [p for p in rest if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    adamw = AdamW([group for group in groups if group["params"]], lr=lr, betas=betas)
+    others = AdamW(_groups(rest, weight_decay), lr=lr, betas=betas)
     if not matrices:
-        return Together(adamw)
-    return Together(Muon(matrices, lr=muon_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"), adamw)
+        return Together(others)
+    return Together(Muon(matrices, lr=muon_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"), others)
+
+
+def adamw(model: nn.Module, *, lr: float, weight_decay: float = 0.01, betas: tuple[float, float] = (0.9, 0.999)) -> AdamW:
+    """torch's AdamW for what of a network is trained; weight decay spares biases, norms and single vectors.
+
+    Raises `UsageError` where the learning rate is not a finite number of at least 0.
+    """
+    if not (math.isfinite(lr) and lr >= 0):
+        raise UsageError(f"lr is {lr}; expected a finite learning rate of at least 0")
+    return AdamW(_groups([p for p in model.parameters() if p.requires_grad], weight_decay), lr=lr, betas=betas)
+
+
+def _groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def warmup_cosine(optimizer: Optimizer, steps: int, *, warmup: int = 0, floor: float = 0.0) -> LambdaLR:

@@ -38,6 +38,11 @@ def matrices_of(*entries: Tensor | float) -> Tensor:
     return torch.stack(columns, dim=1).unflatten(1, (3, 3))
 
 
+def chain(first: Tensor, then: Tensor) -> Tensor:
+    """The matrices `(n 3 3)` of a move and another one after it, as one: what is applied last is undone first."""
+    return (first[:, :, :, None] * then[:, None]).sum(2)  # autocast would round a matrix product to bfloat16
+
+
 def sample(images: Tensor, matrices: Tensor, *, outside: str = "zeros") -> Tensor:
     """Images read bilinearly at the places that matrices `(n 3 3)` send the output's pixels to.
 
@@ -67,6 +72,48 @@ def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
     return images if images.shape[1] == 1 else torch.lerp(grey(images), images, _each(factor)).clamp_(0, 1)
 
 
+def adjust_sharpness(images: Tensor, factor: Tensor) -> Tensor:
+    """clamp(s + factor · (x − s)), factor ≥ 0, with s smoothed by (1 1 1, 1 5 1, 1 1 1)/13; the rim stays as it is."""
+    if min(images.shape[2:]) <= 2:
+        return images
+    rows = images[:, :, :-2] + images[:, :, 1:-1] + images[:, :, 2:]
+    sums = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
+    inner = images[:, :, 1:-1, 1:-1]
+    found = images.clone()
+    found[:, :, 1:-1, 1:-1] = torch.lerp((sums + 4 * inner) / 13, inner, _each(factor))
+    return found.clamp_(0, 1)
+
+
+def posterize(images: Tensor, bits: Tensor) -> Tensor:
+    """The nearest lower one of 2ᵇ levels k/2ᵇ, k < 2ᵇ, with `bits` b ≥ 0."""
+    levels = _each(bits.to(images.dtype).exp2())
+    return torch.minimum((images * levels).floor(), levels - 1) / levels
+
+
+def solarize(images: Tensor, threshold: Tensor) -> Tensor:
+    """1 − x where x ≥ threshold."""
+    return torch.where(images >= _each(threshold), 1 - images, images)
+
+
+def autocontrast(images: Tensor) -> Tensor:
+    """Each channel stretched so that its darkest pixel is 0 and its brightest 1; one of a single value stays."""
+    darkest, brightest = (extreme(images, dim=(2, 3), keepdim=True) for extreme in (torch.amin, torch.amax))
+    return torch.where(brightest > darkest, (images - darkest) / (brightest - darkest), images).clamp_(0, 1)
+
+
+def equalize(images: Tensor) -> Tensor:
+    """Each channel's histogram over 256 levels evened out, as Pillow does it; one of nearly a single value stays."""
+    levels = (images * 255.999).long().flatten(2).flatten(0, 1)  # (n·c h·w)
+    rows = torch.arange(len(levels), device=images.device)[:, None]
+    count = torch.bincount((levels + 256 * rows).flatten(), minlength=256 * len(levels)).view(-1, 256)
+    brightest = count.gather(1, levels.amax(dim=1, keepdim=True))
+    step = (levels.shape[1] - brightest) // 255
+    below = count.cumsum(dim=1) - count
+    table = ((below + step // 2) // step.clamp(min=1)).clamp_(0, 255)
+    found = torch.where(step > 0, table.gather(1, levels), levels)
+    return (found.float() / 255).view_as(images)
+
+
 def adjust_hue(images: Tensor, turn: Tensor) -> Tensor:
     """The hue turned by a share `turn` of the circle, in [−0.5, 0.5]; an image of one channel stays as it is."""
     if images.shape[1] == 1:
@@ -75,14 +122,16 @@ def adjust_hue(images: Tensor, turn: Tensor) -> Tensor:
     red, green, blue = images.unbind(1)
     value = torch.maximum(torch.maximum(red, green), blue)  # (n h w)
     chroma = value - torch.minimum(torch.minimum(red, green), blue)
-    scale = chroma.clamp(min=1e-12)
     # In sixths of the circle: 0 is red, 2 green, 4 blue.
-    green_or_blue = torch.where(value == green, 2 + (blue - red) / scale, 4 + (red - green) / scale)
-    hue = torch.where(value == red, (green - blue) / scale, green_or_blue) + 6 * turn.view(-1, 1, 1)
-    # A channel is full within one sixth of its own hue, and zero from two sixths on: its distance `away` decides.
-    away = (hue[:, None] - torch.arange(0, 6, 2, device=images.device).view(3, 1, 1)).abs_()  # (n 3 h w)
-    away = torch.minimum(away, (away - 6).abs_())  # the way round the circle may be shorter
-    return value[:, None] - away.sub_(1).clamp_(0, 1).mul_(chroma[:, None])
+    is_red, is_green = value == red, value == green
+    hue = torch.where(is_red, green - blue, torch.where(is_green, blue - red, red - green)).div_(chroma.clamp(min=1e-12))
+    hue.add_(torch.where(is_red, 0.0, torch.where(is_green, 2.0, 4.0))).add_(6 * turn.view(-1, 1, 1))  # in [−4, 8]
+    found = torch.empty_like(images)
+    for channel, own in enumerate((0, 2, 4)):
+        # A channel is full within one sixth of its own hue, and zero from two sixths on, either way round the circle.
+        away = (hue - own).abs_().sub_(3).abs_().neg_().add_(3).abs_()
+        torch.sub(value, away.sub_(1).clamp_(0, 1).mul_(chroma), out=found[:, channel])
+    return found
 
 
 def grey(images: Tensor) -> Tensor:

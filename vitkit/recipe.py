@@ -6,14 +6,15 @@ their help, and a text in `Annotated[int, "blocks in the encoder"]` is a flag's 
 
 import importlib.util
 import inspect
+import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from vitkit.errors import RecipeError
+from vitkit.errors import RecipeError, UsageError
 
 SCALARS = (int, float, bool, str, Path)
 SUPPORTED = "int, float, bool, str, Path, Literal, Enum, list of these, or one of these or None"
@@ -26,15 +27,12 @@ class Recipe:
     cannot be a flag.
     """
 
-    def __init__(self, path: str | Path, *, reserved: frozenset[str] = frozenset()) -> None:
+    def __init__(self, path: str | Path, *, reserved: frozenset[str] = frozenset(), name: str = "") -> None:
         self.path = Path(path)
+        self.name = name or self.path.stem
+        """What its runs are kept under: the file's name without `.py`, unless a copy goes by another."""
         self.main = _load_main(self.path)
         self.flags = _flags(self.path, self.main, reserved)
-
-    @property
-    def name(self) -> str:
-        """The file's name without `.py`: runs are kept under it."""
-        return self.path.stem
 
     @property
     def help(self) -> str:
@@ -130,6 +128,30 @@ def _is_scalar(annotation: Any) -> bool:
     return annotation in SCALARS or (inspect.isclass(annotation) and issubclass(annotation, Enum))
 
 
+def parse_arguments(given: Sequence[str]) -> dict[str, Any]:
+    """`["hidden=512", "norm=batch"]` → `{"hidden": 512, "norm": "batch"}`: what a flag says of a component's arguments.
+
+    A value is read as JSON (`512`, `1e-3`, `true`, `null`, `[2, 4]`, `"512"`) and else taken as text. Raises `UsageError`
+    for a word without `=`, a name that is none and a name given twice.
+    """
+    arguments: dict[str, Any] = {}
+    for word in given:
+        name, equals, text = word.partition("=")
+        if not equals or not name.isidentifier():
+            raise UsageError(f"an argument is NAME=VALUE, for example hidden=512; given {word!r}")
+        if name in arguments:
+            raise UsageError(f"the argument {name!r} is given twice: {arguments[name]!r} and {text!r}; leave one out")
+        try:
+            arguments[name] = json.loads(text, parse_constant=_no_number)
+        except ValueError:
+            arguments[name] = text
+    return arguments
+
+
+def _no_number(word: str) -> Any:
+    raise ValueError(word)  # NaN and Infinity are no JSON, and could not be saved
+
+
 def plain(value: Any) -> Any:
     """A flag's value as plain JSON: paths as text, enumerations by their value."""
     if isinstance(value, Path):
@@ -138,4 +160,23 @@ def plain(value: Any) -> Any:
         return value.value
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
+    return value
+
+
+def typed(annotation: Any, value: Any) -> Any:
+    """The inverse of `plain`: a recorded value in the type that a flag is annotated with; `RecipeError` where it has none."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if value is None:
+        return None
+    if origin is Annotated:
+        return typed(arguments[0], value)
+    if origin in (Union, UnionType):
+        return typed(next(argument for argument in arguments if argument is not NoneType), value)
+    if origin is list and isinstance(value, list):
+        return [typed(arguments[0], item) for item in value]
+    if inspect.isclass(annotation) and issubclass(annotation, Path | Enum):
+        try:
+            return annotation(value)
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"the recorded value {value!r:.80} is no {annotation.__name__}: {error}") from None
     return value

@@ -2,13 +2,17 @@
 
 `[project.entry-points."vitkit.heads"]` in a plugin's pyproject.toml is all that registering takes. Names,
 distributions and versions come from installed metadata; a plugin is imported when one of its names is built.
+
+Entry points are static, so whoever has more models than entry points registers a family: `"timm/*" = "vitkit_timm:timm"`.
+Building `timm/NAME` calls `timm(NAME, ...)`; its Spec keeps the whole name.
 """
 
 import inspect
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import import_module
 from importlib.metadata import Distribution, PackageNotFoundError, distributions, version
 from types import NoneType, UnionType
@@ -20,9 +24,11 @@ from vitkit.sources import summary_of
 KINDS = ("backbone", "head", "loss", "dataset", "evaluator")
 ADDED = "(added)"
 """The distribution of what `Registry.add` put in by hand: it belongs to no installed package."""
+FAMILY = "/*"
+"""How the name of an entry ends that stands for every name under it."""
 
 
-def _canonical(distribution: str) -> str:
+def canonical(distribution: str) -> str:
     """A distribution's name as the packaging standard compares it: `My_Pkg` and `my-pkg` are one."""
     return re.sub(r"[-_.]+", "-", distribution).lower()
 
@@ -82,6 +88,7 @@ class Entry:
     version: str
     value: str
     factory: Callable[..., Any] | None = None
+    member: str | None = None
 
     @property
     def summary(self) -> str:
@@ -91,7 +98,15 @@ class Entry:
         return summary_of(self.value)
 
     def load(self) -> Callable[..., Any]:
-        """Import the factory; `PluginError` where the plugin cannot be imported or registers no callable."""
+        """Import the factory; `PluginError` where the plugin cannot be imported or registers no callable.
+
+        For a member of a family it is the family's, with the member's name as its first argument.
+        """
+        if self.member is not None:
+            family = replace(self, member=None).load()
+            bound = partial(family, self.member)
+            bound.__doc__ = family.__doc__
+            return bound
         if self.factory is not None:
             return self.factory
         module, _, attribute = self.value.partition(":")
@@ -148,22 +163,23 @@ class Registry:
         return sorted({entry.name for entry in self.entries()})
 
     def __contains__(self, name: str) -> bool:
-        return name in self.names()
+        return any(_claims(entry, name) for entry in self.entries())
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
 
     def entry(self, name: str) -> Entry:
-        """The entry of `name` or `dist:name`; `UnknownNameError`, or `AmbiguousNameError` where two claim it."""
+        """The entry of `name` or `dist:name`; `UnknownNameError`, or `AmbiguousNameError` where two claim it.
+
+        A name that no entry has may belong to a family: `timm/resnet18` to `timm/*`.
+        """
         distribution, _, short = name.rpartition(":")
         entries = self.entries()
-        found = [
-            entry
-            for entry in entries
-            if entry.name == short and (not distribution or _canonical(entry.distribution) == _canonical(distribution))
-        ]
+        own = [e for e in entries if not distribution or canonical(e.distribution) == canonical(distribution)]
+        found = [entry for entry in own if entry.name == short] or [entry for entry in own if _claims(entry, short)]
         if len(found) == 1:
-            return found[0]
+            member = None if found[0].name == short else short[len(found[0].name) - 1 :]
+            return replace(found[0], name=short, member=member)
         if found:
             both = " and ".join(f"{entry.distribution} {entry.version}".strip() for entry in found)
             ways = " or ".join(f"'{entry.distribution}:{short}'" for entry in found)
@@ -194,6 +210,14 @@ class Registry:
             # A frozen dataclass or a plain function's result may refuse; object.__setattr__ reaches the former.
             object.__setattr__(built, "spec", Spec(self.kind, entry.name, entry.distribution, dict(kwargs)))
         return built
+
+
+def _claims(entry: Entry, name: str) -> bool:
+    """Whether an entry is called `name`, or is the family that a member of this name belongs to."""
+    if entry.name == name:
+        return True
+    prefix = entry.name[:-1]
+    return entry.name.endswith(FAMILY) and name.startswith(prefix) and len(name) > len(prefix)
 
 
 def _installed(kind: str, group: str) -> Iterator[Entry]:
@@ -259,6 +283,7 @@ def check_arguments(what: str, factory: Callable[..., Any], kwargs: dict[str, An
 
 
 def _hints(factory: Callable[..., Any]) -> dict[str, Any]:
+    factory = factory.func if isinstance(factory, partial) else factory
     target = factory.__init__ if inspect.isclass(factory) else factory
     try:
         return get_type_hints(target)

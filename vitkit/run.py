@@ -23,8 +23,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from vitkit import checkpoint, data
 from vitkit.accelerator import make_accelerator, resolve_device, resolve_precision
 from vitkit.contracts import Picture, Scores
+from vitkit.distributed import broadcast_text
 from vitkit.errors import UsageError, VitkitError
-from vitkit.files import write_json, write_text
+from vitkit.files import atomic_write, write_json, write_text
 from vitkit.fit import Epoch, Fit
 from vitkit.preview import preview
 from vitkit.progress import Progress
@@ -42,8 +43,8 @@ class Run:
 
     `out` is the directory (default `runs/<name>/<time>`), `seed` fixes every random choice, `device` is auto, cpu,
     cuda or mps, `precision` is auto, fp32, bf16 or fp16 (auto: bf16 where the hardware computes in it), `compile` is
-    auto, on or off, `resume` goes on with the run in `out`, `overwrite` replaces it, `grad_accum` adds up the
-    gradients of so many batches before a step, `report_to` names accelerate's trackers beside the CSV files.
+    auto, on or off, `resume` goes on with the run in `out`, `overwrite` replaces it, `grad_accum` takes the
+    gradient of so many batches together before a step, `report_to` names accelerate's trackers beside the CSV files.
     Raises `UsageError` for a setting that this machine cannot give, `RunDirectoryError` for a directory in use.
     """
 
@@ -78,12 +79,13 @@ class Run:
         kind = resolve_device(device)
         self.precision = resolve_precision(precision, kind)
         self.directory, self._lock = Path(out or "runs"), None
-        if not dry_run:
+        if not dry_run and os.environ.get("RANK", "0") == "0":  # the others are told below; launchers set RANK
             self.directory, self._lock = claim(Path(out) if out else None, name, resume=resume, overwrite=overwrite)
         self.resuming = resume and not dry_run
         self.accelerator = make_accelerator(kind, self.precision, [r for r in reports if r], self.directory)
         self.device: torch.device = self.accelerator.device
         self.is_main = self.accelerator.is_main_process
+        self.directory = Path(broadcast_text(str(self.directory), device=self.device))
         torch.manual_seed(seed)
         self._began, self._earlier_seconds = time.monotonic(), 0.0
         self._started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
@@ -99,9 +101,10 @@ class Run:
         self._parameters = 0
         if self.is_main and not dry_run:
             if recipe is not None:
-                shutil.copyfile(recipe, self.directory / "recipe.py")
+                with atomic_write(self.directory / "recipe.py") as temporary:
+                    shutil.copyfile(recipe, temporary)
             self._write_summary("running")
-        if len(reports) > 1 or reports != ["csv"]:
+        if not dry_run and set(reports) - {"csv"}:
             self.accelerator.init_trackers(name, config={k: v for k, v in self.arguments.items() if v is not None})
 
     # -- what a recipe calls ------------------------------------------------------------------------------------
@@ -113,12 +116,12 @@ class Run:
         saved model. Raises `UnknownNameError` and `DatasetError`.
         """
         found = data.resolve(name, default=default, **kwargs)
-        if found.notice:
+        if found.notice and self.is_main:
             self.console.print("[bold yellow]WARNING[/]", Text(found.notice))
         self._dataset = {
             "name": found.name, "asked": name, "fallback_for": found.fallback_for, "notice": found.notice,
             "classes": list(found.classes), "train": len(found.train), "test": len(found.test),
-            "source": found.source, "licence": found.licence,
+            "source": found.source, "licence": found.licence, "hub_id": found.hub_id,
         }  # fmt: skip
         return found
 
@@ -142,11 +145,20 @@ class Run:
         sized iterable of dicts of tensors. `schedule` is stepped once an optimiser step, `clip` bounds the gradient's
         norm, `ema` is the decay of averaged weights, which the model holds while an epoch is yielded and at the end.
         With `monitor` the best checkpoint of that metric is kept, and `patience` evaluations without a better one end
-        the loop. A loss that is not finite raises `RunError` with the step and the parts, within 50 batches.
+        the loop.
+
+        With `grad_accum` k the gradient is that of k batches put together: exactly so where the loss is a mean over
+        samples (each batch counts by its samples), and where the model offers `embed(batch)` and `loss_of(embedded)`,
+        see `vitkit.gradcache`, for a loss that compares samples. For others it is the mean of the batches' gradients.
+
+        A loss, a clipped gradient's norm or a weight that is not finite stops the run: `RunError` with the step and the
+        parts, within 50 batches. The losses, gradient norms and learning rates of the batches before it are written to
+        `log.txt`, and the last checkpoint is from before it. No batch is left out, and a finite loss never stops a run.
         """
         self._parameters = sum(parameter.numel() for parameter in model.parameters())
-        if isinstance(batches, data.ImageBatches):  # what training really sees is what a saved model must be given
-            self._preprocessing = batches.split.prepare.to_json()
+        prepare = getattr(batches, "prepare", None)  # what training really sees is what a saved model must be given
+        if isinstance(prepare, data.Preparation):
+            self._preprocessing = prepare.to_json()
         if self.dry_run:
             self.console.print(preview(self, model, batches, epochs=epochs))
             raise DryRun
@@ -183,7 +195,7 @@ class Run:
         self._references.setdefault(label, {}).update({name: float(value) for name, value in lines.items()})
 
     def picture(self, name: str, picture: Picture) -> None:
-        """A picture for the report: a confusion matrix, a map of embeddings, an attention sheet."""
+        """A picture for the report: a confusion matrix, a map of embeddings, an attention sheet, a sheet of images."""
         self._pictures[name] = picture
 
     def say(self, text: str) -> None:
@@ -207,11 +219,12 @@ class Run:
         if self.is_main and not self.dry_run:
             from vitkit.report import write_report  # matplotlib takes a second to import, and only this needs it
 
-            self._write_summary(status)
+            summary = self._summary(status)
             if self._losses:
-                write_report(self.directory, self._pictures)
-                if status == "finished":
-                    self.say(self._closing_line())
+                write_report(self.directory, self._pictures, summary)
+            write_json(self.directory / "summary.json", summary)  # the last file: a run that says it has finished has all
+            if self._losses and status == "finished":
+                self.say(self._closing_line())
         if self.accelerator.trackers:
             self.accelerator.end_training()
         self.close()
@@ -312,11 +325,14 @@ class Run:
         }  # fmt: skip
 
     def _write_summary(self, status: str) -> None:
-        final = {k: v for k, v in (self._metrics[-1] if self._metrics else {}).items() if k not in ("epoch", "step")}
-        fit = self._fit
         if status == "running" and not self._metrics and self.resuming:
             return  # the earlier sitting's summary says more
-        summary = {
+        write_json(self.directory / "summary.json", self._summary(status))
+
+    def _summary(self, status: str) -> dict[str, Any]:
+        final = {k: v for k, v in (self._metrics[-1] if self._metrics else {}).items() if k not in ("epoch", "step")}
+        fit = self._fit
+        return {
             "recipe": self.name,
             "status": status,
             "dataset": self._dataset,
@@ -333,11 +349,10 @@ class Run:
             "seconds": round(self.seconds, 2),
             "images_per_second": self._losses[-1]["images_per_second"] if self._losses else 0.0,
             "versions": _versions(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            "machine": f"{_processor()}, {os.cpu_count()} cores",
             "started": self._started,
             "command": self.command,
         }
-        write_json(self.directory / "summary.json", summary)
 
     def _closing_line(self) -> str:
         final = self._metrics[-1] if self._metrics else self._losses[-1]
@@ -370,6 +385,16 @@ def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 def _versions() -> dict[str, str | None]:
     names = ("vitkit", "torch", "torchvision", "accelerate", "safetensors", "numpy")
     return {"python": platform.python_version(), **{name: version_of(name) for name in names}}
+
+
+def _processor() -> str:
+    """The processor's own name where the system tells it, else its architecture."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
 
 
 def execute(recipe: Any, run_arguments: Mapping[str, Any], arguments: Mapping[str, Any], console: Console) -> int:

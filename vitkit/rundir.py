@@ -9,11 +9,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from vitkit.errors import RunDirectoryError, RunError
+from vitkit.files import is_leftover, remove_leftovers
 
 FILES = (
     "metrics.csv", "losses.csv", "summary.json", "model.safetensors", "config.json", "report.html", "recipe.py", "log.txt",
 )  # fmt: skip
-FOLDERS = ("checkpoints", "plots")
+FOLDERS = ("checkpoints", "plots", "trackers")
 LAST = Path("checkpoints/last.safetensors")
 BEST = Path("checkpoints/best.safetensors")
 
@@ -27,7 +28,7 @@ def claim(out: Path | None, recipe: str, *, resume: bool, overwrite: bool) -> tu
     """
     if resume and overwrite:
         raise RunDirectoryError("--resume goes on with a run and --overwrite discards it; give one of the two")
-    directory = out or (newest_unfinished(recipe) if resume else _fresh(recipe))
+    directory = out or (newest_unfinished(recipe) if resume else fresh(recipe))
     if directory.exists() and not directory.is_dir():
         raise RunDirectoryError(f"--out {directory} is a file; a run needs a directory")
     try:
@@ -38,10 +39,13 @@ def claim(out: Path | None, recipe: str, *, resume: bool, overwrite: bool) -> tu
         raise RunDirectoryError(
             f"{directory} is in use by another process; wait until it ends, or choose another --out"
         ) from None
+    except ValueError as error:  # a null byte, say
+        raise RunDirectoryError(f"--out {str(directory)!r} is no name that a directory can have: {error}") from None
     except OSError as error:
         raise RunError(f"cannot write to {directory}: {error.strerror or error}; choose another --out") from None
     try:
         _settle(directory, resume=resume, overwrite=overwrite)
+        remove_leftovers(directory)
     except BaseException:
         lock.release()
         raise
@@ -60,8 +64,8 @@ def _settle(directory: Path, *, resume: bool, overwrite: bool) -> None:
         if not (directory / LAST).exists() and not summary:
             raise RunDirectoryError(f"{directory} holds no run to resume; leave out --resume to start one there")
         return
-    present = {path.name for path in directory.iterdir()} - {".lock"}
-    if not present:
+    present = {path.name for path in directory.iterdir() if not is_leftover(path)} - {".lock"}
+    if present <= {"recipe.py", "log.txt"}:  # killed before it had written down its flags: there is nothing to go on with
         return
     if not summary and not present <= {*FILES, *FOLDERS}:
         raise RunDirectoryError(f"{directory} is not empty and holds no run; choose another --out")
@@ -78,23 +82,24 @@ def _settle(directory: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def remove_run(directory: Path) -> None:
-    """Remove what a run has written, and nothing else."""
-    for name in FILES:
-        (directory / name).unlink(missing_ok=True)
+    """Remove what a run has written, and nothing else; its summary last, so that half of it is never taken for a run."""
     for name in FOLDERS:
         shutil.rmtree(directory / name, ignore_errors=True)
+    for name in (*(name for name in FILES if name != "summary.json"), "summary.json"):
+        (directory / name).unlink(missing_ok=True)
 
 
 def read_summary(directory: Path) -> dict[str, Any]:
     """The run's `summary.json`, or an empty dict where there is none or it cannot be read."""
     try:
         found = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
-def _fresh(recipe: str) -> Path:
+def fresh(recipe: str) -> Path:
+    """`runs/<recipe>/<time>`, with a number where that is taken."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     base = Path("runs") / recipe / stamp
     directory, number = base, 1

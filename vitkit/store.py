@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeGuard
 
 import platformdirs
 import torch
@@ -118,9 +119,11 @@ def read_store(path: str | Path) -> Stored:
         skipped = json.loads(metadata.get("skipped", "[]"))
     except OSError as error:
         raise DatasetError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise DatasetError(f"{path} is cut short or no store file ({error}); {way}") from None
     problem = _problem(tensors, classes)
+    if not problem and not _is_names(skipped):
+        problem = "its metadata 'skipped' should be a JSON list of lines"
     if problem:
         raise DatasetError(f"{path}: {problem}; {way}")
     return Stored(metadata.get("name", path.stem), classes, tensors, skipped, metadata)
@@ -160,13 +163,17 @@ def _unwritable(path: Path, said: str) -> DatasetError:
     )
 
 
+def _is_names(value: object) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
 def _problem(tensors: Mapping[str, Tensor], classes: object) -> str:
     """What is wrong with a dataset's content, or an empty string."""
     expected = [f"{split}.{part}" for split in SPLITS for part in ("images", "labels")]
     missing = [name for name in expected if name not in tensors]
     if missing:
         return f"it lacks {', '.join(missing)}"
-    if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
+    if not classes or not _is_names(classes):
         return "it names no classes: its metadata 'classes' should be a JSON list of names"
     sizes = tensors["train.images"].shape[1:]
     for split in SPLITS:

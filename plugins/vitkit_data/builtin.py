@@ -22,6 +22,7 @@ def mnist(*, img_size: int | None = None) -> ImageDataset:
         fit="pad",
         source="Y. LeCun, C. Cortes, C. Burges: The MNIST database of handwritten digits, 1998",
         licence="CC BY-SA 3.0",
+        hub_id="ylecun/mnist",
         moments=((0.1307,), (0.3081,)),
     )
 
@@ -38,6 +39,7 @@ def fashion_mnist(*, img_size: int | None = None) -> ImageDataset:
         fit="pad",
         source="H. Xiao, K. Rasul, R. Vollgraf: Fashion-MNIST, arXiv 1708.07747, 2017",
         licence="MIT",
+        hub_id="zalando-datasets/fashion_mnist",
         moments=((0.2860,), (0.3530,)),
     )
 
@@ -52,6 +54,7 @@ def cifar10(*, img_size: int | None = None) -> ImageDataset:
         img_size=img_size,
         source="A. Krizhevsky: Learning Multiple Layers of Features from Tiny Images, 2009",
         licence="unstated; for research",
+        hub_id="uoft-cs/cifar10",
         moments=((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     )
 
@@ -66,6 +69,7 @@ def cifar100(*, img_size: int | None = None) -> ImageDataset:
         img_size=img_size,
         source="A. Krizhevsky: Learning Multiple Layers of Features from Tiny Images, 2009",
         licence="unstated; for research",
+        hub_id="uoft-cs/cifar100",
         moments=((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     )
 

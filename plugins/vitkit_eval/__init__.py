@@ -1,24 +1,43 @@
-"""Evaluators of frozen features: a linear probe and nearest neighbours."""
+"""Evaluators of frozen features, and of a model's own classifier."""
 
+from vitkit_eval.accuracy import Accuracy
 from vitkit_eval.features import (
     Features,
+    classification,
     confusion_matrix,
     evaluating,
     extract_features,
     frozen_features,
+    sharing_features,
     topk_accuracy,
 )
+from vitkit_eval.few_shot import FewShot
 from vitkit_eval.knn import KNN
 from vitkit_eval.linear import LinearProbe, fit_logistic
+from vitkit_eval.ranking import Ranking, nearest_items, rank_relevant
+from vitkit_eval.retrieval import retrieval_scores
+from vitkit_eval.silhouette import Silhouette
+from vitkit_eval.transfer import Transfer, adapted
 
 __all__ = [
     "KNN",
+    "Accuracy",
     "Features",
+    "FewShot",
     "LinearProbe",
+    "Ranking",
+    "Silhouette",
+    "Transfer",
+    "adapted",
+    "classification",
     "confusion_matrix",
     "evaluating",
     "extract_features",
     "fit_logistic",
     "frozen_features",
+    "nearest_items",
+    "rank_relevant",
+    "retrieval_scores",
+    "sharing_features",
     "topk_accuracy",
 ]

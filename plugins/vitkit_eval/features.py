@@ -1,7 +1,8 @@
 """Frozen features of a dataset's images, and how predictions on them are counted."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,14 +43,66 @@ def evaluating(model: Any) -> Iterator[torch.device]:
             module.training = True
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """Features with the model and the split that they are of, so that neither's `id` is given to another meanwhile."""
+
+    model: Any
+    split: Any
+    features: Features
+
+
+_shared: ContextVar[dict[Any, _Kept] | None] = ContextVar("shared features", default=None)
+
+
+@contextmanager
+def sharing_features() -> Iterator[None]:
+    """Within this block a model's features of a split are computed once, for however many evaluators ask for them.
+
+        with sharing_features():
+            epoch.log(*(evaluator(model, data) for evaluator in evaluators))
+
+    What is asked for under another precision, or after the model's weights have changed, is computed anew. They are kept in
+    memory until the block ends: 4·n·d bytes for n images and d features. Blocks within blocks share with the outermost.
+    """
+    if _shared.get() is not None:
+        yield
+        return
+    token = _shared.set({})
+    try:
+        yield
+    finally:
+        _shared.reset(token)
+
+
+def _once(model: Any, split: Any, what: tuple[Any, ...], make: Callable[[], Features]) -> Features:
+    kept = _shared.get()
+    if kept is None:
+        return make()
+    weights = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
+    # A tensor's version counts what has been written into it; those made under inference mode have none.
+    state = tuple((id(tensor), None if tensor.is_inference() else tensor._version) for tensor in weights)
+    device = weights[0].device.type if weights else "cpu"
+    precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    key = (id(model), id(split), what, state, precision)
+    if key not in kept:
+        kept[key] = _Kept(model, split, make())
+    return kept[key].features
+
+
 def extract_features(model: Any, split: Any, *, batch_size: int = 500) -> Features:
     """The pooled features of every image of a split, once each, in the split's order, on every rank.
 
     The model's own `encode_image(images) -> (b d)` is asked, or else the mean over its tokens `(b n d)` is taken. Called
     under autocast the features are computed in its precision; they are returned in float32. Labels are the split's, so
     hidden ones are refused. Raises `UsageError` for an empty split, for hidden labels and for a model that returns
-    something else, and `VitkitError` for features that are not finite.
+    something else, and `VitkitError` for features that are not finite. Within `sharing_features()` they are computed once
+    for all who ask.
     """
+    return _once(model, split, (batch_size,), lambda: _extract(model, split, batch_size))
+
+
+def _extract(model: Any, split: Any, batch_size: int) -> Features:
     if len(split) == 0:
         raise UsageError("the split to evaluate on holds no images")
     if int(split.labels.min()) < 0:
@@ -78,25 +131,35 @@ def frozen_features(
 ) -> tuple[Features, Features]:
     """The features of a dataset's training and test split, or of `train_size` and `test_size` images chosen by `seed`.
 
-    Capped splits hold the classes as evenly as they can be had. Errors are those of `extract_features`.
+    Capped splits hold the classes as evenly as they can be had. Errors, and sharing, are those of `extract_features`.
     """
-    train, test = (
-        extract_features(model, split if size is None else split.take(size, seed=seed))
-        for split, size in ((dataset.train, train_size), (dataset.test, test_size))
-    )
-    return train, test
+
+    def features(split: Any, size: int | None) -> Features:
+        if size is None:
+            return extract_features(model, split)
+        return _once(model, split, (size, seed), lambda: extract_features(model, split.take(size, seed=seed)))
+
+    return features(dataset.train, train_size), features(dataset.test, test_size)
+
+
+def check_labels(found: Features, classes: list[str]) -> None:
+    """`UsageError` where a label belongs to no class."""
+    highest = int(found.labels.max())
+    if highest >= len(classes):
+        raise UsageError(f"a label is {highest}, but there are {len(classes)} classes: labels count from 0")
 
 
 def check_classes(train: Features, test: Features, classes: list[str]) -> None:
     """`UsageError` where there is nothing to tell apart, or where a label belongs to no class."""
-    highest = max(int(train.labels.max()), int(test.labels.max()))
-    if highest >= len(classes):
-        raise UsageError(f"a label is {highest}, but there are {len(classes)} classes: labels count from 0")
+    for features in (train, test):
+        check_labels(features, classes)
     if len(train.labels.unique()) < 2:
         raise UsageError("a classifier needs training images of at least two classes")
 
 
-def classification(name: str, scores: Tensor, test: Features, classes: list[str], *, note: str) -> Scores:
+def classification(
+    name: str, scores: Tensor, test: Features, classes: list[str], *, note: str, frozen: str = "encoder"
+) -> Scores:
     """`<name>_top1`, with more than ten classes `<name>_top5` too, and the confusion matrix, of scores `(n k)`."""
     k = len(classes)
     tops = (1, 5) if k > MANY else (1,)
@@ -104,7 +167,7 @@ def classification(name: str, scores: Tensor, test: Features, classes: list[str]
     return Scores(
         {f"{name}_top{top}": topk_accuracy(scores, test.labels, top) for top in tops},
         protocols={
-            f"{name}_top{top}": Measurement("test", len(test.labels), chance=top / k, frozen="encoder", note=note)
+            f"{name}_top{top}": Measurement("test", len(test.labels), chance=top / k, frozen=frozen, note=note)
             for top in tops
         },
         pictures={f"{name}_confusion": Confusion(counts.cpu().numpy(), classes)},

@@ -1,6 +1,6 @@
 """A vision transformer whose attention stack takes a label's token beside the patches."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,10 @@ class MultimodalViT(nn.Module):
         self.label_type = nn.Parameter(torch.empty(1, embed_dim))
         nn.init.zeros_(self.label_embed.weight)
         nn.init.normal_(self.label_type, std=0.02)
+
+    @staticmethod
+    def vitkit_example(samples: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        return {"img_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}, {}
 
     def forward(
         self, x: Tensor | None, *, extra_tokens: Tensor | None = None, keep: Tensor | None = None

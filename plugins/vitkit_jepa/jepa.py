@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from vitkit.distributed import all_gather, draw_rows, rank, world_size
 from vitkit.errors import UsageError
 
 Objective = Literal["joint", "seed", "images"]
@@ -29,7 +30,9 @@ class JEPA(nn.Module):
     views but that one, which has as many values as there are classes and cannot be Gaussian.
 
     Ranks: the loss is the whole batch's, see the loss; every trainable parameter takes part on every rank
-    whichever labels it sees. Swaps and patches are drawn from torch's global generator.
+    whichever labels it sees. Swaps and patches are drawn from rank 0's global generator of torch for the whole
+    batch, so that any number of ranks gives what one process gives; dropout and stochastic depth, where the
+    backbone has them, are drawn by each rank.
 
     Raises `UsageError` for an unknown objective, `swap` outside [0, 1], `keep` outside (0, 1], images and
     labels that do not fit, and labels outside the backbone's classes.
@@ -61,6 +64,10 @@ class JEPA(nn.Module):
             backbone.label_type.requires_grad_(False)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.loss_of(self.embed(batch))
+
+    def embed(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What each sample brings by itself: `features` `(b v d)` of its views and, with "joint", `labels` and `told`."""
         images, labels = batch["images"], batch["labels"]
         images = images[:, None] if images.ndim == 4 else images
         if images.ndim != 5 or labels.shape != images.shape[:1]:
@@ -70,47 +77,65 @@ class JEPA(nn.Module):
             )
         views, rows = images.shape[1], images.transpose(0, 1).flatten(0, 1)  # (v·b c h w)
         if self.objective == "joint":
-            return self._joint(rows, labels)
+            return self._embed_joint(rows, labels, max(views - 1, 1))
         if self.objective == "seed":
             features = self.backbone.encode_multimodal(rows, labels.repeat(views))
         else:
             features = self.backbone.encode_image(rows)
-        return dict(self.loss(self.projector(features).unflatten(0, (views, -1))))
+        return {"features": features.unflatten(0, (views, len(labels))).transpose(0, 1)}
+
+    def loss_of(self, embedded: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The loss and its parts of the embeddings of a batch, or of several parts of one, put together."""
+        features = embedded["features"].transpose(0, 1)  # (v b d)
+        if self.objective == "joint":
+            return self._joint(features, embedded["labels"], embedded["told"])
+        return dict(self.loss(self.projector(features)))
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Images `(b c h w)` → the backbone's features `(b d)`, which probes are trained on."""
         features: Tensor = self.backbone.encode_image(images)
         return features
 
-    def _joint(self, rows: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def _embed_joint(self, rows: Tensor, labels: Tensor, alone: int) -> dict[str, Tensor]:
+        """`rows` (v·b c h w), of which the first `alone`·b are seen without a label, and the last b with one."""
         self.backbone.check_labels(labels)
-        batch, classes = len(labels), self.backbone.num_classes
-        alone = rows[: max(len(rows) - batch, batch)]
-        shown, own = labels >= 0, labels.clamp(min=0)
-        told = self._tell(own)
-        parts = [
-            self.backbone.encode_image(alone),
-            self._encode_last(rows[-batch:], torch.where(shown, told, labels)),
-            self.backbone.encode_label(torch.arange(classes, device=rows.device)),  # each class once
+        batch, told, keep = len(labels), self._tell(labels.clamp(min=0)), self._kept(labels)
+        shown = torch.where(labels >= 0, told, labels)
+        features = [
+            self.backbone.encode_image(rows[: alone * batch]),
+            self.backbone.encode_multimodal(rows[len(rows) - batch :], shown, keep=keep),
         ]
-        z, z_told, points = self.projector(torch.cat(parts)).float().split([len(alone), batch, classes])
+        views = torch.cat(features).unflatten(0, (alone + 1, batch))  # (v b d)
+        return {"features": views.transpose(0, 1), "labels": labels, "told": told}
+
+    def _joint(self, features: Tensor, labels: Tensor, told: Tensor) -> dict[str, Tensor]:
+        views, batch = features.shape[:2]
+        shown, own = labels >= 0, labels.clamp(min=0)
+        # Each class once, over all ranks: a batch norm would otherwise see it as often as there are ranks.
+        classes = torch.arange(self.backbone.num_classes, device=features.device).tensor_split(world_size())[rank()]
+        label_features = self.backbone.encode_label(classes)
+        projected = self.projector(torch.cat([features.flatten(0, 1), label_features])).float()
+        z, points = projected.split([views * batch, len(classes)])
+        points = all_gather(points)
         moved = torch.where(shown[:, None], points[told] - points[own], 0.0).detach()
-        projections = torch.cat([z, z_told - moved, points[own]]).unflatten(0, (-1, batch))
-        present = shown.repeat(len(projections), 1)
+        z = z.unflatten(0, (views, batch))
+        projections = torch.cat([z[:-1], (z[-1] - moved)[None], points[own][None]])
+        present = shown.repeat(views + 1, 1)
         present[:-1] = True
         return dict(self.loss(projections, present=present, regularised=-1))
 
     def _tell(self, labels: Tensor) -> Tensor:
         """The labels `(b,)`, a share `swap` of them replaced by others, drawn evenly."""
-        classes = self.backbone.num_classes
-        others = (labels + torch.randint_like(labels, 1, max(classes, 2))) % classes
-        return torch.where(torch.rand(labels.shape, device=labels.device) < self.swap, others, labels)
+        classes, device = self.backbone.num_classes, labels.device
+        steps = draw_rows(lambda n: torch.randint(1, max(classes, 2), (n,), device=device), labels)
+        swapped = draw_rows(lambda n: torch.rand(n, device=device), labels) < self.swap
+        return torch.where(swapped, (labels + steps) % classes, labels)
 
-    def _encode_last(self, images: Tensor, labels: Tensor) -> Tensor:
+    def _kept(self, labels: Tensor) -> Tensor | None:
+        """The patches `(b k)` that go beside a label, drawn for each sample; None for all."""
         patches = self.backbone.num_patches
         count = max(1, round(self.keep * patches))
-        keep = None
-        if count < patches:
-            keep = torch.rand(len(images), patches, device=images.device).argsort(dim=1)[:, :count]
-        features: Tensor = self.backbone.encode_multimodal(images, labels, keep=keep)
-        return features
+        if count == patches:
+            return None
+        drawn = draw_rows(lambda n: torch.rand(n, patches, device=labels.device), labels)
+        return drawn.argsort(dim=1)[:, :count]

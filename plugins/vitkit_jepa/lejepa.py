@@ -1,5 +1,7 @@
 """The LeJEPA loss: views of a sample agree, and embeddings are Gaussian."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -34,6 +36,10 @@ class LeJEPALoss(nn.Module):
             raise UsageError(f"lamda is {lamda}, expected a weight in [0, 1]")
         self.lamda = lamda
         self.sigreg = SIGReg(directions, knots)
+
+    @staticmethod
+    def vitkit_example(samples: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        return {"directions": 16}, {"projections": torch.randn(2, samples, 8)}
 
     def forward(
         self, projections: Tensor, *, present: Tensor | None = None, regularised: int | None = None

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitkit import backbones, heads
 from vitkit.contracts import Attention, Confusion, Embeddings, Measurement, Picture, Scores
 from vitkit.distributed import all_gather, rank, world_size
 from vitkit.errors import UsageError
@@ -52,6 +53,15 @@ class LabelRetrieval:
         if attention_samples < 0:
             raise UsageError(f"attention_samples is {attention_samples}, expected at least 0")
         self.space, self.batch_size, self.attention_samples = space, batch_size, attention_samples
+
+    @staticmethod
+    def vitkit_example(samples: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        model = torch.nn.Module()
+        model.backbone = backbones.build(
+            "multimodal_vit", num_classes=3, img_size=8, embed_dim=16, depth=1, num_heads=1, dropout=0.1
+        )
+        model.projector = heads.build("mlp", in_dim=16, out_dim=8, norm="batch")
+        return {}, {"model": model}
 
     def __call__(self, model: Any, dataset: Any) -> Scores:
         backbone: Any = getattr(model, "backbone", None)

@@ -59,6 +59,12 @@ class SIGReg(nn.Module):
         self.register_buffer("phi", phi, persistent=False)
         self.register_buffer("weights", trapezoid * phi, persistent=False)
 
+    @staticmethod
+    def vitkit_example(samples: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        present = torch.ones(2, samples, dtype=torch.bool)
+        present[1, 1::2] = False
+        return {"directions": 16}, {"projections": torch.randn(2, samples, 8), "present": present}
+
     def forward(self, projections: Tensor, *, present: Tensor | None = None) -> dict[str, Tensor]:
         z = projections[None] if projections.ndim == 2 else projections
         if z.ndim != 3:

@@ -92,8 +92,8 @@ class _Saved(NamedTuple):
 
 
 def suits(x: Tensor) -> bool:
-    """Whether `block` is the way to go for tokens `(b n d)`."""
-    return x.device.type == "cpu" and x.shape[1] <= LONGEST
+    """Whether `block` is the way to go for tokens `(b n d)`: not for export, which takes torch's own operations alone."""
+    return x.device.type == "cpu" and x.shape[1] <= LONGEST and not torch.compiler.is_exporting()
 
 
 @torch.compiler.disable  # what torch.compile makes of it is no faster, after minutes

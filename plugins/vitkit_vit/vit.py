@@ -1,7 +1,7 @@
 """The vision transformer (Dosovitskiy et al., arXiv 2010.11929)."""
 
 from collections.abc import Collection, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from vitkit.errors import UsageError
 from vitkit_vit.layers import LAYER_NORM_EPS, Block
 from vitkit_vit.positions import sincos1d, sincos2d
+from vitkit_vit.stem import ConvStem
 
 PRESETS: dict[str, dict[str, int]] = {
     "small": {"embed_dim": 192, "depth": 12, "num_heads": 3},
@@ -46,6 +47,8 @@ class ViT(nn.Module):
       ("sincos1d") or of its row and column ("sincos2d"), zero for CLS and registers; or none. Extra tokens come with
       whatever position their giver added.
     - `checkpoint`: keep each block's input alone for the backward pass and compute the rest again.
+    - `stem`: "patch" maps each patch by one matrix; "conv" by 3×3 convolutions of stride 2 that see beyond its edge
+      (see `ConvStem`), where `patch_size` is a power of two.
 
     Linear weights are drawn from Normal(0, 0.02), the patch embedding's by Kaiming's rule, tokens and learned
     positions from Normal(0, 0.02), all by torch's global generator; biases are zero. Parameters are named as timm
@@ -72,9 +75,11 @@ class ViT(nn.Module):
         registers: int = 0,
         checkpoint: bool = False,
         preset: Literal["small", "base", "large"] = "small",
+        stem: Literal["patch", "conv"] = "patch",
     ) -> None:
         super().__init__()
         _check_choice(PRESETS, preset=preset)
+        _check_choice(("patch", "conv"), stem=stem)
         _check_choice(("cls", "mean"), pool=pool)
         _check_choice(("learned", "sincos1d", "sincos2d", "none"), positions=positions)
         embed_dim = PRESETS[preset]["embed_dim"] if embed_dim is None else embed_dim
@@ -98,7 +103,7 @@ class ViT(nn.Module):
         self.num_prefix_tokens = int(pool == "cls") + registers
         self.checkpoint = checkpoint
 
-        self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size)
+        self.patch_embed = (ConvStem if stem == "conv" else PatchEmbed)(in_chans, embed_dim, patch_size)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if pool == "cls" else None
         self.reg_token = nn.Parameter(torch.empty(1, registers, embed_dim)) if registers else None
         if positions == "learned":
@@ -121,6 +126,10 @@ class ViT(nn.Module):
         )
         self.norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
         self._draw()
+
+    @staticmethod
+    def vitkit_example(samples: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        return {"img_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2, "registers": 2}, {}
 
     def forward(self, x: Tensor | None, *, extra_tokens: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
         """Images `(b c h w)` → tokens `(b n d)` behind the last norm, in the order that the class describes.
@@ -214,7 +223,7 @@ class ViT(nn.Module):
                     f"{len(extra_tokens)} samples of extra_tokens for {len(x)} images; give as many, or one for all"
                 )
             parts.append(extra_tokens)
-        batch = len(parts[-1]) if x is None else len(x)
+        batch = parts[-1].shape[0] if x is None else x.shape[0]  # len() would be a constant to an export
         return torch.cat([part.expand(batch, -1, -1) for part in parts], dim=1)
 
     def _patches(self, x: Tensor, keep: Tensor | None) -> Tensor:

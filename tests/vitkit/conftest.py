@@ -1,13 +1,22 @@
-"""A run directory as the runner writes it, without running anything."""
+"""A run directory as the runner writes it, without running anything; a Hub for the real client."""
 
 import csv
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hub_server import HubServer
+from huggingface_hub import constants
+from PIL import Image
+
+from vitkit import backbones, heads
+from vitkit.checkpoint import save
+
+TOKEN = "hf_" + "Sec7retToken" * 3
+RECIPE = '"""A tiny model of digits.\n\nIt is here to be published.\n"""\n\n\ndef main(run):\n    raise SystemExit("never run")\n'
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -68,3 +77,44 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         return directory
 
     return make
+
+
+@pytest.fixture
+def model_run(make_run: Callable[..., Path]) -> Path:
+    """A finished run that saved a tiny model, with everything that a run leaves behind."""
+    run = make_run("jepa")
+    modules = {
+        "backbone": backbones.build("vit", img_size=8, in_chans=1, embed_dim=8, depth=1, num_heads=2),
+        "projector": heads.build("mlp", in_dim=8, out_dim=4),
+    }
+    prepare = {"shape": [1, 8, 8], "mean": [0.5], "std": [0.25], "fit": "pad"}
+    save(run, modules, preprocessing=prepare, classes=["a", "b"], arguments={"lr": 0.1})
+    (run / "recipe.py").write_text(RECIPE)
+    (run / "log.txt").write_text("a line of the log\n")
+    for folder in ("plots", "checkpoints"):
+        (run / folder).mkdir()
+    (run / "checkpoints" / "last.safetensors").write_bytes(bytes(100))
+    for number, name in enumerate(("losses", "m1_confusion")):
+        Image.new("RGB", (40, 40), (number, 90, 120)).save(run / "plots" / f"{name}.png")
+    return run
+
+
+@pytest.fixture
+def hub_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A Hub where the token in HF_TOKEN belongs to `me`; its cache is `tmp_path/cache`."""
+    server = HubServer()
+    server.tokens[TOKEN] = ("me", True)
+    home = tmp_path / "home"
+    for name, value in {
+        "ENDPOINT": server.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+        "HF_TOKEN_PATH": str(home / "token"),
+        "HF_STORED_TOKENS_PATH": str(home / "stored_tokens"),
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_DISABLE_PROGRESS_BARS": True,
+    }.items():
+        monkeypatch.setattr(constants, name, value, raising=False)  # older clients know no Xet
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    yield server
+    server.close()

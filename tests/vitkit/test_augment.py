@@ -11,6 +11,7 @@ from vitkit.augment import (
     Grayscale,
     HorizontalFlip,
     Noise,
+    RandAugment,
     RandomAffine,
     RandomCrop,
     RandomErasing,
@@ -33,6 +34,7 @@ ALL = [
     Solarize(0.5, p=0.5),
     RandomErasing(),
     Noise(0.2),
+    RandAugment(),
 ]
 ALL.append(Compose(list(ALL)))
 CHANCY = [

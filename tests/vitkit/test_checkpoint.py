@@ -194,6 +194,26 @@ def test_only_registered_names_are_built(saved):
             load(saved)
 
 
+@pytest.mark.parametrize(
+    "kwargs",
+    [{"in_dim": 8, "out_dim": 10**12}, {"in_dim": 2**62, "out_dim": 4}, {"in_dim": 20_000, "out_dim": 8}],
+    ids=str,
+)
+def test_a_config_that_would_build_far_more_than_was_saved_is_refused(saved, kwargs):
+    modules = config_of(saved)["modules"]
+    change(saved, modules={**modules, "projector": {**modules["projector"], "kwargs": kwargs}})
+    with pytest.raises(CheckpointError, match="'projector' cannot be built: (it takes more than .* bytes|RuntimeError: )"):
+        load(saved)
+
+
+def test_blocks_without_end_are_refused(saved):
+    modules = config_of(saved)["modules"]
+    kwargs = {**modules["backbone"]["kwargs"], "embed_dim": 1024, "num_heads": 8, "depth": 10**9}
+    change(saved, modules={**modules, "backbone": {**modules["backbone"], "kwargs": kwargs}})
+    with pytest.raises(CheckpointError, match="it has more than .* parameters, far beyond the weights that were saved"):
+        load(saved)
+
+
 def test_a_missing_plugin_is_named_with_the_command_that_mends_it(tmp_path, install, monkeypatch):
     site = install("wide-heads", "1.2", {"heads": {"wide": "wide_heads:Wide"}}, wide_heads=HEAD)
     save(tmp_path / "m", {"head": heads.build("wide", in_dim=2)}, preprocessing={}, classes=[], arguments={})

@@ -149,7 +149,7 @@ def test_dry_run_shows_values_and_the_models_cost_and_trains_nothing(vitkit, tmp
         (["run", "line.py", "--fail"], 1, "ValueError: inside [the] recipe"),
         (["run", "line.py", "--out", "/proc/nowhere"], 1, "cannot write to /proc/nowhere"),
         (["run", "line.py", "--resume"], 2, "no unfinished run under runs/line"),
-        (["nothing"], 2, "No such command"),
+        (["nothing"], 2, "no command named"),
         (["compare", "nowhere", "line.py"], 2, "no run at nowhere"),
     ],
 )
@@ -205,3 +205,28 @@ def test_doctor_names_what_is_broken(vitkit, install):
     broken = vitkit("doctor")
     assert broken.returncode == 1
     assert "head 'x' of broken-one 0.1 (broken_one:X) cannot be imported: ModuleNotFoundError" in broken.stdout
+
+
+def test_a_plugin_adds_a_command(vitkit, install):
+    install("greeter", "1.0", {"commands": {"greet": "greeter:greet"}}, greeter=(
+        "from typing import Annotated\n"
+        "import typer\n"
+        "def greet(name: str, times: Annotated[int, typer.Option(help='how often')] = 1):\n"
+        "    \"\"\"Say hello.\"\"\"\n"
+        "    print('hello ' * times + name)\n"
+    ))  # fmt: skip
+    assert "Say hello." in vitkit("--help").stdout
+    assert "greeter" not in sys.modules
+    assert vitkit("greet", "you", "--times", "2").stdout == "hello hello you\n"
+    assert "how often" in vitkit("greet", "--help").stdout
+    near = vitkit("gret")
+    assert near.returncode == 2
+    assert "no command named 'gret'; did you mean 'greet'?" in near.stderr
+
+
+def test_a_broken_command_costs_itself_alone(vitkit, install):
+    install("breaker", "1.0", {"commands": {"smash": "breaker:smash"}}, breaker="raise RuntimeError('no luck')")
+    assert vitkit("--help").returncode == 0
+    broken = vitkit("smash")
+    assert broken.returncode == 1
+    assert "command 'smash' of breaker 1.0 (breaker:smash) cannot be imported: RuntimeError: no luck" in broken.stderr

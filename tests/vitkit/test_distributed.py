@@ -7,7 +7,17 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from vitkit.distributed import BatchNorm, all_gather, all_reduce_mean, all_reduce_sum, broadcast, rank, world_size
+from vitkit.distributed import (
+    BatchNorm,
+    all_gather,
+    all_reduce_mean,
+    all_reduce_sum,
+    broadcast,
+    broadcast_text,
+    draw_rows,
+    rank,
+    world_size,
+)
 
 PARTS = (5, 3)
 """How many of eight samples each of two ranks holds."""
@@ -63,6 +73,8 @@ def _worker(number: int, folder: str, x: Tensor, weight: Tensor) -> None:
         results[name] = (value.detach(), gradient)
     results["gathered"] = all_gather(part)
     results["drawn"] = broadcast(torch.full((2,), float(number + 7)))
+    results["told"] = broadcast_text(f"from rank {number}, é")
+    results["rows"] = draw_rows(lambda n: torch.arange(float(n)) + 10 * number, part)
     results["place"] = torch.tensor([rank(), world_size()])
     torch.save(results, f"{folder}/{number}.pt")
     torch.distributed.destroy_process_group()
@@ -97,4 +109,6 @@ def test_gathering_keeps_order_and_uneven_parts(two_ranks: tuple[Tensor, Tensor,
     for number, result in enumerate(results):
         assert torch.equal(result["gathered"], x)
         assert result["drawn"].tolist() == [7.0, 7.0]
+        assert result["told"] == "from rank 0, é"
+        assert result["rows"].tolist() == [[0, 1, 2, 3, 4], [5, 6, 7]][number]
         assert result["place"].tolist() == [number, 2]

@@ -1,8 +1,10 @@
 """The loop: epochs, averages, schedules, early stopping, and going on bit for bit after a stop."""
 
+import copy
 import csv
 import json
 import os
+import re
 import signal
 import threading
 
@@ -13,6 +15,8 @@ from torch import nn
 from vitkit import Run
 from vitkit.errors import RunDirectoryError, RunError, UsageError
 from vitkit.optim import warmup_cosine
+from vitkit.rundir import LAST
+from vitkit.state import load_state
 
 
 class Points:
@@ -34,9 +38,9 @@ class Points:
 class Line(nn.Module):
     """A line with dropout, so that a step depends on the random state."""
 
-    def __init__(self, stop_at=None, poison_at=None):
+    def __init__(self, stop_at=None, poison_at=None, dropout=0.3):
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(3, 16), nn.Dropout(0.3), nn.Linear(16, 1))
+        self.net = nn.Sequential(nn.Linear(3, 16), nn.Dropout(dropout), nn.Linear(16, 1))
         self.calls, self.stop_at, self.poison_at = 0, stop_at, poison_at
 
     def forward(self, batch):
@@ -132,33 +136,86 @@ def test_stopped_in_an_evaluation_only_that_is_repeated(tmp_path):
     run.close()
 
 
-def test_accumulated_gradients_are_those_of_the_mean_over_the_group(tmp_path):
-    class Plain(Line):
-        def __init__(self):
-            super().__init__()
-            self.net[1].p = 0.0
+class Uneven(Points):
+    """Five batches, the last of three points; `joined` are the same in groups of two."""
 
-    class Joined(Points):
-        def epoch(self, number, **kwargs):
-            parts = list(super().epoch(number, **kwargs))
-            for pair in (parts[0:2], parts[2:4]):
-                yield {name: torch.cat([part[name] for part in pair]) for name in pair[0]}
-            yield parts[4]
+    def __init__(self, joined=False):
+        super().__init__()
+        self.joined = joined
 
-        def __len__(self):
-            return 3
+    def __len__(self):
+        return 3 if self.joined else 5
 
-    def final(out, batches, k):
-        run = Run(out, device="cpu", precision="fp32", grad_accum=k)
-        torch.manual_seed(0)
-        model = Plain()
-        list(run.fit(model, batches, epochs=1, optimizer=torch.optim.SGD(model.parameters(), lr=0.1)))
-        run.close()
-        return model
+    def epoch(self, number, *, start=0, **kwargs):
+        parts = list(super().epoch(number, **kwargs))
+        parts[3] = {name: value[:3] for name, value in parts[3].items()}
+        if self.joined:
+            pairs = (parts[0:2], parts[2:4], parts[4:5])
+            parts = [{name: torch.cat([part[name] for part in pair]) for name in pair[0]} for pair in pairs]
+        yield from parts[start:]
 
-    one, two = final(tmp_path / "a", Points(), 2), final(tmp_path / "b", Joined(), 1)
+
+class Comparing(nn.Module):
+    """A loss that is no mean over samples: the variance of a batch's outputs, far from what its points add up to."""
+
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 16), nn.Dropout(dropout), nn.Linear(16, 1))
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, batch):
+        return self.loss_of(self.embed(batch))
+
+    def embed(self, batch):
+        return {"z": self.net(batch["images"])[:, 0], "y": batch["labels"]}
+
+    def loss_of(self, embedded):
+        z, y = embedded["z"] * self.scale, embedded["y"]
+        variance = (z.std() - y.std()).square()
+        return {"loss": variance + (z - y).square().mean().sqrt(), "variance": variance.detach()}
+
+
+def after(out, model, batches, k, epochs=1):
+    run = Run(out, device="cpu", precision="fp32", grad_accum=k)
+    for epoch in run.fit(model, batches, epochs=epochs, optimizer=torch.optim.SGD(model.parameters(), lr=0.02)):
+        assert epoch.step == 3 * epoch.number
+    run.close()
+    return model
+
+
+@pytest.mark.parametrize("make", [lambda: Line(dropout=0.0), Comparing])
+def test_accumulated_gradients_are_those_of_one_batch(tmp_path, make):
+    """Of a mean over samples, and of a loss that compares them; batches need not be equal."""
+    torch.manual_seed(0)
+    one = make()
+    two, separate = copy.deepcopy(one), copy.deepcopy(one)
+    after(tmp_path / "a", one, Uneven(), 2)
+    after(tmp_path / "b", two, Uneven(joined=True), 1)
     for a, b in zip(one.parameters(), two.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    run = Run(tmp_path / "c", device="cpu", precision="fp32")
+    list(run.fit(separate, Uneven(), epochs=1, optimizer=torch.optim.SGD(separate.parameters(), lr=0.02)))
+    run.close()
+    assert not torch.allclose(one.net[0].weight, separate.net[0].weight, atol=1e-4)
+
+
+def test_a_run_that_compares_groups_of_batches_goes_on_bit_for_bit(tmp_path):
+    def trained(out, epochs, resume=False, stop=None):
+        run = Run(out, device="cpu", precision="fp32", grad_accum=2, resume=resume)
+        torch.manual_seed(0)
+        model = Comparing(dropout=0.3)
+        try:
+            for epoch in run.fit(model, Uneven(), epochs=epochs, optimizer=torch.optim.SGD(model.parameters(), lr=0.02)):
+                if epoch.number == stop:
+                    raise KeyboardInterrupt
+        finally:
+            run.close()
+        return model
+
+    whole = trained(tmp_path / "whole", 3)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "cut", 3, stop=2)
+    assert same(whole, trained(tmp_path / "cut", 3, resume=True))
 
 
 def test_while_an_epoch_is_yielded_the_model_holds_its_averaged_weights(tmp_path):
@@ -193,8 +250,63 @@ def test_a_metric_that_no_longer_improves_ends_the_loop(tmp_path):
 def test_a_loss_that_is_not_finite_names_step_parts_and_the_last_good_checkpoint(tmp_path):
     with pytest.raises(RunError, match=r"not finite at epoch 2, batch 3: loss nan, .*last.safetensors"):
         train(tmp_path / "run", poison_at=8)
-    with pytest.raises(RunError, match="no checkpoint was saved before"):
+    with pytest.raises(RunError, match="no checkpoint was saved before; what led there is in .*log.txt; try a lower"):
         train(tmp_path / "other", poison_at=1)
+
+
+def test_what_led_to_a_loss_that_is_not_finite_stands_in_the_log(tmp_path):
+    with pytest.raises(RunError):
+        train(tmp_path / "run", poison_at=23, epochs=5)
+    log = (tmp_path / "run" / "log.txt").read_text()
+    said, *led = log[log.index("the loss is not finite at epoch 5, batch 3: loss nan, error") :].splitlines()
+    assert said.endswith("; the last 20 batches, with the learning rate of their step:")
+    assert [line.strip().split(":")[0] for line in led[:20]] == [
+        f"epoch {batch // 5 + 1}, batch {batch % 5 + 1}" for batch in range(3, 23)
+    ]
+    pattern = r"  epoch 4, batch 5: loss ([\d.e+-]+), error \1, gradient norm [\d.e+-]+, lr [\d.e+-]+"
+    assert re.fullmatch(pattern, led[16])
+    assert float(led[0].split("lr ")[1]) == pytest.approx(1e-2, rel=0.2)
+    assert "gradient norm nan" in led[19]
+
+
+class Root(nn.Module):
+    """|w|, √ of its square: at w = 0 the loss is finite and its gradient is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, batch):
+        if self.training and batch["images"][0, 0] > 9:
+            self.weight.data.zero_()
+        return {"loss": self.weight.square().sqrt().sum()}
+
+
+class Marked(Points):
+    """The second epoch's last batch is marked."""
+
+    def epoch(self, number, **kwargs):
+        for index, batch in enumerate(super().epoch(number, **kwargs)):
+            batch["images"][0, 0] = 10.0 if (number, index) == (1, 4) else 0.0
+            yield batch
+
+
+@pytest.mark.parametrize(
+    ("clip", "said"),
+    [
+        (None, "the weights are not finite after step 10"),
+        (1.0, "the gradient is not finite at epoch 2, batch 5: loss 0, gradient norm nan"),
+    ],
+)
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, clip, said):
+    run = Run(tmp_path / "run", device="cpu", precision="fp32")
+    model = Root()
+    with pytest.raises(RunError, match=f"{said}; the last good checkpoint is .*last.safetensors; what led there"):
+        list(run.fit(model, Marked(), epochs=3, optimizer=torch.optim.SGD(model.parameters(), lr=1e-3), clip=clip))
+    run.close()
+    kept = load_state(tmp_path / "run" / LAST)
+    assert kept.progress["fit"]["epoch"] == 0
+    assert kept.model_state["weight"].isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -251,6 +363,28 @@ def test_settings_that_this_machine_cannot_give(tmp_path):
         Run(tmp_path / "x", device="cpu", report_to="csv,wanb")
     with pytest.raises(UsageError, match="--grad-accum 0: expected at least 1"):
         Run(tmp_path, grad_accum=0)
+
+
+def test_losses_metrics_and_arguments_arrive_at_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    _, _, seen = train(tmp_path / "run", run_options={"report_to": "csv,tensorboard", "arguments": {"depth": 3, "wide": None}})
+    written = rows(tmp_path / "run" / "losses.csv")
+    (events,) = {path.parent for path in (tmp_path / "run").glob("trackers/notebook/events.out.tfevents.*")}
+    found = EventAccumulator(str(events))
+    found.Reload()
+    curves = {tag: [(event.step, event.value) for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+    assert set(curves) >= {"loss", "error", "lr", "weight"}
+    for name in ("loss", "lr"):
+        assert curves[name] == [(int(row["step"]), pytest.approx(float(row[name]), rel=1e-6)) for row in written]
+    weights = [(epoch.step, pytest.approx(epoch.logged["weight"], rel=1e-5)) for epoch in seen]
+    assert curves["weight"] == weights
+    (kept,) = (tmp_path / "run").rglob("hparams.yml")
+    assert kept.read_text() == "depth: 3\n"
+    train(tmp_path / "run", run_options={"overwrite": True}, epochs=1)
+    assert not list((tmp_path / "run").rglob("events.out.tfevents.*"))
+    Run(tmp_path / "dry", device="cpu", report_to="tensorboard", dry_run=True).finish()
+    assert not (tmp_path / "dry").exists()
 
 
 def test_a_schedule_warms_up_and_comes_down():

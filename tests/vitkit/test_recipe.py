@@ -4,8 +4,8 @@ import inspect
 
 import pytest
 
-from vitkit.errors import RecipeError
-from vitkit.recipe import Recipe
+from vitkit.errors import RecipeError, UsageError
+from vitkit.recipe import Recipe, parse_arguments
 
 GOOD = '''
 """A file."""
@@ -76,3 +76,27 @@ def test_a_recipe_may_import_the_file_beside_it(tmp_path):
     (tmp_path / "beside_it.py").write_text("EPOCHS = 7")
     recipe = Recipe(write(tmp_path, "from beside_it import EPOCHS\ndef main(run, epochs: int = EPOCHS): pass"))
     assert recipe.flags["epochs"].default == 7
+
+
+def test_arguments_of_a_component_are_json_values_or_text():
+    words = ["hidden=512", "lr=1e-3", "deep=true", "act=null", "sizes=[2, 4]", 'name="7"', "norm=batch", "path=a=b", "empty="]
+    assert parse_arguments(words) == {
+        "hidden": 512, "lr": 1e-3, "deep": True, "act": None, "sizes": [2, 4], "name": "7", "norm": "batch",
+        "path": "a=b", "empty": "",
+    }  # fmt: skip
+    assert parse_arguments(["x=NaN"]) == {"x": "NaN"}  # no JSON: it could not be saved
+    assert parse_arguments([]) == {}
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["hidden"], "an argument is NAME=VALUE, for example hidden=512; given 'hidden'"),
+        (["=3"], "an argument is NAME=VALUE, for example hidden=512; given '=3'"),
+        (["two words=3"], "given 'two words=3'"),
+        (["a=1", "a=2"], "the argument 'a' is given twice: 1 and '2'; leave one out"),
+    ],
+)
+def test_arguments_of_another_form_are_refused(words, text):
+    with pytest.raises(UsageError, match=text):
+        parse_arguments(words)

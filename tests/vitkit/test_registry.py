@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -157,3 +158,36 @@ def test_listing_imports_neither_torch_nor_plugins():
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.strip() == "[]"
+
+
+def family(model: str, *, wide: bool = False) -> dict[str, Any]:
+    """Any of many models."""
+    return Zoo(model=model, wide=wide)
+
+
+class Zoo(dict[str, Any]):
+    pass
+
+
+def test_a_family_stands_for_every_name_under_it():
+    registry = Registry("head")
+    registry.add("zoo/*", family)
+    registry.add("zoo/lion", lambda: Zoo(model="own"))
+    built = registry.build("zoo/tiger/white", wide=True)
+    assert built == {"model": "tiger/white", "wide": True}
+    assert built.spec == Spec("head", "zoo/tiger/white", ADDED, {"wide": True})
+    assert registry.build("zoo/lion") == {"model": "own"}  # a name of its own comes first
+    assert [name in registry for name in ("zoo/tiger", "zoo/*", "zoo/", "zoo")] == [True, True, False, False]
+    assert "zoo/*" in registry.names()
+    with pytest.raises(ArgumentsError, match=r"wide is 3, expected bool; its signature: zoo/tiger\(\*, wide: bool"):
+        registry.build("zoo/tiger", wide=3)
+    with pytest.raises(ArgumentsError, match="takes no argument 'model'"):
+        registry.build("zoo/tiger", model="lion")
+    with pytest.raises(ArgumentsError, match="needs the argument 'model'"):
+        registry.build("zoo/*")
+
+
+def test_a_family_that_cannot_be_imported_says_so(install):
+    install("zoo", "1.0", {"heads": {"zoo/*": "zoo_heads:make"}}, zoo_heads="raise OSError('closed')")
+    with pytest.raises(PluginError, match=r"head 'zoo/lion' of zoo 1.0 \(zoo_heads:make\) cannot be imported: OSError: closed"):
+        heads.build("zoo/lion")

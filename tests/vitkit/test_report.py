@@ -12,7 +12,7 @@ from PIL import Image
 
 from vitkit.contracts import Attention, Confusion, Embeddings
 from vitkit.errors import RunError, UsageError
-from vitkit.report import write_report
+from vitkit.report import curves, write_report
 from vitkit.report.page import page
 from vitkit.report.pictures import MOST_POINTS, _sample, confusion, draw_picture, embeddings, plane
 from vitkit.report.record import (
@@ -160,6 +160,15 @@ def test_a_single_epoch_blanks_and_values_that_are_not_finite(make_run):
     assert series["b"].epochs.tolist() == [2.0]
 
 
+def test_an_error_below_one_is_drawn_on_its_own_scale(make_run):
+    metrics = [{"epoch": e, "knn_top1": 0.5 + e / 10, "reconstruction_mse": 0.05 - e / 100} for e in (1, 2, 3)]
+    with house_style():
+        plot = curves.metrics(read_record(make_run(metrics=metrics)))
+    limits = {axis.get_title(loc="left"): axis.get_ylim() for axis in plot.figure.axes}
+    assert limits["knn"] == (-0.02, 1.04)
+    assert limits["reconstruction mse"][1] < 0.2  # the chance level is 0.1
+
+
 def test_odd_class_names_are_escaped_on_the_page_and_drawn_or_numbered_in_pictures(make_run):
     data = {"name": "<u>mine</u>", "classes": ODD}
     pictures = {
@@ -198,7 +207,7 @@ def test_a_picture_that_cannot_be_drawn_costs_only_itself(make_run):
         "first: a confusion matrix has shape (k, k) for k class names; got (2, 3) and 2 names",
         "second: features are (n, d) and labels (n,); got (3, 2) and (2,)",
         "third: images are (n, c, h, w), maps (n, h, w) and captions n texts; got (1, 1, 4, 4), (1, 4, 4) and 0",
-        "fourth: a Confusion, Embeddings or Attention was expected, not str",
+        "fourth: a Confusion, Embeddings, Attention or Sheet was expected, not str",
         "1 of 1 right",
     ):
         assert text in found.text

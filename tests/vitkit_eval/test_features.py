@@ -11,9 +11,17 @@ from vitkit import evaluators
 from vitkit.data import from_store
 from vitkit.errors import UsageError, VitkitError
 from vitkit.store import Stored
-from vitkit_eval import confusion_matrix, evaluating, extract_features, frozen_features, topk_accuracy
+from vitkit_eval import (
+    confusion_matrix,
+    evaluating,
+    extract_features,
+    frozen_features,
+    sharing_features,
+    topk_accuracy,
+)
 
 NAMES = ["linear_probe", "knn"]
+ALL = [*NAMES, "few_shot", "silhouette"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -50,7 +58,7 @@ def test_mode_and_random_state_come_back_after_an_error_too(encoder):
     assert torch.equal(state, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_the_scores_are_the_same_under_autocast_and_without_gradients(dataset, encoder, name):
     plain = evaluators.build(name)(encoder, dataset)
     for context in (torch.autocast("cpu", torch.bfloat16), torch.no_grad(), torch.inference_mode()):
@@ -100,6 +108,52 @@ def test_capped_splits_hold_the_classes_evenly_and_the_seed_chooses(dataset, enc
         (protocol,) = scores.protocols.values()
         assert protocol.samples == 9
         assert " 30 " in protocol.note
+
+
+def test_evaluators_that_share_features_compute_them_once_and_score_the_same(dataset, encoder, monkeypatch):
+    counted = []
+    encode = type(encoder).encode_image
+    monkeypatch.setattr(type(encoder), "encode_image", lambda self, x: counted.append(len(x)) or encode(self, x))
+    evaluate = [evaluators.build(name, **sizes) for sizes in ({}, {"train_size": 30, "seed": 2}) for name in NAMES]
+    alone = [evaluator(encoder, dataset) for evaluator in evaluate]
+    assert sum(counted) == 2 * (120 + 45) + 2 * (30 + 45)
+    counted.clear()
+    with sharing_features():
+        together = [evaluator(encoder, dataset) for evaluator in evaluate]
+        assert sum(counted) == 120 + 45 + 30
+        assert extract_features(encoder, dataset.test) is extract_features(encoder, dataset.test)
+        with sharing_features():
+            extract_features(encoder, dataset.train)
+        assert sum(counted) == 120 + 45 + 30
+    assert together == alone
+    assert [scores.protocols for scores in together] == [scores.protocols for scores in alone]
+    extract_features(encoder, dataset.test)
+    assert sum(counted) == 120 + 45 + 30 + 45
+
+
+def test_other_weights_precisions_models_and_splits_share_nothing(dataset, encoder):
+    with sharing_features():
+        first = extract_features(encoder, dataset.test)
+        with torch.no_grad():
+            encoder.weight.mul_(2)
+        second = extract_features(encoder, dataset.test)
+        torch.testing.assert_close(second.features, 2 * first.features)
+        encoder.load_state_dict({name: value.clone() for name, value in encoder.state_dict().items()})
+        assert extract_features(encoder, dataset.test) is not second
+        third = extract_features(encoder, dataset.test)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert extract_features(encoder, dataset.test) is not third
+        assert len(extract_features(encoder, dataset.train).labels) == 120
+        assert extract_features(encoder, dataset.test, batch_size=7) is not third
+        assert extract_features(Pixels(), dataset.test) is not extract_features(Pixels(), dataset.test)
+        assert extract_features(encoder, dataset.test) is third
+
+
+def test_shared_features_end_with_their_block_and_an_error_leaves_none(dataset, encoder):
+    with pytest.raises(RuntimeError, match="inside"), sharing_features():
+        kept = extract_features(encoder, dataset.test)
+        raise RuntimeError("inside")
+    assert extract_features(encoder, dataset.test) is not kept
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -168,7 +222,7 @@ class Pixels(nn.Module):
 
 def _measure(dataset):
     found = extract_features(Pixels(), dataset.test, batch_size=11)
-    return found.features, found.labels, [dict(evaluators.build(name)(Pixels(), dataset)) for name in NAMES]
+    return found.features, found.labels, [dict(evaluators.build(name)(Pixels(), dataset)) for name in ALL]
 
 
 def _worker(number: int, folder: str, dataset) -> None:

@@ -4,10 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from vitkit import backbones, heads, losses
 from vitkit.errors import UsageError
+from vitkit.gradcache import Accumulated
 from vitkit_jepa import JEPA
 
 
@@ -161,6 +163,93 @@ def test_training_brings_image_and_label_together() -> None:
         model.projector(model.backbone.encode_label(torch.arange(3))),
     )
     assert (torch.cdist(z, own).argmin(1) == labels).all()
+
+
+PARTS = {"even": (6, 6), "uneven": (7, 5), "empty": (12, 0)}
+
+
+def gradients(objective: str, data: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Loss and parts, and every parameter's gradient, with wrong labels, some patches and a batch norm."""
+    model = normed(objective, keep=0.5)
+    torch.manual_seed(7 + 100 * torch.distributed.get_rank() if torch.distributed.is_initialized() else 7)
+    parts = model(data)
+    parts["loss"].backward()
+    return {name: part.detach() for name, part in parts.items()}, grads(model)
+
+
+def normed(objective: Any, **kwargs: Any) -> JEPA:
+    """With a batch norm in the projector, as the recipe has it."""
+    model = jepa(objective, **kwargs)
+    torch.manual_seed(1)
+    model.projector = heads.build("mlp", in_dim=16, out_dim=8, norm="batch")
+    return model
+
+
+def grads(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def accumulated() -> list[dict[str, Tensor]]:
+    """The whole batch in two batches of seven and five."""
+    return [{key: value[rows] for key, value in whole().items()} for rows in (slice(7), slice(7, 12))]
+
+
+def whole() -> dict[str, Tensor]:
+    return batch([0, 1, 2, -1, 1, 1, 0, -1, 2, 2, 0, 1], views=3)
+
+
+def _worker(number: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=number, world_size=2)
+    found = {}
+    for objective in ("joint", "seed", "images"):
+        for name, sizes in PARTS.items():
+            part = {key: value.split(sizes)[number] for key, value in whole().items()}
+            found[objective, name] = gradients(objective, part)
+    model, groups = normed("joint", swap=0.5), accumulated()
+    cached = nn.parallel.DistributedDataParallel(Accumulated(model))
+    parts = cached([{key: value.tensor_split(2)[number] for key, value in part.items()} for part in groups], [3 + number, 5 + number])
+    parts["loss"].backward()
+    found["cached"] = {name: part.detach() for name, part in parts.items()}, grads(model)
+    torch.save(found, f"{folder}/{number}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_give_the_loss_and_gradient_of_one(tmp_path: Any) -> None:
+    """The same wrong labels and patches, whoever holds which samples; each class's own point once."""
+    mp.spawn(_worker, (str(tmp_path),), nprocs=2)
+    one, two = (torch.load(tmp_path / f"{number}.pt") for number in range(2))
+    for objective in ("joint", "seed", "images"):
+        parts, expected = gradients(objective, whole())
+        for name in PARTS:
+            for rank in (one, two):
+                torch.testing.assert_close(rank[objective, name][0], parts, rtol=1e-5, atol=1e-5)
+            averaged = {key: (grad + two[objective, name][1][key]) / 2 for key, grad in one[objective, name][1].items()}
+            torch.testing.assert_close(averaged, expected, rtol=1e-5, atol=1e-5)
+
+
+    model = normed("joint", swap=0.5)
+    expected_parts = Accumulated(model)(accumulated(), [3, 5])
+    expected_parts["loss"].backward()
+    for rank in (one, two):
+        torch.testing.assert_close(rank["cached"][0], {k: v.detach() for k, v in expected_parts.items()}, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(rank["cached"][1], grads(model), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["joint", "seed", "images"])
+def test_accumulated_batches_have_the_loss_and_the_gradient_of_one(objective: Any, monkeypatch: Any) -> None:
+    """SIGReg's statistics and the batch norm's are the whole batch's, for the same directions."""
+    loss_of = JEPA.loss_of
+    monkeypatch.setattr(JEPA, "loss_of", lambda self, embedded: torch.manual_seed(3) and loss_of(self, embedded))
+    found = []
+    for call in (lambda model: Accumulated(model)(accumulated(), [3, 5]), lambda model: model(whole())):
+        model = normed(objective, swap=0.0)
+        parts = call(model)
+        parts["loss"].backward()
+        found.append(({name: part.detach() for name, part in parts.items()}, grads(model)))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+    separate = [normed(objective, swap=0.0)(part)["sigreg"].item() for part in accumulated()]
+    assert abs(sum(separate) / 2 - found[1][0]["sigreg"].item()) > 1e-2  # the mean of the batches' would be another
 
 
 @pytest.mark.parametrize(

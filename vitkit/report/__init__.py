@@ -2,27 +2,35 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vitkit.files import atomic_write, write_text
 from vitkit.report import curves, html
 from vitkit.report.page import page
 from vitkit.report.record import Record, read_record
+from vitkit.report.sheet import write_sheet
 from vitkit.report.style import Plot, house_style, png
 
 if TYPE_CHECKING:
     from vitkit.contracts import Picture
 
 
-def write_report(directory: str | Path, pictures: Mapping[str, "Picture"] | None = None) -> Path:
+def write_report(
+    directory: str | Path,
+    pictures: Mapping[str, "Picture"] | None = None,
+    summary: Mapping[str, Any] | None = None,
+) -> Path:
     """Write `plots/*.png` and `report.html` of the run in `directory`; the page's path.
 
+    `summary` is shown in place of what the directory's `summary.json` says, before that is written.
     What is missing leaves its part of the page out; a picture that cannot be drawn is named on the page.
     Raises `UsageError` for a table that cannot be read and `RunError` where nothing can be written.
     """
     directory = Path(directory)
     record = read_record(directory)
+    record = record if summary is None else replace(record, summary=summary)
     training: list[html.Html] = []
     evaluation: list[html.Html] = []
     problems: list[str] = []
@@ -68,4 +76,4 @@ def _file_name(name: str) -> str:
     return re.sub(r"[^\w-]+", "_", name)[:80].strip("_") or "picture"
 
 
-__all__ = ["write_report"]
+__all__ = ["write_report", "write_sheet"]

@@ -8,7 +8,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from vitkit.report.record import Record, Series, plain, pretty, shown, split_topk
+from vitkit.report.record import Record, Series, lower_is_better, plain, pretty, shown, split_topk
 from vitkit.report.style import HALO, INK, MUTED, PALETTE, Plot, drawable, legend_below, panels
 
 PACE = {"lr": "learning rate", "images_per_second": "images/s"}
@@ -118,7 +118,8 @@ def _metric_panel(axis: Axes, record: Record, stem: str, names: Sequence[str], c
     axis.set_title(drawable(pretty(stem), 36))
     lines = [value for values in references.values() for value in values]
     everything = [*known, *lines, *(value for name in names for value in columns[name].finite)]
-    fit_axes(axis, [columns[name] for name in names], shares=are_shares(everything))
+    shares = are_shares(everything) and not any(map(lower_is_better, names))  # an error below 1 is no share of anything
+    fit_axes(axis, [columns[name] for name in names], shares=shares)
     legend_below(axis, handles, labels, columns=2 if max(map(len, labels)) < 17 else 1)
 
 

@@ -1,4 +1,4 @@
-"""The pictures that evaluations hand over: confusion matrices, maps of embeddings, attention over images."""
+"""The pictures that evaluations hand over: confusion matrices, maps of embeddings, attention over images, sheets."""
 
 import warnings
 from collections.abc import Sequence
@@ -11,8 +11,9 @@ from matplotlib.lines import Line2D
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
-from vitkit.contracts import Attention, Confusion, Embeddings, Picture
+from vitkit.contracts import Attention, Confusion, Embeddings, Picture, Sheet
 from vitkit.report.record import pretty
+from vitkit.report.sheet import as_array, sheet
 from vitkit.report.style import GRID, HALO, INK, MUTED, PALETTE, Plot, class_labels, drawable
 
 MOST_POINTS = 1_500
@@ -32,12 +33,14 @@ def draw_picture(name: str, picture: Picture) -> Plot:
         return embeddings(name, picture)
     if isinstance(picture, Attention):
         return attention(name, picture)
-    raise ValueError(f"a Confusion, Embeddings or Attention was expected, not {type(picture).__name__}")
+    if isinstance(picture, Sheet):
+        return sheet(name, picture)
+    raise ValueError(f"a Confusion, Embeddings, Attention or Sheet was expected, not {type(picture).__name__}")
 
 
 def confusion(name: str, picture: Confusion) -> Plot:
     """Rows are true classes: each cell is the share of its row, with the counts where there is room."""
-    counts = np.nan_to_num(_array(picture.matrix).astype(np.float64))
+    counts = np.nan_to_num(as_array(picture.matrix).astype(np.float64))
     k = len(picture.classes)
     if counts.shape != (k, k) or k == 0:
         raise ValueError(f"a confusion matrix has shape (k, k) for k class names; got {counts.shape} and {k} names")
@@ -91,7 +94,7 @@ def _mistaken(counts: np.ndarray, classes: Sequence[str], most: int = 5) -> str:
 
 def embeddings(name: str, picture: Embeddings) -> Plot:
     """Features in two dimensions: PCA, then t-SNE; classes differ in colour and marker."""
-    features, labels = _array(picture.features).astype(np.float32), _array(picture.labels).astype(np.int64)
+    features, labels = as_array(picture.features).astype(np.float32), as_array(picture.labels).astype(np.int64)
     if features.ndim != 2 or labels.shape != features.shape[:1]:
         raise ValueError(f"features are (n, d) and labels (n,); got {features.shape} and {labels.shape}")
     whole = np.isfinite(features).all(1)
@@ -175,7 +178,7 @@ def _sample(labels: np.ndarray, most: int) -> np.ndarray:
 
 def attention(name: str, picture: Attention) -> Plot:
     """Each image above its attention map, which lies over the image's own grey."""
-    images, maps = _array(picture.images).astype(np.float32), _array(picture.maps).astype(np.float32)
+    images, maps = as_array(picture.images).astype(np.float32), as_array(picture.maps).astype(np.float32)
     if images.ndim != 4 or maps.ndim != 3 or not len(images) == len(maps) == len(picture.captions) > 0:
         raise ValueError(
             f"images are (n, c, h, w), maps (n, h, w) and captions n texts; "
@@ -211,11 +214,3 @@ def attention(name: str, picture: Attention) -> Plot:
     left_out = f" {count} of {len(images)} are shown." if count < len(images) else ""
     alt = f"{count} images with their attention maps: {', '.join(map(str, picture.captions[:count]))}."
     return Plot(name, pretty(name), figure, alt, f"Above the image, below its attention map.{left_out}", wide=True)
-
-
-def _array(value: Any) -> np.ndarray:
-    """A tensor of any device and precision, or anything array-like, as an array."""
-    if hasattr(value, "detach"):
-        value = value.detach().cpu()
-        value = value.float() if value.is_floating_point() else value
-    return np.asarray(value)

@@ -20,6 +20,7 @@ from matplotlib.ticker import MaxNLocator
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6a3d9a", "#7f7f7f")
 """Okabe and Ito's colours, which people with any kind of colour vision tell apart, in an order for white."""
+DPI = 150
 INK, MUTED, GRID = "#1f2430", "#667085", "#e6e8ec"
 HALO = [withStroke(linewidth=2.5, foreground="white")]
 SETTINGS: dict[Any, Any] = {
@@ -100,7 +101,7 @@ def legend_below(axes: Axes, handles: Sequence[Artist], labels: Sequence[str], c
     )
 
 
-def png(figure: Figure, dpi: int = 150) -> bytes:
+def png(figure: Figure, dpi: int = DPI) -> bytes:
     """The figure as the bytes of a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, facecolor="white")
@@ -109,12 +110,22 @@ def png(figure: Figure, dpi: int = 150) -> bytes:
 
 def drawable(text: str, limit: int = 60) -> str:
     """The text as matplotlib can draw it: one line, not too long, no formulas, unknown glyphs as □."""
-    text = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+    text = one_line(text)
     if len(text) > limit:  # the end tells apart as often as the beginning
         tail = limit // 3
         text = f"{text[: limit - tail - 1].rstrip()}…{text[-tail:].lstrip()}"
-    text = "".join(letter if _has_glyph(letter) else "□" for letter in text).replace("$", r"\$")
+    text = glyphs(text).replace("$", r"\$")
     return f"\u200a{text}" if text.startswith("_") else text  # a legend leaves out what begins with an underscore
+
+
+def one_line(text: str) -> str:
+    """The text with a space for whatever breaks a line or cannot be printed."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+
+
+def glyphs(text: str) -> str:
+    """The text with □ for every letter that the font lacks."""
+    return "".join(letter if _has_glyph(letter) else "□" for letter in text)
 
 
 def class_labels(classes: Sequence[str], limit: int = 20) -> list[str]:

@@ -1,0 +1,150 @@
+"""timm's models behind vitkit's contract of a backbone."""
+
+from dataclasses import replace
+from typing import Any
+
+import timm
+from torch import Tensor, nn
+
+from vitkit.data import ImageDataset, Preparation
+from vitkit.errors import UnknownNameError, UsageError, VitkitError, nearest
+from vitkit.registry import Spec
+
+
+class TimmBackbone(nn.Module):
+    """Any model of timm, `model`, without its classifier: images `(b c h w)` → tokens `(b n d)`.
+
+    A transformer's tokens come as they are, class and register tokens in front; a convolutional network's last feature map
+    is flattened in row-major order. `encode_image` gives timm's own pooled features `(b d)`, or the mean over tokens where
+    its head would widen them first (as MobileNetV3's does; those layers then stay unused).
+
+    - `model`: a name of `timm.list_models()`, with a tag for certain weights, such as "vit_tiny_patch16_224.augreg_in21k".
+    - `pretrained`: load the weights that timm publishes, from the Hugging Face Hub or its cache.
+    - `img_size`: pixels, where the model is built for a size (None: its own); convolutional networks take any.
+    - `in_chans`: channels; pretrained filters are summed or repeated to fit.
+    - further arguments go to timm's `create_model`.
+
+    `preparation` is how the weights expect images to be sized and normalised. A Spec never asks for pretrained weights: a
+    saved model holds its own, and loading it must not download. Raises `UnknownNameError` for a model that timm does not
+    have, `UsageError` for arguments that it does not take and for images of another shape, `VitkitError` for weights that
+    cannot be had.
+    """
+
+    def __init__(
+        self, model: str, *, pretrained: bool = False, img_size: int | None = None, in_chans: int = 3, **arguments: Any
+    ) -> None:
+        super().__init__()
+        _check_name(model)
+        self.model = _create(model, pretrained, img_size, {**arguments, "in_chans": in_chans, "num_classes": 0})
+        config = self.model.pretrained_cfg or {}
+        _, height, width = config.get("input_size") or (3, 224, 224)
+        size = (height, width) if img_size is None else (img_size, img_size)
+        self.img_size: tuple[int, int] = size
+        self.in_chans = in_chans
+        self.embed_dim: int = self.model.num_features
+        self.widens: bool = getattr(self.model, "head_hidden_size", None) not in (None, self.embed_dim)
+        mean, std = (_fitted(config.get(name) or default, in_chans) for name, default in _MOMENTS.items())
+        self.preparation = Preparation((in_chans, *size), mean, std, "resize")
+
+    @staticmethod
+    def vitkit_example(samples: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        return {"model": "test_vit", "img_size": 32}, {}
+
+    @property
+    def spec(self) -> Spec | None:
+        """What builds it again, without its pretrained weights."""
+        return getattr(self, "_spec", None)
+
+    @spec.setter
+    def spec(self, spec: Spec) -> None:
+        self._spec = replace(spec, kwargs={key: value for key, value in spec.kwargs.items() if key != "pretrained"})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images `(b c h w)` → tokens `(b n d)`."""
+        return self._tokens(self._features(x))
+
+    def encode_image(self, x: Tensor) -> Tensor:
+        """Images `(b c h w)` → pooled features `(b d)`."""
+        features = self._features(x)
+        if self.widens:
+            return self._tokens(features).mean(dim=1)
+        return self.model.forward_head(features, pre_logits=True).float()
+
+    def _features(self, x: Tensor) -> Any:
+        if x.ndim != 4 or x.shape[1] != self.in_chans:
+            raise UsageError(
+                f"images are {tuple(x.shape)}, expected (batch, {self.in_chans}, height, width); build the backbone with "
+                f"their in_chans"
+            )
+        try:
+            return self.model.forward_features(x)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise UsageError(
+                f"timm's {type(self.model).__name__} does not take images {tuple(x.shape)}: {error}; it was built for "
+                f"{self.img_size[0]}×{self.img_size[1]} pixels, img_size builds it for another size"
+            ) from error
+
+    def _tokens(self, features: Any) -> Tensor:
+        if not isinstance(features, Tensor) or not 2 <= features.ndim <= 4:
+            raise UsageError(f"timm's {type(self.model).__name__} gives {type(features).__name__}, no tokens or feature map")
+        if features.ndim == 2:
+            features = features[:, None]  # (b d) → (b 1 d)
+        elif features.ndim == 4 and getattr(self.model, "output_fmt", "NCHW") == "NHWC":
+            features = features.flatten(1, 2)  # (b h w d) → (b n d)
+        elif features.ndim == 4:
+            features = features.flatten(2).mT  # (b d h w) → (b n d)
+        return features.float()
+
+
+_MOMENTS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+def prepared(dataset: ImageDataset, backbone: TimmBackbone) -> ImageDataset:
+    """The dataset with images sized and normalised as the backbone's weights expect.
+
+    Raises `UsageError` where their numbers of channels differ.
+    """
+    if dataset.shape[0] != backbone.in_chans:
+        raise UsageError(
+            f"{dataset.name} has {dataset.shape[0]} channels, the backbone takes {backbone.in_chans}; build it with "
+            f"in_chans={dataset.shape[0]}"
+        )
+    splits = (replace(split, prepare=backbone.preparation) for split in (dataset.train, dataset.test))
+    train, test = splits
+    return replace(dataset, train=train, test=test)
+
+
+def _check_name(model: str) -> None:
+    name = model.partition(".")[0]
+    if not timm.is_model(name):
+        known = timm.list_models()
+        raise UnknownNameError(
+            f"timm {timm.__version__} has no model named {name!r}{nearest(name, known) or ';'} it has {len(known):,}; "
+            f"timm.list_models('*{name[:6]}*') lists those with these letters"
+        )
+
+
+def _create(model: str, pretrained: bool, img_size: int | None, arguments: dict[str, Any]) -> Any:
+    sized = arguments if img_size is None else {**arguments, "img_size": img_size}
+    try:
+        return timm.create_model(model, pretrained=pretrained, **sized)
+    except TypeError as error:
+        if img_size is not None and "img_size" in str(error):  # a model that takes images of any size
+            return _create(model, pretrained, None, arguments)
+        raise UsageError(f"timm cannot build {model!r}: {error}; timm.create_model says what it takes") from error
+    except Exception as error:
+        if pretrained:
+            raise VitkitError(
+                f"the pretrained weights of timm's {model!r} cannot be had: {type(error).__name__}: {error}; they come from "
+                f"huggingface.co/timm: check the network, or download them elsewhere (`hf download timm/{model}`) and let "
+                f"HF_HOME name that cache, or leave pretrained out for random weights"
+            ) from error
+        raise UsageError(f"timm cannot build {model!r}: {type(error).__name__}: {error}") from error
+
+
+def _fitted(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """Three channels' moments for another number of channels: their mean for each."""
+    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
+
+
+__all__ = ["TimmBackbone", "prepared"]

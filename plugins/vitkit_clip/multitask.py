@@ -1,0 +1,64 @@
+"""A contrastive loss beside the classification of each half."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitkit import losses
+from vitkit.distributed import all_reduce_sum
+from vitkit.errors import UsageError
+
+
+class PairMultiTask(nn.Module):
+    """L_contrastive + `weight`·L_classes: the registered loss `contrastive`, and the mean cross entropy of both halves.
+
+    Call: image and text embeddings `(n d)`, labels `(n,)`, logits of halves `(n 2 k)` and their classes `(n 2)` → the parts
+    of the contrastive loss and "classification", in nats, with `label_smoothing`. `arguments` are the contrastive loss's
+    own. With `weight` = 0 it is that loss.
+
+    Ranks: both are those of all ranks' samples. Raises `UsageError` for a negative weight, a smoothing outside [0, 1), and
+    logits and classes that do not fit.
+    """
+
+    def __init__(
+        self,
+        contrastive: str = "info_nce",
+        weight: float = 1.0,
+        label_smoothing: float = 0.0,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0.0 <= weight < float("inf") or not 0.0 <= label_smoothing < 1.0:
+            raise UsageError(
+                f"weight is {weight} and label_smoothing {label_smoothing}; expected a weight >= 0 and a smoothing in [0, 1)"
+            )
+        self.weight, self.label_smoothing = weight, label_smoothing
+        self.contrastive = losses.build(contrastive, **(arguments or {}))
+
+    @staticmethod
+    def vitkit_example(samples: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        image, text = torch.randn(2, samples, 8).unbind()
+        logits, classes = torch.randn(samples, 2, 3), torch.randint(0, 3, (samples, 2))
+        labels = torch.arange(samples) % 5
+        return {}, {"image": image, "text": text, "labels": labels, "logits": logits, "classes": classes}
+
+    def forward(
+        self, image: Tensor, text: Tensor, labels: Tensor | None, logits: Tensor, classes: Tensor
+    ) -> dict[str, Tensor]:
+        if logits.ndim != 3 or logits.shape[:2] != (len(image), 2) or classes.shape != logits.shape[:2]:
+            raise UsageError(
+                f"logits are {tuple(logits.shape)} and classes {tuple(classes.shape)} of {len(image)} pairs; expected "
+                f"({len(image)}, 2, k) and ({len(image)}, 2)"
+            )
+        parts = dict(self.contrastive(image, text, labels=labels))
+        with torch.autocast(image.device.type, enabled=False):
+            total = F.cross_entropy(
+                logits.float().flatten(0, 1), classes.flatten(), label_smoothing=self.label_smoothing, reduction="sum"
+            )
+            count = all_reduce_sum(torch.tensor(float(classes.numel()), device=total.device))
+            parts["classification"] = all_reduce_sum(total) / count.clamp(min=1)
+        parts["loss"] = parts["loss"] + self.weight * parts["classification"]
+        return parts

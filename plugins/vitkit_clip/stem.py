@@ -1,0 +1,87 @@
+"""A residual convolutional stem: what turns the pixels of one half into tokens of several scales."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from vitkit.errors import UsageError
+
+EPS = 1e-6
+
+
+class ResidualStem(nn.Module):
+    """Images `(b c h w)` → one map `(b h_i w_i widths[i])` a stage, channels last; each stage halves both sides.
+
+    The first stage folds 2×2 pixels into channels before its 3×3 convolution, the others begin with a 3×3 convolution of
+    stride 2; `depth` residual blocks of two 3×3 convolutions follow, each convolution behind a layer norm over channels and
+    GELU (He et al., arXiv 1603.05027). Norms look at one position alone, so that a batch may be cut anywhere.
+
+    Weights are drawn by Kaiming's rule, the last convolution of a block starts at zero. Raises `UsageError` for no stage, a
+    width or depth that cannot be.
+    """
+
+    def __init__(self, in_chans: int, widths: Sequence[int], depth: int = 1) -> None:
+        super().__init__()
+        if not widths or min(widths) < 1 or depth < 0:
+            raise UsageError(
+                f"stem widths are {list(widths)} and its depth {depth}; expected positive widths, a depth >= 0"
+            )
+        self.stride = 2 ** len(widths)
+        self.entry = _conv(4 * in_chans, widths[0])
+        self.downs = nn.ModuleList(_Down(narrow, wide) for narrow, wide in pairwise(widths))
+        self.stages = nn.ModuleList(nn.Sequential(*(_Residual(width) for _ in range(depth))) for width in widths)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        # As F.pixel_unshuffle, which leaves the channels of an empty batch as they are.
+        folded = rearrange(images, "b c (h p) (w q) -> b h w (c p q)", p=2, q=2)
+        x = self.entry(folded.permute(0, 3, 1, 2))
+        maps = []
+        for number, stage in enumerate(self.stages):
+            x = stage(x if number == 0 else self.downs[number - 1](x))
+            maps.append(x.permute(0, 2, 3, 1))
+        return maps
+
+
+class _Norm(nn.LayerNorm):
+    """Layer norm over the channels of `(b c h w)` that lie side by side in memory, then GELU; in the given dtype."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=EPS)
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = input.permute(0, 2, 3, 1)
+        return F.gelu(F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)).permute(0, 3, 1, 2)
+
+
+class _Down(nn.Module):
+    """A norm and a convolution of stride 2."""
+
+    def __init__(self, narrow: int, wide: int) -> None:
+        super().__init__()
+        self.norm = _Norm(narrow)
+        self.conv = _conv(narrow, wide, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.norm(x))
+
+
+class _Residual(nn.Module):
+    """x + conv(norm(conv(norm(x))))."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = _Norm(width), _conv(width, width)
+        self.norm2, self.conv2 = _Norm(width), _conv(width, width)
+        nn.init.zeros_(self.conv2.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(self.norm2(self.conv1(self.norm1(x))))
+
+
+def _conv(narrow: int, wide: int, stride: int = 1) -> nn.Conv2d:
+    conv = nn.Conv2d(narrow, wide, kernel_size=3, stride=stride, padding=1, bias=False)
+    nn.init.kaiming_normal_(conv.weight)
+    return conv

@@ -1,0 +1,155 @@
+"""`vitkit sample`, `vitkit interpolate` and `vitkit reconstruct`: PNG grids that a saved decoder makes."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from vitkit.errors import UsageError, nearest
+
+if TYPE_CHECKING:
+    from vitkit.checkpoint import Model
+    from vitkit.contracts import Sheet
+    from vitkit.data import ImageDataset
+
+MOST_IMAGES = 1_024
+out = Console(highlight=False, soft_wrap=True)
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="a directory that a run saved a decoder into")]
+DatasetOption = Annotated[str | None, typer.Option(help="another dataset than the run's own, adapted to the model")]
+SeedOption = Annotated[int, typer.Option(help="the same seed makes the same file")]
+
+
+def sample(
+    run: RunArgument,
+    count: Annotated[int, typer.Option(help="images to make")] = 64,
+    seed: SeedOption = 0,
+    name: Annotated[str | None, typer.Option("--class", help="all of one class, with a conditional decoder")] = None,
+    fitted: Annotated[
+        bool, typer.Option("--fitted", help="latents from the Gaussian that training images' follow, not from N(0, I)")
+    ] = False,
+    path: Annotated[Path, typer.Option("--out", "-o", help="the PNG file to write")] = Path("samples.png"),
+) -> None:
+    """Make images from random latents: a grid of samples; of a conditional decoder, a column for each class."""
+    _check_output(path)
+    _check_count(count)
+    from vitkit_vae.generate import classes_of, decoder_of, fit_gaussian, sample_sheet
+
+    model = _load(run)
+    label = None
+    if name is not None:
+        if classes_of(decoder_of(model)) is None:
+            raise UsageError(
+                f"--class {name}: the decoder in {run} was trained without classes; leave --class out, or train one with "
+                f"num_classes"
+            )
+        label = _class(name, model.classes)
+    decoder_of(model)
+    prior = fit_gaussian(model, _dataset(model, run, None).train, seed=seed) if fitted else None
+    sheet = sample_sheet(model, count, seed=seed, label=label, classes=model.classes, prior=prior)
+    said = f"{count} samples{'' if name is None else f' of {name}'}, seed {seed}"
+    _write(path, sheet, said + (", latents as training images have them" if fitted else ""))
+
+
+def interpolate(
+    run: RunArgument,
+    first: Annotated[str, typer.Argument(metavar="FROM", help="a test image's number, or a class")],
+    second: Annotated[str, typer.Argument(metavar="TO", help="a test image's number, or a class")],
+    steps: Annotated[int, typer.Option(help="images to decode, both ends included")] = 8,
+    classes: Annotated[bool, typer.Option("--classes", help="FROM and TO are classes, also where they are numbers")] = False,
+    dataset: DatasetOption = None,
+    path: Annotated[Path, typer.Option("--out", "-o", help="the PNG file to write")] = Path("interpolation.png"),
+) -> None:
+    """Decode the way between two test images, or between the mean latents of two classes."""
+    _check_output(path)
+    if not 2 <= steps <= MOST_IMAGES:
+        raise UsageError(f"--steps {steps}: expected 2 to {MOST_IMAGES:,} images, both ends included")
+    from vitkit_vae.generate import class_end, decoder_of, image_end, interpolation_sheet
+
+    model = _load(run)
+    decoder_of(model)
+    data = _dataset(model, run, dataset)
+    ends = []
+    for given in (first, second):
+        if given.lstrip("-").isdecimal() and not classes:
+            end = image_end(model, data.test, int(given), data.classes)
+        else:
+            end = class_end(model, data.test, data.classes[_class(given, data.classes)], data.classes)
+        ends.append(end if data.classes == model.classes else replace(end, label=None))
+    sheet = interpolation_sheet(model, [(ends[0], ends[1])], steps=steps, classes=model.classes)
+    _write(path, sheet, f"{steps} steps from {ends[0].caption} to {ends[1].caption}, {data.name}")
+
+
+def reconstruct(
+    run: RunArgument,
+    dataset: DatasetOption = None,
+    count: Annotated[int, typer.Option(help="test images, the classes as evenly as they can be had")] = 16,
+    seed: SeedOption = 0,
+    path: Annotated[Path, typer.Option("--out", "-o", help="the PNG file to write")] = Path("reconstructions.png"),
+) -> None:
+    """Encode test images and decode them again: originals above reconstructions, each with its error."""
+    _check_output(path)
+    _check_count(count)
+    from vitkit_vae.generate import decoder_of, reconstructions
+
+    model = _load(run)
+    decoder_of(model)
+    data = _dataset(model, run, dataset)
+    labelled = data.classes == model.classes
+    sheet, error = reconstructions(model, data.test, data.classes, count=count, seed=seed, labelled=labelled)
+    shown = min(count, len(data.test))
+    _write(path, sheet, f"{shown} test images of {data.name}, seed {seed}, mean squared error {error:.4f}")
+
+
+def _load(run: str) -> "Model":
+    import vitkit
+
+    return vitkit.load(run)
+
+
+def _dataset(model: "Model", run: str, name: str | None) -> "ImageDataset":
+    """The run's own dataset, or another one as the model takes it."""
+    from vitkit import data
+    from vitkit.batches import Preparation
+    from vitkit_eval import adapted
+
+    own: Any = model.config.get("dataset")
+    if name is None and not isinstance(own, str):
+        raise UsageError(f"{run} does not say what dataset it was trained on; name one with --dataset")
+    if not model.preprocessing:
+        raise UsageError(f"the model in {run} was saved without preprocessing, so no dataset can be shown to it")
+    found = data.build(own if name is None else name)
+    prepare = Preparation.from_json(model.preprocessing)
+    try:
+        train, test = adapted(found.train, prepare), adapted(found.test, prepare)
+    except UsageError as error:
+        raise UsageError(f"{found.name} cannot be shown to the model in {run}: {error}") from None
+    if name not in (None, own) and found.shape != prepare.shape:
+        given, taken = ("×".join(map(str, shape)) for shape in (found.shape, prepare.shape))
+        out.print(f"images of {found.name} are {given} (channels, height, width), shown to the model as {taken}")
+    return replace(found, train=train, test=test)
+
+
+def _class(name: str, classes: list[str]) -> int:
+    if name not in classes:
+        raise UsageError(f"there is no class {name!r}{nearest(name, classes) or ';'} classes: {', '.join(classes[:40])}")
+    return classes.index(name)
+
+
+def _check_count(count: int) -> None:
+    if not 1 <= count <= MOST_IMAGES:
+        raise UsageError(f"--count {count}: expected 1 to {MOST_IMAGES:,} images")
+
+
+def _check_output(path: Path) -> None:
+    """Refused before any work is done."""
+    if path.suffix.lower() != ".png":
+        raise UsageError(f"--out {path}: a PNG is written; give a name that ends in .png")
+
+
+def _write(path: Path, sheet: "Sheet", said: str) -> None:
+    from vitkit.report import write_sheet
+
+    write_sheet(path, sheet)
+    out.print(f"{path}: {said}", markup=False)

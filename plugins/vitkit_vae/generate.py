@@ -1,0 +1,320 @@
+"""Images that a decoder makes: samples, reconstructions and interpolations, as tensors and as pictures of a report."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitkit.batches import ImageSplit
+from vitkit.contracts import Attention, Embeddings, Picture, Sheet
+from vitkit.errors import UsageError
+from vitkit_eval import evaluating, extract_features
+
+DECODED = 256
+"""So many images are decoded at once."""
+AVERAGED = 1_000
+"""A class's latent is the mean over so many of its images at most."""
+FITTED = 2_000
+"""A Gaussian is fitted to the latents of so many images at most."""
+SHOWN = 2_000
+"""Test embeddings handed to the report's map: more make its picture no clearer."""
+
+
+def encoder_of(model: Any) -> Any:
+    """A model's `backbone`; `UsageError` where it has no latents."""
+    backbone = getattr(model, "backbone", None)
+    if not hasattr(backbone, "encode_latent"):
+        raise UsageError(
+            f"this model's backbone ({type(backbone).__name__}) offers no encode_latent(images); "
+            f"use 'vae_encoder', saved as backbone together with its decoder"
+        )
+    return backbone
+
+
+def decoder_of(model: Any) -> Any:
+    """A model's `decoder`; `UsageError` where it has none."""
+    decoder = getattr(model, "decoder", None)
+    if decoder is None:
+        held = ", ".join(name for name, _ in model.named_children()) if isinstance(model, nn.Module) else ""
+        raise UsageError(
+            f"this model has no decoder that could make images (it holds {held or 'no modules'}); "
+            f"take a run whose recipe saves one with run.save(decoder=...), such as recipes/vae_mnist.py"
+        )
+    return decoder
+
+
+def classes_of(decoder: Any) -> int | None:
+    """How many classes a conditional decoder knows; None for one that takes no labels."""
+    found: int | None = getattr(decoder, "num_classes", None)
+    return found
+
+
+def posterior(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    """μ and log σ², each float32 `(n z)`, of normalised images `(n c h w)`."""
+    backbone = encoder_of(model)
+    with evaluating(model):
+        mu, log_var = backbone.encode_latent(images)
+    return mu.float().clone(), log_var.float().clone()  # clones are no inference tensors
+
+
+def encode(model: Any, images: Tensor) -> Tensor:
+    """The latent means μ float32 `(n z)` of normalised images `(n c h w)`."""
+    return posterior(model, images)[0]
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """N(m, L·Lᵀ) over latents: `mean` m `(z,)` and `factor` L `(z z)`."""
+
+    mean: Tensor
+    factor: Tensor
+
+
+def fit_gaussian(model: Any, split: ImageSplit, *, seed: int = 0) -> Gaussian:
+    """The Gaussian that latents of a split's images really follow: their mean, and Cov(μ) + diag(mean σ²).
+
+    Where the KL divergence weighs little, latents are far from N(0, I), and what is drawn from that looks like no image
+    (ex-post density estimation of Ghosh et al., arXiv 1903.12436, with one Gaussian). Of up to 2,000 images, the classes
+    as evenly as they can be had, chosen by `seed`.
+    """
+    chosen = split.take(FITTED, seed=seed)
+    parts = [posterior(model, _shown(model, chosen, some)[1]) for some in torch.arange(len(chosen)).split(DECODED)]
+    mu, log_var = (torch.cat(part).cpu().double() for part in zip(*parts, strict=True))
+    centred = mu - mu.mean(dim=0)
+    covariance = centred.T @ centred / len(mu) + log_var.exp().mean(dim=0).diag()
+    return Gaussian(mu.mean(dim=0).float(), torch.linalg.cholesky(covariance).float())
+
+
+def decode(model: Any, latents: Tensor, labels: Tensor | None = None) -> Tensor:
+    """Latents `(n z)` → images float32 `(n c h w)` in [0, 1]; a conditional decoder takes labels int64 `(n,)`.
+
+    Raises `UsageError` for labels given to a decoder without classes, and for latents of another width.
+    """
+    decoder, backbone = decoder_of(model), encoder_of(model)
+    if labels is not None and classes_of(decoder) is None:
+        raise UsageError("this decoder was trained without classes and takes no labels; leave the class out")
+    if latents.ndim != 2 or latents.shape[1] != backbone.latent_dim:
+        raise UsageError(f"latents are {tuple(latents.shape)}; this model takes (n, {backbone.latent_dim})")
+    chunks = latents.split(DECODED)
+    own: Sequence[Tensor | None] = [None] * len(chunks) if labels is None else labels.split(DECODED)
+    with evaluating(model):
+        made = [decoder(z) if of is None else decoder(z, of) for z, of in zip(chunks, own, strict=True)]
+    return torch.cat([images.float() for images in made]).clone()
+
+
+def reconstruct(model: Any, images: Tensor, labels: Tensor | None = None) -> Tensor:
+    """Normalised images `(n c h w)` → their reconstructions D(μ(x)) in [0, 1], of the same shape.
+
+    Labels int64 `(n,)` go to a conditional decoder; another one does without. Raises `UsageError` for images of another
+    size or number of channels than the model's.
+    """
+    conditional = classes_of(decoder_of(model)) is not None
+    found = decode(model, encode(model, images), labels if conditional else None)
+    if found.shape != images.shape:
+        wanted = ", ".join(map(str, found.shape[1:]))
+        raise UsageError(f"images are {tuple(images.shape)}; this model takes and makes (n, {wanted})")
+    return found
+
+
+def sample(
+    model: Any, count: int, *, seed: int = 0, labels: Tensor | None = None, prior: Gaussian | None = None
+) -> Tensor:
+    """Images `(count c h w)` in [0, 1] decoded from z ~ N(0, I), or from another `prior`; the same for the same seed."""
+    if count < 1:
+        raise UsageError(f"count is {count}; expected at least 1 image")
+    decoder_of(model)
+    backbone = encoder_of(model)
+    z = torch.randn(count, backbone.latent_dim, generator=torch.Generator().manual_seed(seed))
+    if prior is not None:
+        z = prior.mean + z @ prior.factor.T
+    device = next(model.parameters()).device
+    return decode(model, z.to(device), None if labels is None else labels.to(device))
+
+
+def path(first: Tensor, second: Tensor, steps: int) -> Tensor:
+    """Latents `(steps z)` on the straight line from `first` to `second` `(z,)`, both included."""
+    if steps < 2:
+        raise UsageError(f"steps is {steps}; expected at least 2, the two ends")
+    return torch.lerp(first, second, torch.linspace(0, 1, steps, device=first.device)[:, None])
+
+
+@dataclass(frozen=True)
+class End:
+    """Where an interpolation begins or ends: a latent `(z,)`, and for an image its pixels `(c h w)` in [0, 1]."""
+
+    latent: Tensor
+    caption: str
+    label: int | None = None
+    pixels: Tensor | None = None
+
+
+def image_end(model: Any, split: ImageSplit, index: int, classes: Sequence[str]) -> End:
+    """The latent mean of one image; `UsageError` for an index that there is no image for."""
+    if not 0 <= index < len(split):
+        raise UsageError(f"there is no test image {index}; they count from 0 to {len(split) - 1}")
+    pixels, images, labels = _shown(model, split, torch.tensor([index]))
+    label = int(labels[0])
+    return End(encode(model, images)[0], f"{classes[label]} (#{index})", label, pixels[0])
+
+
+def class_end(model: Any, split: ImageSplit, name: str, classes: Sequence[str]) -> End:
+    """The mean over the latent means of a class's images; `UsageError` for a class that has none."""
+    label = list(classes).index(name)
+    own = (split.labels == label).nonzero()[:AVERAGED, 0]
+    if not len(own):
+        raise UsageError(f"there is no test image of {name!r} whose latent could be taken")
+    latents = [encode(model, _shown(model, split, some)[1]) for some in own.split(DECODED)]
+    return End(torch.cat(latents).mean(dim=0), name, label)
+
+
+def interpolation_sheet(
+    model: Any, ends: Sequence[tuple[End, End]], *, steps: int = 8, classes: Sequence[str] = ()
+) -> Sheet:
+    """A row for each pair of ends: decoded latents between them, with the images that they come from at either side.
+
+    A conditional decoder decodes each row twice where the ends differ in class: as the first end's class and as the
+    second's. Ends without a label are decoded without one.
+    """
+    conditional = classes_of(decoder_of(model)) is not None
+    images, captions, columns = [], [], 0
+    for first, second in ends:
+        latents = path(first.latent, second.latent, steps)
+        rows = list(dict.fromkeys((first.label, second.label))) if conditional else [None]
+        for label in rows:
+            labels = None if label is None else torch.full((steps,), label, device=latents.device)
+            decoded = decode(model, latents, labels)
+            suffix = "" if label is None else f"\nas {classes[label]}"
+            row = [(decoded[step], f"{step / (steps - 1):.2f}{suffix}") for step in range(steps)]
+            if first.pixels is not None:
+                row.insert(0, (first.pixels, first.caption))
+            else:
+                row[0] = (row[0][0], f"{first.caption}{suffix}")
+            if second.pixels is not None:
+                row.append((second.pixels, second.caption))
+            else:
+                row[-1] = (row[-1][0], f"{second.caption}{suffix}")
+            columns = len(row)
+            images += [one for one, _ in row]
+            captions += [text for _, text in row]
+    return Sheet(torch.stack(images).cpu().numpy(), captions, columns)
+
+
+def sample_sheet(
+    model: Any,
+    count: int = 64,
+    *,
+    seed: int = 0,
+    label: int | None = None,
+    classes: Sequence[str] = (),
+    prior: Gaussian | None = None,
+) -> Sheet:
+    """Samples in rows; of a conditional decoder all of one class, or a column for each class."""
+    known = classes_of(decoder_of(model))
+    labels, captions, columns = None, [], max(8, round(count**0.5))
+    if label is not None:
+        labels = torch.full((count,), label)
+    elif known is not None:
+        labels = torch.arange(count) % known
+        named = len(classes) == known
+        captions = [str(classes[int(one)]) if named else f"class {int(one)}" for one in labels]
+        columns = known if known <= 16 else columns
+    return Sheet(sample(model, count, seed=seed, labels=labels, prior=prior).cpu().numpy(), captions, columns)
+
+
+def reconstruction_sheet(pixels: Tensor, found: Tensor, captions: Sequence[str], *, columns: int = 8) -> Sheet:
+    """Originals above reconstructions, both `(n c h w)` in [0, 1], each of those with its mean squared error."""
+    errors = (pixels - found).square().flatten(1).mean(dim=1)
+    blank = torch.ones_like(pixels[0])
+    images, texts = [], []
+    columns = min(columns, len(pixels))
+    for start in range(0, len(pixels), columns):
+        rows = slice(start, start + columns)
+        empty = columns - len(pixels[rows])
+        for part, said in (
+            (pixels[rows], list(captions[rows])),
+            (found[rows], [f"MSE {float(error):.4f}" for error in errors[rows]]),
+        ):
+            images += [*part, *[blank] * empty]
+            texts += [*said, *[""] * empty]
+    return Sheet(torch.stack(images).cpu().numpy(), texts, columns)
+
+
+def reconstructions(
+    model: Any, split: ImageSplit, classes: Sequence[str], *, count: int = 16, seed: int = 0, labelled: bool = True
+) -> tuple[Sheet, float]:
+    """A sheet of `count` images, the classes as evenly as they can be had, chosen by `seed`, and their mean squared error.
+
+    `labelled` says whether the split's labels are the model's classes, so that a conditional decoder may have them.
+    """
+    chosen = split.take(count, seed=seed)
+    pixels, images, labels = _shown(model, chosen, torch.arange(len(chosen)))
+    found = reconstruct(model, images, labels if labelled else None)
+    sheet = reconstruction_sheet(pixels, found, [str(classes[int(label)]) for label in labels])
+    return sheet, float((pixels - found).square().mean())
+
+
+def attention_picture(model: Any, split: ImageSplit, classes: Sequence[str], *, count: int = 16, seed: int = 0) -> Attention:
+    """What the last block of the backbone's `vit` attends to, the mean over its heads.
+
+    With a CLS token its attention to each patch, else what each patch is given by the others, the mean over them; each
+    map is scaled so that its highest value is 1.
+    """
+    vit = model.backbone.vit
+    chosen = split.take(count, seed=seed)
+    pixels, images, labels = _shown(model, chosen, torch.arange(len(chosen)))
+    with evaluating(model):
+        weights = vit.attention_maps(images)[:, -1].float().mean(dim=1)  # (b n n)
+        patches = slice(vit.num_prefix_tokens, vit.num_prefix_tokens + vit.num_patches)
+        queries = slice(0, 1) if vit.cls_token is not None else patches
+        maps = weights[:, queries, patches].mean(dim=1).unflatten(1, vit.grid_size)  # (b h w)
+        maps = maps / maps.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
+    return Attention(pixels.cpu().numpy(), maps.cpu().numpy(), [str(classes[int(label)]) for label in labels])
+
+
+def pictures(model: Any, dataset: Any, *, seed: int = 0) -> dict[str, Picture]:
+    """Pictures for a report, of test images chosen by `seed`, by the names that it shows them under.
+
+        for name, picture in pictures(model, data, seed=run.seed).items():
+            run.picture(name, picture)
+
+    A map of the embeddings; with a `vit` in the backbone its attention; with a decoder samples from N(0, I) and from the
+    Gaussian that latents of training images follow, reconstructions, and interpolations between images of different
+    classes. Every rank has to call it.
+    """
+    classes, test = dataset.classes, dataset.test
+    shown = extract_features(model, test.take(SHOWN, seed=seed))
+    found: dict[str, Picture] = {
+        "embeddings": Embeddings(shown.features.cpu().numpy(), shown.labels.cpu().numpy(), classes)
+    }
+    if hasattr(getattr(model, "backbone", None), "vit"):
+        found["attention"] = attention_picture(model, test, classes, seed=seed)
+    if getattr(model, "decoder", None) is not None:
+        found["samples"] = sample_sheet(model, seed=seed, classes=classes)
+        prior = fit_gaussian(model, dataset.train, seed=seed)
+        found["samples_fitted"] = sample_sheet(model, seed=seed, classes=classes, prior=prior)
+        found["reconstructions"], _ = reconstructions(model, test, classes, seed=seed)
+        found["interpolations"] = interpolation_sheet(model, _pairs(model, test, classes, seed), classes=classes)
+    return found
+
+
+def _pairs(model: Any, split: ImageSplit, classes: Sequence[str], seed: int, most: int = 4) -> list[tuple[End, End]]:
+    """Up to so many pairs of images, of two classes each where there are two."""
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))[:200]
+    by_class: dict[int, list[int]] = {}
+    for index in order.tolist():
+        by_class.setdefault(int(split.labels[index]), []).append(index)
+    turns = zip_longest(*by_class.values())
+    picked = [index for turn in turns for index in turn if index is not None][: 2 * most]
+    ends = [image_end(model, split, index, classes) for index in picked]
+    return list(zip(ends[0::2], ends[1::2], strict=False))  # an odd one is left over
+
+
+def _shown(model: Any, split: ImageSplit, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pixels `(n c h w)` in [0, 1] on the model's device, the same normalised, and labels `(n,)`."""
+    device = next(model.parameters()).device
+    chosen = split.subset(indices)
+    pixels = split.prepare.pixels(chosen.images.to(device))
+    return pixels, split.prepare.normalise(pixels), chosen.labels.to(device)

@@ -1,0 +1,158 @@
+"""The multi-task variational autoencoder: embed, classify, reconstruct."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitkit.contracts import HIDDEN
+from vitkit.distributed import all_reduce_sum, rank
+from vitkit.errors import UsageError
+from vitkit_vae.elbo import KLLoss, ReconstructionLoss
+from vitkit_vae.encoder import sample_latent
+from vitkit_vae.triplet import TripletLoss
+from vitkit_vae.weighting import MultiTaskLoss
+
+
+class MultiTaskVAE(nn.Module):
+    """Batches of images and labels → {"loss", "classification", "triplet", "reconstruction", "kl"}, see each loss.
+
+    Images go through the backbone to μ and σ²; z = μ + σ·ε is embedded, the embedding is classified, and the decoder gives
+    z back as the image. What `loss` weighs with 0, and what there is no `classifier` or `decoder` for, is not computed.
+    `mean` and `std` are those that images were normalised by: reconstructions are compared with pixels in [0, 1]. Not given,
+    the losses are means, over pixels and over the latent's dimensions, to which the default weights fit. A batch is
+
+    - `images` `(b c h w)` and `labels` int64 `(b,)`, −1 where hidden: one pass; triplets are mined among its images.
+    - `images` `(b v c h w)`: v views of each, all in one pass. The first is the anchor. Of one class are, with `supervised`,
+      the images of a label, and otherwise the views of an image, whose labels are not looked at.
+    - with `positives` and `negatives` `(b c h w)` beside `images`: three passes, each with gradient; see `TripletBatches`.
+    - with `partners` int64 `(b,)` and `weights` `(b,)` of mixed images: in the cross-entropy label i counts `weights[i]`, its
+      partner 1 − `weights[i]`; a triplet takes the heavier of the two; a conditional decoder is told no class of a mixture.
+
+    Anchors alone are reconstructed and have a KL term; every view is classified, positives and negatives only embedded.
+    A decoder with `num_classes` is told the labels.
+
+    Ranks: every part is the whole batch's mean, the same on each rank, over parts that may differ in size; gradients by the
+    convention of `vitkit.distributed`; ε, too, is drawn for the whole batch. With gradient accumulation triplets are mined within
+    each part.
+
+    Raises `UsageError` for weights of parts that are not there, a triplet loss without labels on single views, and shapes that
+    do not fit.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        backbone: Any,
+        classifier: nn.Module | None = None,
+        decoder: Any = None,
+        *,
+        loss: MultiTaskLoss | None = None,
+        triplet: TripletLoss | None = None,
+        reconstruction: ReconstructionLoss | None = None,
+        kl: KLLoss | None = None,
+        mean: Sequence[float] = (0.0,),
+        std: Sequence[float] = (1.0,),
+        supervised: bool = True,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.backbone, self.classifier, self.decoder = backbone, classifier, decoder
+        self.loss = MultiTaskLoss() if loss is None else loss
+        self.triplet = TripletLoss() if triplet is None else triplet
+        self.reconstruction = ReconstructionLoss() if reconstruction is None else reconstruction
+        self.kl = KLLoss(reduction="dimension") if kl is None else kl
+        self.supervised, self.label_smoothing = supervised, label_smoothing
+        self.parts = set(self.loss.used)
+        for part, module in (("classification", classifier), ("reconstruction", decoder)):
+            if module is None:
+                self.parts.discard(part)
+        if not supervised and "classification" in self.parts:
+            raise UsageError("a classifier needs labels: leave it out, or give supervised=True")
+        if not self.parts:
+            raise UsageError(f"nothing to learn: the loss weighs {self.loss.used}; give it the classifier or decoder it needs")
+        if not self.parts & {"classification", "triplet"}:
+            backbone.to_embedding.requires_grad_(False)  # it takes no part: DDP would wait for its gradient
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(tuple(values)).view(-1, 1, 1), persistent=False)
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        images, labels = batch["images"], batch["labels"]
+        views = images[:, None] if images.ndim == 4 else images
+        if views.ndim != 5 or labels.shape != views.shape[:1]:
+            raise UsageError(
+                f"images are {tuple(images.shape)} and labels {tuple(labels.shape)}, "
+                f"expected (batch, channels, height, width), or (batch, views, ...), and (batch,)"
+            )
+        rows = views.transpose(0, 1).flatten(0, 1)  # (v·b c h w)
+        mu, log_var = self.backbone.encode_latent(rows)
+        z = sample_latent(mu, log_var, views=views.shape[1])
+        parts: dict[str, Tensor] = {}
+        active = None
+        embeddings = self.backbone.embed(z) if self.parts & {"classification", "triplet"} else z
+        if "classification" in self.parts:
+            assert self.classifier is not None
+            parts["classification"] = self._classify(self.classifier(embeddings), batch, views.shape[1])
+        if "triplet" in self.parts:
+            found = self._triplets(embeddings, batch, views.shape[1])
+            parts["triplet"], active = found["loss"], found["active"]
+        anchors = len(labels)
+        if "reconstruction" in self.parts:
+            logits = self.decoder.logits(z[:anchors], self._condition(batch))
+            pixels = (rows[:anchors].float() * self.std + self.mean).clamp(0, 1)
+            parts["reconstruction"] = self.reconstruction(logits, pixels)["loss"]
+        if "kl" in self.parts:
+            parts["kl"] = self.kl(mu[:anchors], log_var[:anchors])["loss"]
+        total = self.loss(parts)
+        return total if active is None else {**total, "active": active}
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Images `(b c h w)` → embeddings `(b e)` of μ, which classifiers and probes look at."""
+        features: Tensor = self.backbone.encode_image(images)
+        return features
+
+    def _classify(self, logits: Tensor, batch: dict[str, Tensor], views: int) -> Tensor:
+        """Cross-entropy in nats, the mean over what has a label."""
+        labels = batch["labels"].repeat(views)
+        with torch.autocast(logits.device.type, enabled=False):
+            logits = logits.float()
+            losses = self._cross_entropy(logits, labels)
+            if "partners" in batch:
+                weights = batch["weights"].repeat(views)
+                losses = weights * losses + (1 - weights) * self._cross_entropy(logits, batch["partners"].repeat(views))
+        count = (labels != HIDDEN).sum().float()
+        return all_reduce_sum(losses.sum()) / all_reduce_sum(count).clamp(min=1)
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(
+            logits, labels, reduction="none", ignore_index=HIDDEN, label_smoothing=self.label_smoothing
+        )
+
+    def _triplets(self, embeddings: Tensor, batch: dict[str, Tensor], views: int) -> dict[str, Tensor]:
+        if "positives" in batch:
+            positives, negatives = (self._embed(batch[name]) for name in ("positives", "negatives"))
+            return self.triplet(embeddings, positives=positives, negatives=negatives)
+        labels = batch["labels"]
+        if not self.supervised:
+            if views == 1:
+                raise UsageError("without labels the positives of an image are its other views: make batches with views=2")
+            labels = torch.arange(len(labels), device=labels.device) + (rank() << 32)  # of one class: an image's views
+        elif "partners" in batch:
+            labels = torch.where(batch["weights"] >= 0.5, labels, batch["partners"])
+        return self.triplet(embeddings, labels.repeat(views))
+
+    def _embed(self, images: Tensor) -> Tensor:
+        """Images → embeddings of sampled latents `(b e)`."""
+        embeddings: Tensor = self.backbone.embed(sample_latent(*self.backbone.encode_latent(images)))
+        return embeddings
+
+    def _condition(self, batch: dict[str, Tensor]) -> Tensor | None:
+        if self.decoder.num_classes is None or not self.supervised:
+            return None
+        if "weights" in batch:
+            return torch.where(batch["weights"] == 1, batch["labels"], HIDDEN)
+        return batch["labels"]

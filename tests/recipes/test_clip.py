@@ -1,0 +1,119 @@
+"""The CLIP recipe from the command line to the saved model, on digits as pairs."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import vitkit
+from vitkit.cli_run import run
+from vitkit.data import build
+from vitkit.errors import UsageError, VitkitError
+from vitkit_clip import Pairs, captions
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "clip_cifar100.py"
+
+
+def train(directory, *flags):
+    """The summary of a run on digits with these flags."""
+    with pytest.raises(SystemExit) as leaving:
+        run(RECIPE, ["--dataset", "digits", *flags, "--out", str(directory)])
+    assert leaving.value.code == 0
+    return json.loads((directory / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("clip") / "run"
+    return directory, train(directory, "--epochs", "6", "--warmup", "1", "--eval-every", "6", "--ema", "0.95")
+
+
+@pytest.mark.slow
+def test_the_embedded_default_beats_chance_twentyfold(trained):
+    directory, summary = trained
+    assert summary["final"]["i2t_top1"] > 20 * summary["protocols"]["i2t_top1"]["chance"]
+    assert summary["arguments"]["text_encoder"] == "text_transformer, trained"
+    with (directory / "metrics.csv").open() as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["6"]
+    assert {path.stem for path in (directory / "plots").glob("*.png")} >= {
+        "losses",
+        "metrics",
+        "pair_confusion",
+        "pair_attention",
+    }
+    assert (directory / "checkpoints" / "best.safetensors").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_the_saved_model_finds_captions_by_cosine_as_reported(trained):
+    directory, summary = trained
+    model, data = vitkit.load(directory), build("digits")
+    assert set(dict(model.named_children())) == {
+        "backbone", "text", "projector", "text_projector", "loss", "half_classifier"
+    }  # fmt: skip
+    assert model.preprocessing["shape"] == [1, 16, 32]
+    pairs, hits = Pairs(data.resized(16).test, data.classes, 500).fixed(), []
+    with torch.inference_mode():
+        texts = F.normalize(model.text_projector(model.text.encode_text(captions(data.classes))), dim=1)
+        for batch in pairs.epoch(0):
+            seen = F.normalize(model.projector(model.encode_image(batch["images"])), dim=1)
+            hits.append((seen @ texts.T).argmax(1) == batch["labels"])
+    assert torch.cat(hits).float().mean().item() == pytest.approx(summary["final"]["i2t_top1"], abs=0.01)
+
+
+@pytest.mark.slow
+def test_its_flags_make_what_they_say(tmp_path):
+    small = ("--epochs", "1", "--warmup", "0", "--train-size", "64")
+    flags = (
+        "--preset", "baseline", "--chunk", "8", "--loss", "siglip", "--freeze-text", "--no-caption-positives",
+        "--augment", "rand", "--augment-pair", "stacked",
+    )  # fmt: skip
+    summary = train(tmp_path / "one", *small, *flags)
+    assert summary["arguments"]["text_encoder"] == "text_transformer, frozen"
+    model = vitkit.load(tmp_path / "one")
+    assert model.backbone.spec.kwargs["preset"] == "baseline"
+    assert model.loss.spec.name == "siglip"
+    again = ("--temperature", "learned", "--mix", "cutmix", "--classify", "0.5", "--loss", "focal_nce")
+    train(tmp_path / "two", *small, *again)
+    loss = vitkit.load(tmp_path / "two").loss
+    assert loss.spec.kwargs["contrastive"] == "focal_nce"
+    assert loss.contrastive.learned
+
+
+@pytest.mark.slow
+def test_a_text_tower_that_cannot_be_had_is_replaced_only_when_none_was_named(tmp_path, monkeypatch):
+    build = vitkit.backbones.build
+
+    def refusing(name, **arguments):
+        if name == "openclip_text":
+            raise VitkitError("the weights could not be downloaded")
+        return build(name, **arguments)
+
+    monkeypatch.setattr(vitkit.backbones, "build", refusing)
+    flags = ("--epochs", "1", "--warmup", "0", "--train-size", "64", "--text")
+    summary = train(tmp_path / "run", *flags, "auto")
+    assert summary["arguments"]["text_encoder"] == "text_transformer, trained"
+    assert (
+        "could not be downloaded; text_transformer, trained from scratch, runs instead"
+        in (tmp_path / "run" / "log.txt").read_text()
+    )
+    with pytest.raises(VitkitError, match="could not be downloaded"):
+        run(RECIPE, ["--dataset", "digits", *flags, "openclip_text", "--out", str(tmp_path / "other")])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--text", "vit"), "--text vit: that backbone has no encode_text; take text_transformer"),
+        (("--text", "no_such"), "no backbone named 'no_such'"),
+        (("--chunk", "0"), "chunk is 0; expected at least 1 sample"),
+        (("--batch-size", "5000"), "an epoch has no batches"),
+    ],
+)
+def test_what_cannot_be_is_told(tmp_path, flags, message):
+    with pytest.raises(UsageError, match=message):
+        run(RECIPE, ["--dataset", "digits", *flags, "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,85 @@
+"""Each recipe's first steps on two processes: the loss and the gradient of one process that holds the whole batch."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from vitkit import Run
+from vitkit.recipe import Recipe
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "jepa_mnist": {"emb_dim": 32, "depth": 1, "num_heads": 2},
+    "vae_mnist": {"emb_dim": 32, "depth": 1, "num_heads": 2},
+    "clip_cifar100": {},
+}
+"""Arguments that make each recipe small; of digits, 21 images are a batch of 8 + 8 and one of 3 + 2."""
+
+
+class Captured(Exception):
+    """What a recipe gave to `run.fit`."""
+
+
+class Capturing(Run):
+    def fit(self, model: Any, batches: Any, **_: Any) -> Any:
+        raise Captured(model, batches)
+
+
+def parts(recipe: str, folder: Path) -> tuple[Any, list[list[dict[str, Tensor]]]]:
+    """The recipe's model, and its first batches as two ranks get them."""
+    run = Capturing(folder, device="cpu", precision="fp32")
+    try:
+        with pytest.raises(Captured) as caught:
+            Recipe(Path(__file__).parents[2] / "recipes" / f"{recipe}.py").main(
+                run, dataset="digits", train_size=21, batch_size=8, **RECIPES[recipe]
+            )
+    finally:
+        run.close()
+    model, batches = caught.value.args
+    batches = replace(batches, drop_last=False)
+    ranks = [list(batches.epoch(0, seed=0, rank=rank, world=2)) for rank in range(2)]
+    assert [[len(batch["labels"]) for batch in rank] for rank in ranks] == [[8, 3], [8, 2]]
+    return model, ranks
+
+
+def steps(model: Any, batches: list[dict[str, Tensor]], *, rank: int, world: int) -> list[Any]:
+    """Loss, parts and gradient of each batch, with a step of plain descent between them."""
+    found = []
+    for index, batch in enumerate(batches):
+        torch.manual_seed(1000 * index + rank)  # as the loop does, each rank differently
+        model.zero_grad()
+        losses = model(batch)
+        losses["loss"].backward()
+        gradient = {}
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                if world > 1:  # as DDP averages
+                    torch.distributed.all_reduce(parameter.grad)
+                    parameter.grad /= world
+                gradient[name] = parameter.grad.clone()
+                parameter.data.add_(parameter.grad, alpha=-0.1)
+        found.append(({name: value.detach() for name, value in losses.items()}, gradient))
+    return found
+
+
+def _worker(number: int, folder: str, recipe: str) -> None:
+    torch.set_num_threads(1)
+    model, ranks = parts(recipe, Path(folder) / f"run{number}")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=number, world_size=2)
+    torch.save(steps(model, ranks[number], rank=number, world=2), f"{folder}/{number}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_two_processes_take_the_steps_of_one(recipe: str, tmp_path: Path) -> None:
+    mp.spawn(_worker, (str(tmp_path), recipe), nprocs=2)
+    model, ranks = parts(recipe, tmp_path / "run")
+    together = [{name: torch.cat([one[name], two[name]]) for name in one} for one, two in zip(*ranks, strict=True)]
+    expected = steps(model, together, rank=0, world=1)
+    for number in range(2):
+        found = torch.load(tmp_path / f"{number}.pt")
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

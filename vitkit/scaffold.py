@@ -1,0 +1,119 @@
+"""`vitkit new`: a plugin's package or a recipe to start from, written whole or not at all."""
+
+import importlib.util
+import keyword
+import os
+import re
+import shutil
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+from string import Template
+
+from vitkit import __version__
+from vitkit.errors import RunDirectoryError, RunError, UsageError, nearest
+from vitkit.registry import KINDS, REGISTRIES, version_of
+
+TEMPLATES = Path(__file__).parent / "templates"
+ARGUMENTS = {"head": ", in_dim=64, out_dim=10"}
+USE = {
+    "backbone": "A backbone turns images `(b c h w)` into tokens `(b n d)`.",
+    "head": "A recipe that takes its head by flag uses it without being edited: `vitkit run recipes/jepa_mnist.py --projector $name`.",
+    "loss": 'Call it on two views of each sample; `["loss"]` of what it returns is the value to minimise.',
+    "dataset": "Any recipe trains on it: `vitkit run recipes/jepa_mnist.py --dataset $name`.",
+    "evaluator": "Call it with a model and a dataset; `epoch.log(...)` takes what it returns.",
+}  # fmt: skip
+
+
+def new_plugin(name: str, kind: str, parent: Path) -> Path:
+    """Write a package `parent/name` that registers one component of `kind` and passes its own tests; its path.
+
+    Raises `UsageError` for a name that is no distribution's or is taken, for another kind and where the directory exists.
+    """
+    if kind not in KINDS:
+        raise UsageError(f"no kind named {kind!r}{nearest(kind, KINDS) or ';'} kinds: {', '.join(KINDS)}")
+    if not re.fullmatch(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*", name):
+        raise UsageError(f"a plugin's name is lower-case words and digits, joined by hyphens, such as my-{kind}; given {name!r}")
+    module = name.replace("-", "_")
+    _check_free(name, module, kind)
+    values = {
+        "distribution": name,
+        "module": module,
+        "name": module,
+        "factory": module if kind == "dataset" else "".join(word.capitalize() for word in module.split("_")),
+        "kind": kind,
+        "group": REGISTRIES[kind].group,
+        "plural": REGISTRIES[kind].group.split(".")[1],
+        "arguments": ARGUMENTS.get(kind, ""),
+        "vitkit": __version__,
+        "year": str(date.today().year),
+    }
+    values["use"] = Template(USE[kind]).substitute(values)
+    files = {
+        "pyproject.toml": "pyproject.toml",
+        "README.md": "README.md",
+        "LICENSE": "LICENSE",
+        f"src/{module}/__init__.py": f"{kind}/component.py",
+        f"tests/test_{module}.py": f"{kind}/test.py",
+    }
+    return _write(parent / name, {path: _filled(template, values) for path, template in files.items()})
+
+
+def new_recipe(name: str, parent: Path) -> Path:
+    """Write a recipe `parent/name.py` that runs on digits at once; its path. Errors are those of `new_plugin`."""
+    stem = name.removesuffix(".py")
+    if not stem.isidentifier() or keyword.iskeyword(stem):
+        raise UsageError(f"a recipe's name is a Python name such as my_recipe; given {name!r}")
+    path = parent / f"{stem}.py"
+    if path.exists():
+        raise RunDirectoryError(f"{path} exists already and stays as it is; choose another name or --out")
+    with tempfile.TemporaryDirectory(dir=_made(parent), prefix=".new-") as folder:
+        temporary = Path(folder) / path.name
+        temporary.write_text(_filled("recipe.py", {}), encoding="utf-8")
+        os.replace(temporary, path)
+    return path
+
+
+def _check_free(name: str, module: str, kind: str) -> None:
+    if keyword.iskeyword(module) or module in sys.stdlib_module_names:
+        raise UsageError(f"{module!r} is Python's own; choose another name, such as {name}-{kind}")
+    if version_of(name) is not None:
+        raise UsageError(f"a distribution {name} {version_of(name)} is installed already; choose another name")
+    if importlib.util.find_spec(module) is not None:
+        raise UsageError(f"a module {module!r} is installed already, and one would hide the other; choose another name")
+    if module in REGISTRIES[kind]:
+        owner = REGISTRIES[kind].entry(module).distribution
+        raise UsageError(f"the {kind} {module!r} is registered by {owner} already; choose another name")
+
+
+def _filled(template: str, values: dict[str, str]) -> str:
+    return Template((TEMPLATES / f"{template}.tmpl").read_text(encoding="utf-8")).substitute(values)
+
+
+def _write(target: Path, files: dict[str, str]) -> Path:
+    if target.exists():
+        raise RunDirectoryError(f"{target} exists already and stays as it is; choose another name or --out")
+    holder = Path(tempfile.mkdtemp(dir=_made(target.parent), prefix=".new-"))
+    try:
+        for path, text in files.items():
+            file = holder / target.name / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text, encoding="utf-8")
+        (holder / target.name).rename(target)
+    finally:
+        shutil.rmtree(holder, ignore_errors=True)
+    return target
+
+
+def _made(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot write into {folder}: {error.strerror or error}; choose another --out") from None
+    if not os.access(folder, os.W_OK):
+        raise RunError(f"cannot write into {folder}: no permission; choose another --out")
+    return folder
+
+
+__all__ = ["new_plugin", "new_recipe"]

@@ -1,0 +1,125 @@
+"""A loss over two processes against one that has the whole batch."""
+
+import multiprocessing
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vitkit.errors import ConformanceError
+from vitkit.registry import losses
+from vitkit.testing.cases import Case
+
+SIZES = (5, 3)
+"""How many of eight samples each process holds: parts of different sizes tell a mean of means from a mean."""
+MEND = (
+    "statistics of the batch go through vitkit.distributed: a mean over it is all_reduce_sum(sum) / all_reduce_sum(count), "
+    "other samples come by all_gather, and what is drawn at random for all comes by broadcast"
+)
+
+
+def check_ranks(case: Case) -> str:
+    """Two gloo processes with parts of the batch: the loss and the gradient of one with all of it, by DDP's mean."""
+    if not torch.distributed.is_available():
+        return "torch was built without processes"
+    module = case.build()
+    whole, bigger = case.inputs(module, sum(SIZES)), case.inputs(module, sum(SIZES) + 1)
+    tensors, others = _split(whole)
+    axes = {name: _axis(value, bigger[name]) for name, value in whole.items()}
+    if tensors and all(axis is None for axis in axes.values()):
+        raise ConformanceError(f"{case}: no input grows with the number of samples; see vitkit_example in vitkit/contracts.py")
+    expected = _measure(case, {**tensors, **others})
+    with tempfile.TemporaryDirectory(prefix="vitkit-ranks-") as folder:
+        _write(tensors, Path(folder) / "inputs.safetensors")
+        try:
+            torch.multiprocessing.start_processes(
+                _worker, (folder, _portable(case), others, axes), nprocs=len(SIZES), start_method=_start_method()
+            )
+        except Exception as error:
+            if "freeze_support" in str(error):
+                raise ConformanceError(
+                    f"{case}: other processes import this script too; put what it does under if __name__ == '__main__':"
+                ) from None
+            raise ConformanceError(f"{case} fails in two processes: {str(error).strip().splitlines()[-1]}; {MEND}") from error
+        found = [load_file(Path(folder) / f"{rank}.safetensors") for rank in range(len(SIZES))]
+    for name, value in expected.items():
+        parts = [result[name] for result in found]
+        if name.startswith("input "):  # each process's rows, whose mean over processes is a share of them
+            axis = axes[name.removeprefix("input ")]
+            parts = [torch.cat(parts, dim=axis) / len(SIZES) if axis is not None else torch.stack(parts).mean(dim=0)]
+        elif name.startswith("parameter "):
+            parts = [torch.stack(parts).mean(dim=0)]
+        for part in parts:
+            if not torch.allclose(part, value, rtol=1e-3, atol=1e-5):
+                gap = float((part - value).abs().max())
+                what = name if name.startswith("part ") else f"the gradient of {name}"
+                raise ConformanceError(f"{case}: {what} in two processes is off by {gap:.3g} from one process's; {MEND}")
+    return f"{' + '.join(map(str, SIZES))} samples"
+
+
+def _axis(value: Any, bigger: Any) -> int | None:
+    """The dimension along which samples lie: the one that is longer for more samples."""
+    if not isinstance(value, Tensor):
+        return None
+    return next((i for i, (a, b) in enumerate(zip(value.shape, bigger.shape, strict=True)) if a != b), None)
+
+
+def _split(inputs: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+    return tensors, {name: value for name, value in inputs.items() if name not in tensors}
+
+
+def _write(tensors: dict[str, Tensor], path: Path) -> None:
+    # Each by itself: parts of a loss may be one tensor under two names, which safetensors refuses.
+    save_file({name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}, path)
+
+
+def _portable(case: Case) -> tuple[Any, ...]:
+    """What another process builds the case from; a registered name is built by name there."""
+    return (case.kind, case.name, case.factory, case.kwargs, case.distribution)
+
+
+def _measure(case: Case, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """The loss's parts, and the gradients of its inputs and parameters."""
+    module: nn.Module = case.build().train()
+    given = {k: _leaf(v) for k, v in inputs.items()}
+    torch.manual_seed(40 + (torch.distributed.get_rank() if torch.distributed.is_initialized() else 0))
+    parts = module(**given)
+    parts["loss"].backward()
+    found = {f"part {name}": value.detach().float() for name, value in parts.items()}
+    found |= {f"input {k}": v.grad for k, v in given.items() if isinstance(v, Tensor) and v.grad is not None}
+    return found | {f"parameter {k}": p.grad for k, p in module.named_parameters() if p.grad is not None}
+
+
+def _leaf(value: Any) -> Any:
+    return value.clone().requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _worker(rank: int, folder: str, portable: tuple[Any, ...], others: dict[str, Any], axes: dict[str, int | None]) -> None:
+    torch.set_num_threads(1)
+    world = len(SIZES)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    try:
+        tensors = load_file(Path(folder) / "inputs.safetensors")
+        own = {
+            name: value if axes[name] is None else value.split(SIZES, dim=axes[name])[rank]
+            for name, value in tensors.items()
+        }
+        found = _measure(Case(*portable), {**own, **others})
+        _write(found, Path(folder) / f"{rank}.safetensors")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _start_method() -> str:
+    """A server that has imported torch and the plugins once, and forks; processes that start from nothing on Windows."""
+    if sys.platform == "win32":
+        return "spawn"
+    imported = {entry.value.partition(":")[0] for entry in losses.entries()} & sys.modules.keys()
+    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__, *sorted(imported)])
+    return "forkserver"

@@ -1,0 +1,104 @@
+"""Which checks a kind has, and how they are run."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vitkit.errors import ConformanceError, UsageError, VitkitError, nearest
+from vitkit.testing import data, modules, ranks, shapes
+from vitkit.testing.cases import Case, make_case
+
+Check = Callable[[Case], str]
+
+_MODULES: dict[str, Check] = {
+    "gradients": modules.check_gradients,
+    "precision": modules.check_precision,
+    "modes": modules.check_modes,
+    "determinism": modules.check_determinism,
+    "state": modules.check_state,
+    "batches": modules.check_batches,
+}
+_ALL: dict[str, Check] = {"docstring": modules.check_docstring, "spec": modules.check_spec}
+CHECKS: dict[str, dict[str, Check]] = {
+    "backbone": {"shapes": shapes.check_tokens, **_MODULES, **_ALL},
+    "head": {"shapes": shapes.check_features, **_MODULES, **_ALL},
+    "loss": {"shapes": shapes.check_parts, **_MODULES, "ranks": ranks.check_ranks, **_ALL},
+    "dataset": {
+        "fields": data.check_dataset_fields,
+        "splits": data.check_splits,
+        "batches": data.check_dataset_batches,
+        "determinism": data.check_dataset_determinism,
+        **_ALL,
+    },
+    "evaluator": {
+        "scores": data.check_scores,
+        "model": data.check_leaves_the_model,
+        "precision": data.check_evaluator_precision,
+        "batches": data.check_small_datasets,
+        **_ALL,
+    },
+}
+"""The checks of each kind by name; a check takes a `Case`, returns what it saw and raises `ConformanceError`."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One check of one component: `problem` is empty where it passed, `seen` what it saw."""
+
+    case: Case
+    check: str
+    seen: str
+    problem: str = ""
+
+
+def examine(case: Case, names: Iterable[str] | None = None) -> list[Result]:
+    """Run a case's checks, all or those named, and return how each went; torch's random state stays as it was."""
+    checks = CHECKS[case.kind]
+    results = []
+    for name in checks if names is None else names:
+        if name not in checks:
+            raise UsageError(f"no check named {name!r} for a {case.kind}{nearest(name, checks) or ';'} known: {', '.join(checks)}")
+        try:
+            with torch.random.fork_rng(devices=[]):
+                results.append(Result(case, name, checks[name](case)))
+        except ConformanceError as error:
+            results.append(Result(case, name, "", str(error)))
+        except Exception as error:  # a component may raise anything
+            said = str(error) if isinstance(error, VitkitError) else f"{type(error).__name__}: {error}"
+            what = (checks[name].__doc__ or "").strip()
+            results.append(Result(case, name, "", f"{case}, built with {case.kwargs!r:.200}: {said} (checked: {what})"))
+    return results
+
+
+def _check(kind: str, factory: Callable[..., Any], kwargs: dict[str, Any]) -> None:
+    case = make_case(kind, getattr(factory, "__name__", kind), factory, kwargs)
+    problems = [f"[{result.check}] {result.problem}" for result in examine(case) if result.problem]
+    if problems:
+        raise ConformanceError("\n".join(problems))
+
+
+def check_backbone(factory: Callable[..., Any], **kwargs: Any) -> None:
+    """Check a backbone's factory, built with `kwargs`; `ConformanceError` with a line for every check that fails."""
+    _check("backbone", factory, kwargs)
+
+
+def check_head(factory: Callable[..., Any], **kwargs: Any) -> None:
+    """Check a head's factory, built with `kwargs`; `ConformanceError` with a line for every check that fails."""
+    _check("head", factory, kwargs)
+
+
+def check_loss(factory: Callable[..., Any], **kwargs: Any) -> None:
+    """Check a loss's factory, built with `kwargs`; `ConformanceError` with a line for every check that fails."""
+    _check("loss", factory, kwargs)
+
+
+def check_dataset(factory: Callable[..., Any], **kwargs: Any) -> None:
+    """Check a dataset's factory, built with `kwargs`; `ConformanceError` with a line for every check that fails."""
+    _check("dataset", factory, kwargs)
+
+
+def check_evaluator(factory: Callable[..., Any], **kwargs: Any) -> None:
+    """Check an evaluator's factory, built with `kwargs`; `ConformanceError` with a line for every check that fails."""
+    _check("evaluator", factory, kwargs)
