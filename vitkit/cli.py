@@ -128,7 +128,12 @@ def compare_command(
     compare(runs, page)
 
 
-_OTHERS = {**cli_use.COMMANDS, "reproduce": cli_reproduce.reproduce, "push": cli_hub.push, "pull": cli_hub.pull}
+_OTHERS: dict[str, Callable[..., None]] = {
+    **cli_use.COMMANDS,
+    "reproduce": cli_reproduce.reproduce,
+    "push": cli_hub.push,
+    "pull": cli_hub.pull,
+}
 for _name, _command in _OTHERS.items():
     app.command(_name)(_command)
 
