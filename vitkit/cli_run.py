@@ -24,6 +24,7 @@ SETTINGS: dict[str, tuple[Any, Any, str]] = {
     "grad_accum": (int, 1, "batches whose gradient is taken together before a step"),
     "report_to": (str, "csv", "csv and accelerate's trackers, e.g. csv,tensorboard"),
     "dry_run": (bool, False, "show every resolved value and build the model, without training"),
+    "devices": (int | None, None, "with --dry-run: memory, FLOPs and time of a run on so many devices"),
 }
 ONE_WAY = ("resume", "overwrite", "dry_run")
 PANEL = "Every run"
@@ -123,7 +124,7 @@ def _command_line(recipe: Recipe, values: Mapping[str, Any], given: set[str]) ->
     """The command that starts this run again, without the directory."""
     words = ["vitkit", "run", str(recipe.path)]
     for name in values:
-        if name not in given or name in ("out", "resume", "overwrite", "dry_run"):
+        if name not in given or name in ("out", "resume", "overwrite", "dry_run", "devices"):
             continue
         flag, value = f"--{name.replace('_', '-')}", plain(values[name])
         if isinstance(value, bool):

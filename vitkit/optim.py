@@ -64,7 +64,7 @@ def muon_adamw(
     matrices = [weight for weight in matrices if weight.requires_grad and id(weight) not in kept]
     taken = {id(weight) for weight in matrices}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
-    others = AdamW(_groups(rest, weight_decay), lr=lr, betas=betas)
+    others = AdamW(_groups(rest, weight_decay), lr=lr, betas=betas, fused=True)
     if not matrices:
         return Together(others)
     return Together(Muon(matrices, lr=muon_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"), others)
@@ -77,7 +77,7 @@ def adamw(model: nn.Module, *, lr: float, weight_decay: float = 0.01, betas: tup
     """
     if not (math.isfinite(lr) and lr >= 0):
         raise UsageError(f"lr is {lr}; expected a finite learning rate of at least 0")
-    return AdamW(_groups([p for p in model.parameters() if p.requires_grad], weight_decay), lr=lr, betas=betas)
+    return AdamW(_groups([p for p in model.parameters() if p.requires_grad], weight_decay), lr=lr, betas=betas, fused=True)
 
 
 def _groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:

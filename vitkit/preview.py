@@ -8,14 +8,22 @@ import torch
 from rich.console import Group
 from rich.table import Table
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
+
+from vitkit import planning
 
 if TYPE_CHECKING:
     from vitkit.run import Run
 
 
-def preview(run: "Run", model: nn.Module, batches: Any, *, epochs: int) -> Group:
-    """Tables of arguments, settings and the model: parameters, tokens a view, FLOPs a sample (forward pass)."""
+def preview(
+    run: "Run", model: nn.Module, batches: Any, *, epochs: int, optimizer: Optimizer, ema: bool, devices: int | None
+) -> Group:
+    """Tables of arguments, settings and the model: parameters, tokens a view, FLOPs a sample (forward pass).
+
+    With `devices` a table of what a run on so many needs, too, see `vitkit.planning`.
+    """
     batch = next(iter(batches.epoch(0, seed=run.seed) if hasattr(batches, "epoch") else batches))
     batch = {name: value.to(run.device) for name, value in batch.items()}
     model = model.to(run.device)
@@ -32,10 +40,15 @@ def preview(run: "Run", model: nn.Module, batches: Any, *, epochs: int) -> Group
         "FLOPs a sample": f"{counter.get_total_flops() / samples:,.0f} (forward; a training step is about three times that)",
         "steps": f"{epochs} epochs × {-(-len(batches) // run.grad_accum)} steps",
     }
-    return Group(
+    tables = [
         _table("arguments", run.arguments), _table("settings", run.settings() | {"out": str(run.directory)}),
         _table("model", rows),
-    )  # fmt: skip
+    ]  # fmt: skip
+    if devices is not None:
+        needs = planning.measure(model, batch, optimizer, ema=ema, autocast=run.accelerator.autocast)
+        planned = planning.rows(needs, devices=devices, batch_size=samples, steps=len(batches), epochs=epochs)
+        tables.append(_table(f"on {devices} device{'s' if devices > 1 else ''}", planned))
+    return Group(*tables)
 
 
 @contextmanager

@@ -44,7 +44,8 @@ class Run:
     `out` is the directory (default `runs/<name>/<time>`), `seed` fixes every random choice, `device` is auto, cpu,
     cuda or mps, `precision` is auto, fp32, bf16 or fp16 (auto: bf16 where the hardware computes in it), `compile` is
     auto, on or off, `resume` goes on with the run in `out`, `overwrite` replaces it, `grad_accum` takes the
-    gradient of so many batches together before a step, `report_to` names accelerate's trackers beside the CSV files.
+    gradient of so many batches together before a step, `report_to` names accelerate's trackers beside the CSV files,
+    `dry_run` shows what would be trained and, with `devices`, what so many devices would need for it.
     Raises `UsageError` for a setting that this machine cannot give, `RunDirectoryError` for a directory in use.
     """
 
@@ -61,6 +62,7 @@ class Run:
         grad_accum: int = 1,
         report_to: str | list[str] = "csv",
         dry_run: bool = False,
+        devices: int | None = None,
         name: str = "notebook",
         recipe: Path | None = None,
         arguments: Mapping[str, Any] | None = None,
@@ -69,11 +71,18 @@ class Run:
     ) -> None:
         if grad_accum < 1:
             raise UsageError(f"--grad-accum {grad_accum}: expected at least 1")
+        if devices is not None and not dry_run:
+            raise UsageError(
+                f"--devices {devices} says what a run on so many devices needs, and goes with --dry-run; to train on them: "
+                f"torchrun --nproc-per-node {devices} -m vitkit run ..."
+            )
+        if devices is not None and devices < 1:
+            raise UsageError(f"--devices {devices}: expected at least 1")
         if not 0 <= seed < 2**63:
             raise UsageError(f"--seed {seed}: expected a whole number from 0 to 2**63 - 1")
         self.name, self.seed, self.grad_accum, self.dry_run, self.compile = name, seed, grad_accum, dry_run, compile
         self.arguments = {key: plain(value) for key, value in (arguments or {}).items()}
-        self.command, self.recipe = command, recipe
+        self.command, self.recipe, self.devices = command, recipe, devices
         self.console = console or Console(stderr=True, highlight=False)
         reports = report_to.split(",") if isinstance(report_to, str) else list(report_to)
         kind = resolve_device(device)
@@ -160,7 +169,10 @@ class Run:
         if isinstance(prepare, data.Preparation):
             self._preprocessing = prepare.to_json()
         if self.dry_run:
-            self.console.print(preview(self, model, batches, epochs=epochs))
+            shown = preview(
+                self, model, batches, epochs=epochs, optimizer=optimizer, ema=ema is not None, devices=self.devices
+            )
+            self.console.print(shown)
             raise DryRun
         fit = Fit(
             self, model, batches, epochs=epochs, optimizer=optimizer, schedule=schedule, clip=clip, ema=ema,

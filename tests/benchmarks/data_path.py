@@ -1,13 +1,10 @@
 """How fast augmented batches come, beside torchvision's transforms of one image at a time in a DataLoader, and kornia's.
 
-    python tests/benchmarks/data_path.py [--workers 2] [--rounds 5] [--seconds 2]
-
-All do the same operations on the same memory-mapped images, with the same torch threads, in turns within one process:
-readings of a shared machine move, their ratios hardly do. kornia's, which take whole batches, are given vitkit's own
-batches. The last table sets augmentation beside a training step.
+All do the same operations on the same memory-mapped images, with the same torch threads, in turns within one process.
+kornia's, which take whole batches, are given vitkit's own batches. Rates are of the wall: the DataLoader's two workers are
+processes of their own. The last row sets augmentation beside a training step.
 """
 
-import argparse
 import os
 import statistics
 import tempfile
@@ -19,8 +16,6 @@ import kornia.augmentation as kornia
 import torch
 from kornia.augmentation.auto import RandAugment as KorniaRandAugment
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
@@ -39,11 +34,14 @@ from vitkit.augment import (
 )
 from vitkit.data import ImageSplit, Stored, from_store, read_store, write_store
 
-BATCH = 256
+from .timing import Options, Row, in_turn, share
+
+BATCH, WORKERS = 256, 2
 JITTER, HUE = (0.4, 0.4, 0.4, 0.0), (0.4, 0.4, 0.4, 0.1)
-PIPELINES: dict[str, tuple[int, int, Transform, list[Callable], list[nn.Module]]] = {
-    # name: channels, side; vitkit's, torchvision's, kornia's
+PIPELINES: dict[str, tuple[str, int, int, Transform, list[Callable], list[nn.Module]]] = {
+    # name: system, channels, side; vitkit's, torchvision's, kornia's
     "affine, 1×28×28": (
+        "JEPA, VAE",
         1,
         28,
         Compose([RandomAffine(15, 0.1, (0.85, 1.15), 10)]),
@@ -51,6 +49,7 @@ PIPELINES: dict[str, tuple[int, int, Transform, list[Callable], list[nn.Module]]
         [kornia.RandomAffine(15.0, (0.1, 0.1), (0.85, 1.15), 10.0, p=1.0)],
     ),
     "padded crop, flip, 3×32×32": (
+        "CLIP, VAE",
         3,
         32,
         Compose([RandomCrop(4), HorizontalFlip()]),
@@ -58,6 +57,7 @@ PIPELINES: dict[str, tuple[int, int, Transform, list[Callable], list[nn.Module]]
         [kornia.RandomCrop((32, 32), padding=4), kornia.RandomHorizontalFlip()],
     ),
     "resized crop, flip, jitter": (
+        "any",
         3,
         32,
         Compose([RandomResizedCrop((0.3, 1.0)), HorizontalFlip(), ColorJitter(*JITTER)]),
@@ -69,6 +69,7 @@ PIPELINES: dict[str, tuple[int, int, Transform, list[Callable], list[nn.Module]]
         ],
     ),
     "the same, jitter with hue": (
+        "any",
         3,
         32,
         Compose([RandomResizedCrop((0.3, 1.0)), HorizontalFlip(), ColorJitter(*HUE)]),
@@ -76,6 +77,7 @@ PIPELINES: dict[str, tuple[int, int, Transform, list[Callable], list[nn.Module]]
         [kornia.RandomResizedCrop((32, 32), (0.3, 1.0)), kornia.RandomHorizontalFlip(), kornia.ColorJitter(*HUE, p=1.0)],
     ),
     "padded crop, flip, RandAugment": (
+        "CLIP, VAE",
         3,
         32,
         Compose([RandomCrop(4), HorizontalFlip(), RandAugment()]),
@@ -129,67 +131,58 @@ def made_up(channels: int, side: int) -> ImageSplit:
     return from_store(stored).train
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=2.0)
-    options = parser.parse_args()
-    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["VITKIT_DATA"] = folder
-        splits = {channels: made_up(channels, side) for channels, side in ((1, 28), (3, 32))}
-        against_others(splits, options)
-        beside_a_step(splits[3], options)
-
-
-def against_others(splits: dict[int, ImageSplit], options: argparse.Namespace) -> None:
-    table = Table("augmentations", "vitkit images/s", "torchvision", "kornia", "× torchvision (lowest)", "× kornia (lowest)")
-    for name, (channels, _, ours, theirs, kornias) in PIPELINES.items():
-        split = splits[channels]
-        whole = nn.Sequential(*kornias)
+def against_others(splits: dict[int, ImageSplit], options: Options) -> list[Row]:
+    found = []
+    for name, (system, channels, _, ours, theirs, kornias) in PIPELINES.items():
+        split, whole = splits[channels], nn.Sequential(*kornias)
         loader: DataLoader = DataLoader(
-            PerImage(split, theirs), BATCH, shuffle=True, drop_last=True,
-            num_workers=options.workers, persistent_workers=options.workers > 0,
-        )  # fmt: skip
+            PerImage(split, theirs), BATCH, shuffle=True, drop_last=True, num_workers=WORKERS, persistent_workers=True
+        )
         streams = (
             endless(split.batches(BATCH, shuffle=True, drop_last=True, augment=ours).epoch),
             endless(lambda _, loader=loader: iter(loader)),
             endless(split.batches(BATCH, shuffle=True, drop_last=True, augment=lambda x, _, whole=whole: whole(x)).epoch),
         )
-        rates = [tuple(rate(stream, options.seconds) for stream in streams) for _ in range(options.rounds)]
-        ratios = [sorted(row[0] / row[other] for row in rates) for other in (1, 2)]
-        typical = [f"{statistics.median(column):,.0f}" for column in zip(*rates, strict=True)]
-        table.add_row(name, *typical, *(f"{statistics.median(of):.1f} ({of[0]:.1f})" for of in ratios))
+        duration = 0.3 if options.quick else 1.0
+        rates = [tuple(rate(stream, duration) for stream in streams) for _ in range(min(options.rounds, 3))]
+        median = statistics.median(row[0] for row in rates)
+        torchvision, by_kornia = ([row[0] / row[other] for row in rates] for other in (1, 2))
+        cells = [f"{statistics.median(of):.1f} ({min(of):.1f}–{max(of):.1f})" for of in (torchvision, by_kornia)]
+        found.append(
+            Row(
+                system, f"data: {name}", f"{median:,.0f} images/s", *cells, wanted="≥ 8, ≥ 2",
+                peer="torchvision per image, 2 workers; kornia on batches",
+            )
+        )
         del streams, loader
-    console = Console(width=120)
-    console.print(
-        f"batches of {BATCH}; {torch.get_num_threads()} torch threads; DataLoader with {options.workers} workers"
-    )
-    console.print(table)
+    return found
 
 
-def beside_a_step(split: ImageSplit, options: argparse.Namespace) -> None:
+def beside_a_step(split: ImageSplit, options: Options) -> Row:
     """Two views of each of 64 images, with the heaviest augmentations, and ViT 192/6/3 in bf16."""
-    augment = PIPELINES["the same, jitter with hue"][2]
+    augment = PIPELINES["the same, jitter with hue"][3]
     stream = endless(split.batches(64, shuffle=True, drop_last=True, augment=augment, views=2).epoch)
     model = backbones.build("vit", img_size=32, patch_size=4, in_chans=3, embed_dim=192, depth=6, num_heads=3)
-    seconds: dict[str, list[float]] = {"batch": [], "step": []}
-    for _ in range(1 + 2 * options.rounds):
-        began = time.perf_counter()
-        images = next(stream)["images"].flatten(0, 1)
-        between = time.perf_counter()
+    images = next(stream)["images"].flatten(0, 1)
+
+    def step() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             model(images).float().square().mean().backward()
-        seconds["batch"].append(between - began)
-        seconds["step"].append(time.perf_counter() - between)
-    batch, step = (statistics.median(values[1:]) for values in seconds.values())
-    table = Table("128 views, heaviest augmentations", "seconds", "views/s", title_justify="left")
-    table.add_row("batch", f"{batch:.4f}", f"{128 / batch:,.0f}")
-    table.add_row("forward and backward, ViT 192/6/3, bf16", f"{step:.4f}", f"{128 / step:,.0f}")
-    table.add_row("share of the batch in both", f"{batch / (batch + step):.1%}", "")
-    Console(width=120).print(table)
+
+    seconds = in_turn({"batch": lambda: next(stream), "step": step}, options.rounds, options.clock)
+    batch = f"{1e3 * statistics.median(seconds['batch']):.0f} ms, {share(seconds, 'batch', 'step', 1)} of a step"
+    return Row("any", "data: 128 views, jitter with hue", batch, wanted="< 5 %")
 
 
-if __name__ == "__main__":
-    main()
+def rows(options: Options) -> list[Row]:
+    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+    before = os.environ.get("VITKIT_DATA")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["VITKIT_DATA"] = folder
+        try:
+            splits = {channels: made_up(channels, side) for channels, side in ((1, 28), (3, 32))}
+            return [*against_others(splits, options), beside_a_step(splits[3], options)]
+        finally:
+            os.environ.pop("VITKIT_DATA")
+            if before is not None:
+                os.environ["VITKIT_DATA"] = before

@@ -134,6 +134,13 @@ def test_dry_run_shows_values_and_the_models_cost_and_trains_nothing(vitkit, tmp
     assert not (tmp_path / "nowhere").exists()
 
 
+def test_dry_run_on_devices_shows_what_a_run_on_so_many_needs(vitkit):
+    shown = vitkit("run", "line.py", "--dry-run", "--devices", "8")
+    assert shown.returncode == 0, shown.stderr
+    for text in ("on 8 devices", "a parameter", "fully sharded", "device-hours", "989 TFLOP/s"):
+        assert text in shown.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [
@@ -144,6 +151,8 @@ def test_dry_run_shows_values_and_the_models_cost_and_trains_nothing(vitkit, tmp
         (["run", "line.py", "--kind", "c"], 2, "'c' is not one of 'a', 'b'"),
         (["run", "line.py", "--epochs", "0"], 2, "epochs is 0; expected at least 1"),
         (["run", "line.py", "--lr", "nan"], 2, "lr is nan; expected a finite learning rate"),
+        (["run", "line.py", "--devices", "8"], 2, "--devices 8 says what a run on so many devices needs, and goes with --dry-run"),
+        (["run", "line.py", "--dry-run", "--devices", "0"], 2, "--devices 0: expected at least 1"),
         (["run", "line.py", "--device", "cuda"], 2, "--device cuda: this machine has cpu"),
         (["run", "line.py", "--lr", "1e30"], 1, "the loss is not finite at epoch"),
         (["run", "line.py", "--fail"], 1, "ValueError: inside [the] recipe"),
