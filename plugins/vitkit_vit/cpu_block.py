@@ -134,15 +134,18 @@ class _Block(torch.autograd.Function):
         tensors = list(ctx.saved_tensors)
         parameters = Parameters(*_take(tensors, Parameters))
         folded = _Folded(*_take(tensors, _Folded))
-        sums = _Folded(*(torch.zeros_like(weight, dtype=parameters.qkv.dtype) for weight in folded))
-        sums = sums._replace(qkv=sums.qkv.view(-1, len(sums.qkv)), fc1=sums.fc1.view(-1, len(sums.fc1)))
+        inputs: list[Tensor] = []
+        sums: list[Tensor] = []
         with torch.autocast("cpu", enabled=False):
-            inputs = [
-                _backward(part, folded, _Saved(*_take(tensors, _Saved)), ctx.num_heads, sums)
-                for part in g.split(ctx.size)
-            ]
-            grads = _unfold(sums, parameters, ctx.factors)
-        return torch.cat(inputs).view_as(g), None, None, None, None, *grads
+            for part in g.split(ctx.size):
+                before, grads = _backward(part, folded, _Saved(*_take(tensors, _Saved)), ctx.num_heads)
+                inputs.append(before)
+                if sums:
+                    torch._foreach_add_(sums, [grad.to(parameters.qkv.dtype) for grad in grads])
+                else:
+                    sums = [grad.to(parameters.qkv.dtype) for grad in grads]
+            unfolded = _unfold(_Folded(*sums), parameters, ctx.factors)
+        return torch.cat(inputs).view_as(g), None, None, None, None, *unfolded
 
 
 def _forward(
@@ -175,22 +178,20 @@ def _forward(
     )  # fmt: skip
 
 
-def _backward(g: Tensor, w: _Folded, s: _Saved, num_heads: int, sums: _Folded) -> Tensor:
-    """The gradient `(r d)` for a chunk's input, of `g` for its output; those for weights are added to `sums`."""
+def _backward(g: Tensor, w: _Folded, s: _Saved, num_heads: int) -> tuple[Tensor, _Folded]:
+    """The gradients of a chunk's output for its input, `(r d)` of `g`, and for the weights."""
     b, n, d = g.shape
     g = g.reshape(b * n, d)
     ones = g.new_ones(b * n)  # sums over rows are fastest as products
 
     branch = _drop(g, s.branch_mask)
-    sums.fc2.add_(branch.t() @ s.active)
-    sums.fc2_bias.add_(ones @ branch)
+    fc2, fc2_bias = branch.t() @ s.active, ones @ branch
     hidden = _aten.gelu_backward(_drop(branch @ w.fc2, s.active_mask), s.hidden)
-    sums.fc1.add_(s.normed2.t() @ hidden)  # transposing the narrow matrix rather than the wide one saves a quarter
-    sums.fc1_bias.add_(ones @ hidden)
+    fc1 = s.normed2.t() @ hidden  # transposing the narrow matrix rather than the wide one saves a quarter
+    fc1_bias = ones @ hidden
     g = _norm_backward(hidden @ w.fc1, s.y, s.mean2, s.rstd2).add_(g)
 
-    sums.proj.add_(g.t() @ s.mixed)
-    sums.proj_bias.add_(ones @ g)
+    proj, proj_bias = g.t() @ s.mixed, ones @ g
     q, k, v = s.qkv.unbind(0)
     mixed = (g @ w.proj).view(b, n, num_heads, d // num_heads).transpose(1, 2).reshape(q.shape)
     qkv = torch.empty_like(s.qkv)
@@ -200,52 +201,53 @@ def _backward(g: Tensor, w: _Folded, s: _Saved, num_heads: int, sums: _Folded) -
     torch.bmm(scores, k, out=qkv[0])
     torch.bmm(scores.transpose(1, 2), q, out=qkv[1])
     qkv = qkv.view(3, b, num_heads, n, d // num_heads).permute(1, 3, 0, 2, 4).reshape(b * n, 3 * d)
-    sums.qkv.add_(s.normed1.t() @ qkv)
-    sums.qkv_bias.add_(ones @ qkv)
-    return _norm_backward(qkv @ w.qkv, s.x, s.mean1, s.rstd1).add_(g)
+    weights_of = _Folded(s.normed1.t() @ qkv, ones @ qkv, proj, proj_bias, fc1, fc1_bias, fc2, fc2_bias)
+    return _norm_backward(qkv @ w.qkv, s.x, s.mean1, s.rstd1).add_(g), weights_of
 
 
 def _fold(p: Parameters, factors: _Factors, dtype: torch.dtype) -> _Folded:
-    """W·(γ⊙x̂ + β) + b = (W·diag γ)·x̂ + (W·β + b), times the product's factor."""
-    qkv, qkv_bias = p.qkv * p.scale1, p.qkv_bias + p.qkv @ p.shift1
-    _queries(qkv).mul_(factors.queries)
-    _queries(qkv_bias).mul_(factors.queries)
-    folded = _Folded(
+    """W·(γ⊙x̂ + β) + b = (W·diag γ)·x̂ + (W·β + b), times the product's factor; in fp32, and at once into `dtype`."""
+    qkv, fc1 = (torch.empty_like(weight, dtype=dtype) for weight in (p.qkv, p.fc1))
+    third = len(qkv) // 3
+    torch.mul(p.qkv[:third], p.scale1 * factors.queries, out=qkv[:third])
+    torch.mul(p.qkv[third:], p.scale1, out=qkv[third:])
+    qkv_bias = p.qkv_bias + p.qkv @ p.shift1
+    qkv_bias[:third].mul_(factors.queries)
+    return _Folded(
         qkv=qkv,
-        qkv_bias=qkv_bias,
-        proj=p.proj * factors.mixed,
-        proj_bias=p.proj_bias,
-        fc1=p.fc1 * p.scale2,
-        fc1_bias=p.fc1_bias + p.fc1 @ p.shift2,
-        fc2=p.fc2 * factors.active**2,  # there is dropout before it and after
-        fc2_bias=p.fc2_bias * factors.active,
+        qkv_bias=qkv_bias.to(dtype),
+        proj=_scaled(p.proj, factors.mixed).to(dtype),
+        proj_bias=p.proj_bias.to(dtype),
+        fc1=torch.mul(p.fc1, p.scale2, out=fc1),
+        fc1_bias=(p.fc1_bias + p.fc1 @ p.shift2).to(dtype),
+        fc2=_scaled(p.fc2, factors.active**2).to(dtype),  # there is dropout before it and after
+        fc2_bias=_scaled(p.fc2_bias, factors.active).to(dtype),
     )
-    return _Folded(*(weight.to(dtype) for weight in folded))
 
 
 def _unfold(g: _Folded, p: Parameters, factors: _Factors) -> Parameters:
     """Gradients for the parameters, from those for what `_fold` made of them."""
-    qkv, fc1 = g.qkv.t(), g.fc1.t()
-    _queries(qkv).mul_(factors.queries)
-    _queries(g.qkv_bias).mul_(factors.queries)
+    qkv, fc1 = g.qkv.t().contiguous(), g.fc1.t().contiguous()  # later passes are faster over what lies in a row
+    qkv[: len(qkv) // 3].mul_(factors.queries)
+    g.qkv_bias[: len(qkv) // 3].mul_(factors.queries)
     return Parameters(
         scale1=(qkv * p.qkv).sum(0),
         shift1=g.qkv_bias @ p.qkv,
-        qkv=torch.addr(qkv * p.scale1, g.qkv_bias, p.shift1),
+        qkv=qkv.mul_(p.scale1).addr_(g.qkv_bias, p.shift1),
         qkv_bias=g.qkv_bias,
-        proj=g.proj * factors.mixed,
+        proj=_scaled(g.proj, factors.mixed),
         proj_bias=g.proj_bias,
         scale2=(fc1 * p.fc1).sum(0),
         shift2=g.fc1_bias @ p.fc1,
-        fc1=torch.addr(fc1 * p.scale2, g.fc1_bias, p.shift2),
+        fc1=fc1.mul_(p.scale2).addr_(g.fc1_bias, p.shift2),
         fc1_bias=g.fc1_bias,
-        fc2=g.fc2 * factors.active**2,
-        fc2_bias=g.fc2_bias * factors.active,
+        fc2=_scaled(g.fc2, factors.active**2),
+        fc2_bias=_scaled(g.fc2_bias, factors.active),
     )
 
 
-def _queries(qkv: Tensor) -> Tensor:
-    return qkv[: len(qkv) // 3]
+def _scaled(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1 else x * factor
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
