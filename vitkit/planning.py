@@ -73,7 +73,7 @@ def measure(
     optimiser's state are those that the step leaves behind, averaged weights a copy of weights and buffers.
     """
     samples = min(MEASURED_ON, len(next(iter(batch.values()))))
-    few = {name: value[:samples] for name, value in batch.items()}
+    few = {name: value[:samples].clone() for name, value in batch.items()}  # nothing of the batch but this is kept
     model.train()
     forward, backward = FlopCounterMode(display=False), FlopCounterMode(display=False)
     with _saved(model, few) as saved, forward, autocast():

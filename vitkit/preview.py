@@ -25,19 +25,20 @@ def preview(
     With `devices` a table of what a run on so many needs, too, see `vitkit.planning`.
     """
     batch = next(iter(batches.epoch(0, seed=run.seed) if hasattr(batches, "epoch") else batches))
-    batch = {name: value.to(run.device) for name, value in batch.items()}
+    samples = len(next(iter(batch.values())))
+    measured = min(samples, planning.MEASURED_ON)  # a large batch may not fit into the machine that plans for larger ones
+    few = {name: value[:measured].to(run.device) for name, value in batch.items()}
     model = model.to(run.device)
     counter = FlopCounterMode(display=False)
     with _tokens(model) as tokens, torch.no_grad(), counter, run.accelerator.autocast():
-        model(batch)
-    samples = len(next(iter(batch.values())))
+        model(few)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     rows = {
         "batch": ", ".join(f"{name} {tuple(value.shape)}" for name, value in batch.items()),
         "parameters": f"{parameters:,} ({trained:,} trained)",
-        "tokens": ", ".join(f"{count} × {views} sequences" for count, views in tokens.items()) or "unknown",
-        "FLOPs a sample": f"{counter.get_total_flops() / samples:,.0f} (forward; a training step is about three times that)",
+        "tokens": ", ".join(f"{count} × {views * samples // measured} sequences" for count, views in tokens.items()) or "unknown",
+        "FLOPs a sample": f"{counter.get_total_flops() / measured:,.0f} (forward; a training step is about three times that)",
         "steps": f"{epochs} epochs × {-(-len(batches) // run.grad_accum)} steps",
     }
     tables = [
@@ -45,7 +46,7 @@ def preview(
         _table("model", rows),
     ]  # fmt: skip
     if devices is not None:
-        needs = planning.measure(model, batch, optimizer, ema=ema, autocast=run.accelerator.autocast)
+        needs = planning.measure(model, few, optimizer, ema=ema, autocast=run.accelerator.autocast)
         planned = planning.rows(needs, devices=devices, batch_size=samples, steps=len(batches), epochs=epochs)
         tables.append(_table(f"on {devices} device{'s' if devices > 1 else ''}", planned))
     return Group(*tables)
