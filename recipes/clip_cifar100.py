@@ -22,7 +22,7 @@ PRESETS = {
         "epochs": 8, "eval_every": 2, "batch_size": 128, "augment": "crop", "classify": 1.0, "ema": 0.998, "optimizer": "muon",
     },
     "best": {
-        "epochs": 17, "eval_every": 2, "batch_size": 128, "augment": "crop", "classify": 1.0, "ema": 0.998, "optimizer": "muon",
+        "epochs": 10, "eval_every": 2, "batch_size": 128, "augment": "crop", "classify": 1.0, "ema": 0.998, "optimizer": "muon",
     },
     "digits": {
         "epochs": 20, "eval_every": 5, "batch_size": 64, "augment": "shift", "classify": 1.0, "ema": 0.98, "optimizer": "muon",
@@ -51,7 +51,7 @@ def main(
         Literal["auto", "baseline", "enhanced", "best"],
         "the image tower and the flags not given; auto: best, small for digits",
     ] = "auto",
-    epochs: Annotated[int | None, "passes over the training images (baseline 4, enhanced 8, best 17, digits 20)"] = None,
+    epochs: Annotated[int | None, "passes over the training images (baseline 4, enhanced 8, best 10, digits 20)"] = None,
     batch_size: Annotated[int | None, "pairs a step (128, baseline 32, digits 64)"] = None,
     optimizer: Annotated[Literal["muon", "adamw"] | None, "Muon beside AdamW, or AdamW alone (baseline)"] = None,
     lr: Annotated[float | None, "peak learning rate, falling to a hundredth (Muon 4e-3, AdamW 1e-3)"] = None,
