@@ -76,7 +76,7 @@ def test_a_page_holds_all_that_the_run_left_behind(make_run):
     path = write_report(directory, {"m1_confusion": Confusion(matrix, [str(digit) for digit in range(10)])})
     assert path == directory / "report.html"
     found = Page(path)
-    names = {"losses", "pace", "statistic_sigreg", "metrics", "retrieval", "m1_confusion"}
+    names = {"losses", "pace", "statistic_sigreg", "metrics", "accuracies", "m1_confusion"}
     assert {file.stem for file in (directory / "plots").iterdir()} == names
     pictures = found.all("img")
     assert len(pictures) == len(names)

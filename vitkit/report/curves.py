@@ -223,7 +223,7 @@ def bars(record: Record) -> Plot | None:
         labels.append(drawable(label, 24))
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4))
     alt = "Final accuracies: " + ", ".join(f"{pretty(name)} {shown(value)}" for name, value in final.items()) + "."
-    return Plot("retrieval", "Final accuracy", figure, alt, "The last evaluation, not the best one.")
+    return Plot("accuracies", "Final accuracy", figure, alt, "The last evaluation, not the best one.")
 
 
 def _story(name: str, series: Series) -> str:
