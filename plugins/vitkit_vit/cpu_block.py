@@ -1,6 +1,8 @@
 """A transformer block for CPUs with its backward pass written out: `layers.Block`'s function, twice as fast.
 
-What makes the difference, for ViT 192/6/3 at 65 tokens trained in bf16 on a CPU with AMX, beside timm's block:
+What makes the difference, for ViT 192/6/3 at 65 tokens trained in bf16 on a CPU with AMX, beside timm's block with torch's
+attention. Beside timm's block with attention as batched products, and where products are slower (AVX512-BF16), little is left
+to gain: 80 % of a step is the products themselves, see the README.
 
 - Torch's flash attention spends half of a training step in its backward pass there. Written as batched matrix
   products, attention takes a fifth of a step half as long.

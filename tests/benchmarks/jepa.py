@@ -3,6 +3,7 @@
 A step takes CLS and 64 patches a view through the encoder and a projection to 64 dimensions, the loss with 256 directions,
 the backward pass and AdamW. All sides start from the same weights. Tuned by hand is bf16 autocast, torch.compile, AdamW
 fused, and attention as batched products, which train faster on CPUs than torch's flash attention at this length.
+stable-pretraining's LeJEPA is not a side of its own: its encoder is timm's ViT, too, and thirty packages come with it.
 """
 
 import torch

@@ -1,0 +1,1 @@
+"""What vitkit is compared with: `python -m tests.benchmarks`."""
