@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from benchmarks.timing import Products, in_turn, share, times
 from torch import nn
 
+from benchmarks.timing import Products, in_turn, share, times
 from vitkit_vit.layers import Block
 
 
