@@ -17,7 +17,6 @@ from typing import IO, Any
 from urllib.parse import urlsplit
 
 import torch
-from braceexpand import UnbalancedBracesError
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -81,7 +80,7 @@ def expanded(urls: str | Sequence[str], *, allow_pipe: bool = False) -> list[str
     for word in [urls] if isinstance(urls, str) else urls:
         try:
             words = expand_urls(word)
-        except UnbalancedBracesError:
+        except ValueError:
             raise UsageError(f"the braces of {word!r} do not match; write them as in shards-{{000..099}}.tar") from None
         for one in words:
             if one.startswith("pipe:") and not allow_pipe:
@@ -150,12 +149,14 @@ class Cache:
             raise DatasetError(f"cannot make {self.folder}: {error.strerror or error}; name another folder with cache=...") from None
 
     def _fetch(self, url: str, path: Path) -> None:
-        try:
-            with atomic_write(path) as temporary, closing(opened(url)) as source, temporary.open("wb") as target:
-                shutil.copyfileobj(source, target, 1 << 20)
-        except Exception as error:  # of many file systems, and of a command's exit code
-            said = " ".join(f"{type(error).__name__}: {error}".split())
-            raise DatasetError(f"the shard {url} cannot be had: {said:.400}; check its url, the network and your rights") from None
+        with atomic_write(path) as temporary:
+            try:
+                with closing(opened(url)) as source, temporary.open("wb") as target:
+                    shutil.copyfileobj(source, target, 1 << 20)
+            except Exception as error:  # of many file systems, and of a command's exit code
+                said = " ".join(f"{type(error).__name__}: {error}".split())
+                way = "check its url, the network, your rights and the room on the disk"
+                raise DatasetError(f"the shard {url} cannot be had: {said:.400}; {way}") from None
 
     def _evict(self, keep: Path) -> None:
         """Remove the shards that were used longest ago; who is reading one keeps it open."""
@@ -268,7 +269,7 @@ def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarI
     """Each sample's key and its files by their extensions in lower case."""
     current, members = "", dict[str, tarfile.TarInfo]()
     for member in iter(tar.next, None):
-        tar.members.clear()  # the list of all it has seen grows with the shard
+        tar.members.clear()  # type: ignore[attr-defined]  # all it has seen, which grows with the shard
         key, extension = base_plus_ext(member.name)
         if not member.isfile() or key is None or ("/" not in key and key.startswith("__")):
             continue
