@@ -190,7 +190,7 @@ class Fit:
         count = int(all_reduce_sum(torch.tensor(float(len(skipped)), device=self.run.device)))
         if count > self._skipped:
             shown, more = "; ".join(skipped[:5]), "; ..." if count > 5 else ""
-            self.run.say(f"{count:,} images that cannot be read are left out: {shown}{more}")
+            self.run.say(f"images left out because they cannot be read: {count:,} ({shown}{more})")
         self._skipped = count
 
     def _backward(self, group: list[Any]) -> list[Mapping[str, Tensor]]:
