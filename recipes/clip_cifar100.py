@@ -6,7 +6,7 @@ pair among all 10,000, and for the pair of a caption.
 
 from typing import Annotated, Literal
 
-from vitkit import Run, backbones, evaluators, heads, losses
+from vitkit import Run, backbones, evaluators, heads, losses, parse_arguments
 from vitkit.augment import ColorJitter, Compose, HorizontalFlip, RandomAffine, RandomCrop
 from vitkit.errors import UsageError, VitkitError
 from vitkit.mixing import CutMix, MixUp
@@ -47,6 +47,7 @@ SEED_DOCUMENT = {
 def main(
     run: Run,
     dataset: Annotated[str, "cifar100, digits, ...; auto: cifar100, or digits where it cannot be had"] = "auto",
+    dataset_arg: Annotated[list[str], "an argument of that dataset as NAME=VALUE, e.g. urls=...; may be repeated"] = [],
     preset: Annotated[
         Literal["auto", "baseline", "enhanced", "best"],
         "the image tower and the flags not given; auto: best, small for digits",
@@ -85,7 +86,7 @@ def main(
     eval_every: Annotated[int | None, "epochs between evaluations (2, baseline 1, digits 5)"] = None,
 ) -> None:
     """Train both towers, evaluate retrieval over all captions, save them with their projectors."""
-    data = run.dataset(dataset, default="cifar100")
+    data = run.dataset(dataset, default="cifar100", **parse_arguments(dataset_arg))
     small = data.name == "digits"
     name = "best" if preset == "auto" else preset
     base = PRESETS["digits" if small and preset == "auto" else name]

@@ -24,6 +24,7 @@ SEED_DOCUMENT = {"linear_top1": 0.95, "m1_top1": 0.79, "m1_top3": 0.96, "m2_top1
 def main(
     run: Run,
     dataset: Annotated[str, "mnist, fashion_mnist, digits, ...; auto: mnist, or digits where it cannot be had"] = "auto",
+    dataset_arg: Annotated[list[str], "an argument of that dataset as NAME=VALUE, e.g. urls=...; may be repeated"] = [],
     preset: Annotated[Literal["auto", "quick", "full", "digits"], "the flags not given; auto: quick, digits for digits"] = "auto",
     epochs: Annotated[int | None, "passes over the training images (quick 5, full 50)"] = None,
     batch_size: Annotated[int, "images a step"] = 128,
@@ -44,9 +45,10 @@ def main(
     label_fraction: Annotated[float, "share of the training labels that is ever shown"] = 1.0,
     train_size: Annotated[int | None, "train on so many images only, for a quick trial"] = None,
     eval_every: Annotated[int, "epochs between evaluations"] = 5,
+    eval_size: Annotated[int | None, "training images that evaluators look at (all)"] = None,
 ) -> None:
     """Train, evaluate every few epochs, save the encoder and its projector."""
-    data = run.dataset(dataset, default="mnist")
+    data = run.dataset(dataset, default="mnist", **parse_arguments(dataset_arg))
     given = {
         "epochs": epochs, "img_size": img_size, "patch_size": patch_size, "emb_dim": emb_dim, "depth": depth,
         "num_heads": num_heads,
@@ -78,7 +80,8 @@ def main(
         run.reference("seed document", **SEED_DOCUMENT)
     run.reference("floor", sigreg=1.0525)  # of true N(0, I)
     run.reference("collapse", sigreg=0.4020 * batch_size)  # of all embeddings at one point
-    evaluate = [evaluators.build(name) for name in ("linear_probe", "knn", "label_retrieval")]
+    evaluate = [evaluators.build(name, train_size=eval_size) for name in ("linear_probe", "knn")]
+    evaluate.append(evaluators.build("label_retrieval"))
     for epoch in run.fit(model, batches, epochs=epochs, optimizer=optimizer, schedule=schedule, clip=1.0, ema=0.99):
         if epoch.due(eval_every):
             with run.autocast(), sharing_features():

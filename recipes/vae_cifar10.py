@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from torch.optim.lr_scheduler import StepLR
 
-from vitkit import Run, backbones, evaluators, heads, losses
+from vitkit import Run, backbones, evaluators, heads, losses, parse_arguments
 from vitkit.augment import Compose, HorizontalFlip, Mix, RandomCrop
 from vitkit.optim import muon_adamw, warmup_cosine
 from vitkit.randaugment import RandAugment
@@ -24,6 +24,7 @@ PRESETS: dict[str, dict[str, int]] = {
 def main(
     run: Run,
     dataset: Annotated[str, "cifar10, cifar100, digits, ...; auto: cifar10, or digits where it cannot be had"] = "auto",
+    dataset_arg: Annotated[list[str], "an argument of that dataset as NAME=VALUE, e.g. urls=...; may be repeated"] = [],
     preset: Annotated[Literal["auto", "default", "long", "digits"], "the flags not given; auto: default, digits for digits"] = "auto",
     epochs: Annotated[int | None, "passes over the training images (default 12, long 100)"] = None,
     batch_size: Annotated[int, "images a step"] = 128,
@@ -65,7 +66,7 @@ def main(
     eval_size: Annotated[int | None, "training images that evaluators look at (all)"] = None,
 ) -> None:
     """Train, evaluate every few epochs, save the encoder with its classifier and decoder."""
-    data = run.dataset(dataset, default="cifar10")
+    data = run.dataset(dataset, default="cifar10", **parse_arguments(dataset_arg))
     base = PRESETS[("digits" if data.name == "digits" else "default") if preset == "auto" else preset]
     given = {
         "epochs": epochs, "img_size": img_size, "patch_size": patch_size, "emb_dim": emb_dim, "depth": depth,

@@ -1,7 +1,7 @@
 """Batches cut from memory-mapped images, sized, augmented and normalised as a whole on the device."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitkit.augment import Mixing, Transform
-from vitkit.contracts import HIDDEN
+from vitkit.contracts import HIDDEN, LazyImages
 from vitkit.distributed import world_size
 from vitkit.errors import UsageError
 
@@ -63,9 +63,12 @@ class Preparation:
 
 @dataclass(frozen=True)
 class ImageSplit:
-    """One split: `images` uint8 `(n c h w)`, memory-mapped, `labels` int64 `(n,)`, and how batches are prepared."""
+    """One split: `images` uint8 `(n c h w)`, `labels` int64 `(n,)`, and how batches are prepared.
 
-    images: Tensor
+    `images` is a memory-mapped tensor, or `contracts.LazyImages`, which are read when a batch takes them.
+    """
+
+    images: Any
     labels: Tensor
     prepare: Preparation
 
@@ -73,8 +76,33 @@ class ImageSplit:
         return len(self.labels)
 
     def subset(self, indices: Tensor) -> "ImageSplit":
-        """The images at `indices`, in that order: a copy of these alone, in memory."""
-        return replace(self, images=self.images.index_select(0, indices), labels=self.labels[indices])
+        """The images at `indices`, in that order: a copy of these alone, in memory, unless images are read lazily."""
+        lazy = isinstance(self.images, LazyImages)
+        images = self.images.subset(indices) if lazy else self.images.index_select(0, indices)
+        return replace(self, images=images, labels=self.labels[indices])
+
+    def in_memory(self) -> "ImageSplit":
+        """This split with a tensor of images; of lazy ones those that can be read, all in memory."""
+        if not isinstance(self.images, LazyImages):
+            return self
+        parts = list(self.read(torch.arange(len(self)).split(256)))
+        images = [images for images, _ in parts] or [torch.empty((0, *self.images.shape[1:]), dtype=torch.uint8)]
+        return replace(self, images=torch.cat(images), labels=torch.cat([self.labels[:0], *(labels for _, labels in parts)]))
+
+    def read(self, shares: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images uint8 `(m c h w)` and labels `(m,)` for each index tensor `(m,)`; lazy images may be fewer: `skipped`."""
+        if isinstance(self.images, LazyImages):
+            for images, rows in self.images.read(shares):
+                yield images, self.labels[rows]
+            return
+        for share in shares:
+            # Advanced indexing, images[indices], takes several times as long as index_select.
+            yield self.images.index_select(0, share), self.labels[share]
+
+    @property
+    def skipped(self) -> list[str]:
+        """A line for each lazy image that could not be read so far and was left out."""
+        return list(self.images.skipped) if isinstance(self.images, LazyImages) else []
 
     def take(self, count: int, *, seed: int = 0) -> "ImageSplit":
         """`count` images, the classes as evenly as they can be had, chosen by `seed`; all where there are no more.
@@ -83,7 +111,7 @@ class ImageSplit:
         """
         if count < 1:
             raise UsageError(f"take({count}): expected at least 1 image")
-        return self if count >= len(self) else self.subset(_evenly(self.labels, count, seed))
+        return self if count >= len(self) else self.subset(evenly(self.labels, count, seed))
 
     def hide_labels(self, fraction: float, *, seed: int = 0) -> "ImageSplit":
         """The same images, with the labels of all but a `fraction` of them hidden (−1), evenly over the classes.
@@ -92,7 +120,7 @@ class ImageSplit:
         """
         if not 0.0 < fraction <= 1.0 or round(fraction * len(self)) < 1:
             raise UsageError(f"a label fraction lies in (0, 1] and leaves at least one label; given {fraction}")
-        shown = _evenly(self.labels, round(fraction * len(self)), seed)
+        shown = evenly(self.labels, round(fraction * len(self)), seed)
         labels = torch.full_like(self.labels, HIDDEN)
         labels[shown] = self.labels[shown]
         return replace(self, labels=labels)
@@ -160,6 +188,11 @@ class ImageBatches:
         """How the images are prepared: what a model that is trained on them must be given."""
         return self.split.prepare
 
+    @property
+    def skipped(self) -> list[str]:
+        """A line for each image that could not be read so far and was left out of its batch."""
+        return self.split.skipped
+
     def _count(self, world: int) -> int:
         whole, rest = divmod(len(self.split), self.batch_size * world)
         return whole + (rest > 0 and not self.drop_last)
@@ -168,28 +201,31 @@ class ImageBatches:
         self, number: int, *, seed: int = 0, start: int = 0, device: Any = "cpu", rank: int = 0, world: int = 1
     ) -> Iterator[dict[str, Tensor]]:
         """The batches of one epoch from index `start` on, on `device`."""
-        order = torch.arange(len(self.split))
-        if self.shuffle:
-            order = order[torch.randperm(len(order), generator=torch.Generator().manual_seed(mix(seed, number)))]
-        size = self.batch_size * world
-        for index in range(start, self._count(world)):
-            share = order[index * size : (index + 1) * size].tensor_split(world)[rank]
-            yield self._make(share, mix(seed, number, index, rank), torch.device(device))
-
-    def _make(self, indices: Tensor, seed: int, device: torch.device) -> dict[str, Tensor]:
+        size, indices = self.batch_size * world, range(start, self._count(world))
+        order = self._order(mix(seed, number), size)
+        shares = (order[index * size : (index + 1) * size].tensor_split(world)[rank] for index in indices)
         # Sorted indices read a memory-mapped file in one direction; the order within a shuffled batch means nothing.
-        indices = indices.sort().values if self.shuffle else indices
+        shares = (share.sort().values if self.shuffle else share for share in shares)
+        for index, (images, labels) in zip(indices, self.split.read(shares), strict=True):
+            yield self._make(images, labels, mix(seed, number, index, rank), torch.device(device))
+
+    def _order(self, seed: int, size: int) -> Tensor:
+        if self.shuffle and isinstance(self.split.images, LazyImages):
+            return self.split.images.order(seed, size)
+        if self.shuffle:
+            return torch.randperm(len(self.split), generator=torch.Generator().manual_seed(seed))
+        return torch.arange(len(self.split))
+
+    def _make(self, images: Tensor, labels: Tensor, seed: int, device: torch.device) -> dict[str, Tensor]:
         prepare = self.split.prepare
-        # Advanced indexing, images[indices], takes several times as long as index_select.
-        images = prepare.pixels(_moved(self.split.images.index_select(0, indices), device))
-        labels = _moved(self.split.labels[indices], device)
+        images, labels = prepare.pixels(_moved(images, device)), _moved(labels, device)
         generator = torch.Generator(images.device).manual_seed(seed)
         if self.views > 1:
             images = images.repeat_interleave(self.views, dim=0)
         if self.augment is not None:
             images = self.augment(images, generator)
         if self.views > 1:
-            images = images.unflatten(0, (len(indices), self.views))  # (b·v c h w) → (b v c h w)
+            images = images.unflatten(0, (len(labels), self.views))  # (b·v c h w) → (b v c h w)
         batch = {"labels": labels}
         if self.mix is not None:
             images, partners, weights = self.mix(images, labels, generator)
@@ -212,7 +248,7 @@ def _column(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.stack([torch.full((1, 1), value, device=device) for value in values])
 
 
-def _evenly(labels: Tensor, count: int, seed: int) -> Tensor:
+def evenly(labels: Tensor, count: int, seed: int) -> Tensor:
     """Sorted indices of `count` samples, round-robin over the classes, shuffled within each."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(mix(seed)))
     shuffled = labels[order]
@@ -223,4 +259,4 @@ def _evenly(labels: Tensor, count: int, seed: int) -> Tensor:
     return order[place.argsort(stable=True)[:count]].sort().values
 
 
-__all__ = ["HIDDEN", "ImageBatches", "ImageSplit", "Preparation", "mix"]
+__all__ = ["HIDDEN", "ImageBatches", "ImageSplit", "Preparation", "evenly", "mix"]

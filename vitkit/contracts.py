@@ -40,10 +40,11 @@ samples, or nothing for the usual. A loss must have it; an evaluator may give an
 of a tensor that is longer for more samples is the one that is divided among processes.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 HIDDEN = -1
@@ -96,10 +97,45 @@ class Batches(Protocol):
 
 
 @runtime_checkable
-class Split(Protocol):
-    """`images`: uint8 `(n c h w)`, memory-mapped; `labels`: int64 `(n,)`."""
+class LazyImages(Protocol):
+    """Images that are read when a batch takes them: a split may hold these in the place of a tensor uint8 `(n c h w)`.
 
-    images: Tensor
+    Rows, int64 `(m,)`, count the images from 0. `read` gives for each of several index tensors in turn, reading ahead, the
+    images uint8 `(k c h w)` of those rows that can be read, and these rows `(k,)`; `index_select` the images of all rows,
+    and raises `DatasetError` for one that cannot be read; `subset` the same images, fewer or repeated, still unread.
+    `order` is a permutation of all rows `(n,)` that depends on `seed` alone and suits batches of `size` images over all
+    ranks, each of which takes a consecutive part of a batch. `skipped` has a line for each image that could not be read so
+    far.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def ndim(self) -> int: ...
+
+    @property
+    def skipped(self) -> list[str]: ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, shares: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+    def index_select(self, dim: int, index: Tensor) -> Tensor: ...
+
+    def subset(self, rows: Tensor) -> "LazyImages": ...
+
+    def order(self, seed: int, size: int) -> Tensor: ...
+
+
+@runtime_checkable
+class Split(Protocol):
+    """`images`: uint8 `(n c h w)`, memory-mapped, or `LazyImages`; `labels`: int64 `(n,)`."""
+
+    images: Any
     labels: Tensor
 
     def __len__(self) -> int: ...
@@ -204,6 +240,7 @@ __all__ = [
     "Embeddings",
     "Evaluator",
     "Head",
+    "LazyImages",
     "Loss",
     "Measurement",
     "Picture",

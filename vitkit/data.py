@@ -75,7 +75,7 @@ def from_store(
     Raises `UsageError` for an `img_size` below 1.
     """
     channels, height, width = stored.train.images.shape[1:]
-    mean, std = moments or _moments(stored.train.images)
+    mean, std = moments or pixel_moments(stored.train.images)
     prepare = Preparation((channels, height, width), mean, std, fit)
     train, test = (ImageSplit(split.images, split.labels, prepare) for split in (stored.train, stored.test))
     dataset = ImageDataset(stored.name, stored.classes, train, test, source, licence, hub_id, skipped=stored.skipped)
@@ -154,8 +154,8 @@ def _downloaded(
         ) from None
 
 
-def _moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel of pixels in [0, 1], over about 30 million values at most."""
+def pixel_moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel of uint8 `(n c h w)` scaled to [0, 1], over about 30 million values at most."""
     some, count = images, 30_000_000 // images[0].numel() + 1
     if count < len(images):
         # Drawn, for every k-th need not be like the others: MNIST's writers alternate.
@@ -173,5 +173,5 @@ def _moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 __all__ = [
     "HIDDEN", "ImageBatches", "ImageDataset", "ImageSplit", "Preparation", "Stored", "build", "fetched", "from_store",
-    "imported", "read_store", "resolve", "store_directory", "store_lock", "store_path", "stored_names", "write_store",
+    "imported", "pixel_moments", "read_store", "resolve", "store_directory", "store_lock", "store_path", "stored_names", "write_store",
 ]  # fmt: skip

@@ -115,6 +115,7 @@ class Fit:
         self._pending: list[tuple[int, dict[str, Tensor], Tensor | None, float]] = []
         self._trail: deque[str] = deque(maxlen=TRAIL)
         self._saved = time.monotonic()
+        self._skipped = 0
 
     def __iter__(self) -> Iterator[Epoch]:
         run, progress = self.run, self.progress
@@ -126,6 +127,7 @@ class Fit:
                     with signals.deferred():
                         self._train(signals)
                     progress["trained"] = True
+                    self._tell_skipped()
                     self._checkpoint()
                 signals.raise_if_asked()
                 count = max(progress["count"], 1)
@@ -179,6 +181,17 @@ class Fit:
                 self._checkpoint()
             signals.raise_if_asked()
         self._look()
+
+    def _tell_skipped(self) -> None:
+        """One line about images that could not be read, where this epoch met more of them than those before."""
+        skipped = getattr(self.batches, "skipped", None)
+        if skipped is None:
+            return
+        count = int(all_reduce_sum(torch.tensor(float(len(skipped)), device=self.run.device)))
+        if count > self._skipped:
+            shown, more = "; ".join(skipped[:5]), "; ..." if count > 5 else ""
+            self.run.say(f"images left out because they cannot be read: {count:,} ({shown}{more})")
+        self._skipped = count
 
     def _backward(self, group: list[Any]) -> list[Mapping[str, Tensor]]:
         """Add up the gradient of a group of batches; the losses and parts of each, or of all where they are one."""

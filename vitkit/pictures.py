@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -116,7 +117,7 @@ def _read_all(pictures: list[Picture], pixels: Tensor) -> Iterable[str]:
 
     def read(index: int) -> str:
         try:
-            pixels[index] = _read(pictures[index].path, pixels.shape[-1])
+            pixels[index] = read_square(pictures[index].path, pixels.shape[-1])
         except Exception as error:  # Pillow's plugins raise many kinds for damaged files
             return f"{type(error).__name__}: {error}"
         return ""
@@ -128,10 +129,11 @@ def _read_all(pictures: list[Picture], pixels: Tensor) -> Iterable[str]:
             yield from pool.map(read, range(len(pictures)))
 
 
-def _read(path: Path, size: int) -> Tensor:
-    """A picture as uint8 `(3 size size)`."""
-    with Image.open(path) as opened:
-        opened.draft("RGB", (2 * size, 2 * size))  # a JPEG is decoded at a fraction of its size where that is enough
+def read_square(file: Path | BinaryIO, size: int, channels: int = 3) -> Tensor:
+    """A picture as uint8 `(channels size size)`, RGB or grey, prepared as `import_folder` says; Pillow's errors."""
+    with Image.open(file) as opened:
+        # A JPEG is decoded at a fraction of its size where that is enough.
+        opened.draft("RGB" if channels == 3 else "L", (2 * size, 2 * size))
         picture = ImageOps.exif_transpose(opened)
         if picture.mode.startswith("I"):  # convert("RGB") would cut 16 bits to white
             picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
@@ -141,5 +143,6 @@ def _read(path: Path, size: int) -> Tensor:
         side = min(picture.size)
         left, top = ((length - side) / 2 for length in picture.size)
         middle = (left, top, left + side, top + side)
-        square = picture.convert("RGB").resize((size, size), Image.Resampling.BICUBIC, box=middle, reducing_gap=3.0)
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1)
+        picture = picture.convert("RGB" if channels == 3 else "L")
+        square = picture.resize((size, size), Image.Resampling.BICUBIC, box=middle, reducing_gap=3.0)
+    return torch.from_numpy(np.array(square)).view(size, size, channels).permute(2, 0, 1)

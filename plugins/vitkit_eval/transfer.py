@@ -107,6 +107,7 @@ def adapted(split: ImageSplit, prepare: Preparation) -> ImageSplit:
     prepare = replace(prepare, fit=split.prepare.fit)
     if given == wanted:
         return replace(split, prepare=prepare)
+    split = split.in_memory()
     if (given, wanted) == (1, 3):
         return replace(split, images=split.images.expand(-1, 3, -1, -1), prepare=prepare)
     if (given, wanted) == (3, 1):

@@ -315,6 +315,6 @@ def _pairs(model: Any, split: ImageSplit, classes: Sequence[str], seed: int, mos
 def _shown(model: Any, split: ImageSplit, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Pixels `(n c h w)` in [0, 1] on the model's device, the same normalised, and labels `(n,)`."""
     device = next(model.parameters()).device
-    chosen = split.subset(indices)
+    chosen = split.subset(indices).in_memory()
     pixels = split.prepare.pixels(chosen.images.to(device))
     return pixels, split.prepare.normalise(pixels), chosen.labels.to(device)

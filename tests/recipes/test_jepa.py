@@ -103,6 +103,14 @@ def test_a_dataset_that_cannot_be_had_is_replaced_only_when_none_was_named(tmp_p
         run(RECIPE, ["--dataset", "mnist", "--out", str(tmp_path / "other")])
 
 
+def test_a_dataset_is_given_its_arguments_by_flag(tmp_path):
+    from vitkit.errors import ArgumentsError
+
+    with pytest.raises(ArgumentsError, match="dataset 'digits' takes no argument 'urls'"):
+        run(RECIPE, ["--dataset", "digits", "--dataset-arg", "urls=a.tar", "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
 def _refused(*_):
     raise ConnectionRefusedError("no network in this test")
 

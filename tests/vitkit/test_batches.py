@@ -1,5 +1,7 @@
 """Batches: whole epochs, entered anywhere, shared by ranks; labels hidden; pixels as they should be."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torchvision.transforms import v2
@@ -223,3 +225,60 @@ def test_labels_that_are_shown_are_repeated_to_a_share_of_the_whole():
     assert whole.repeat_shown(0.25) is whole
     with pytest.raises(UsageError, match="expected a share in"):
         hidden.repeat_shown(1.0)
+
+
+class Lazy:
+    """Images of a tensor that are read one by one; those of `broken` rows cannot be."""
+
+    def __init__(self, images, broken=(), skipped=None):
+        self.images, self.broken, self.skipped = images, set(broken), [] if skipped is None else skipped
+        self.shape, self.dtype, self.ndim = tuple(images.shape), images.dtype, images.ndim
+
+    def __len__(self):
+        return len(self.images)
+
+    def read(self, shares):
+        for share in shares:
+            self.skipped += [f"row {row}" for row in share.tolist() if row in self.broken and f"row {row}" not in self.skipped]
+            kept = share[torch.tensor([row not in self.broken for row in share.tolist()], dtype=torch.bool)]
+            yield self.images[kept], kept
+
+    def index_select(self, dim, index):
+        return self.images.index_select(dim, index)
+
+    def subset(self, rows):
+        return Lazy(self.images[rows], [place for place, row in enumerate(rows.tolist()) if row in self.broken], self.skipped)
+
+    def order(self, seed, size):
+        return torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+
+
+def lazy_split(broken=()):
+    images = torch.arange(40, dtype=torch.uint8).view(20, 1, 1, 2)
+    tensors = ImageSplit(images, torch.arange(20), Preparation((1, 1, 2), (0.0,), (1.0,)))
+    return tensors, replace(tensors, images=Lazy(images, broken))
+
+
+def test_images_that_are_read_lazily_make_the_batches_of_a_tensor():
+    tensors, lazy = lazy_split()
+    for rank in range(2):
+        options = {"seed": 4, "start": 1, "rank": rank, "world": 2}
+        pairs = zip(tensors.batches(3, shuffle=True).epoch(2, **options), lazy.batches(3, shuffle=True).epoch(2, **options), strict=True)
+        for one, other in pairs:
+            assert torch.equal(one["images"], other["images"])
+            assert torch.equal(one["labels"], other["labels"])
+
+
+def test_lazy_images_that_cannot_be_read_are_left_out_with_their_labels():
+    _, lazy = lazy_split(broken=[3, 17])
+    batches = lazy.batches(6, shuffle=True, views=2)
+    found = list(batches.epoch(0))
+    assert sorted(torch.cat([batch["labels"] for batch in found]).tolist()) == [n for n in range(20) if n not in (3, 17)]
+    assert all(batch["images"].shape == (len(batch["labels"]), 2, 1, 1, 2) for batch in found)
+    assert sorted(batches.skipped) == ["row 17", "row 3"]
+    loaded = lazy.in_memory()
+    assert isinstance(loaded.images, torch.Tensor)
+    assert loaded.labels.tolist() == [n for n in range(20) if n not in (3, 17)]
+    assert torch.equal(loaded.images[:, 0, 0, 0].long(), 2 * loaded.labels)
+    assert isinstance(lazy.take(5).images, Lazy)
+    assert lazy.subset(torch.tensor([3])).in_memory().images.shape == (0, 1, 1, 2)

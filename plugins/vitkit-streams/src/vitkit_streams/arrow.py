@@ -1,0 +1,183 @@
+"""Hugging Face `datasets` as a dataset: arrow tables that are memory-mapped, of which rows are read by number."""
+
+import atexit
+import io
+import tempfile
+from functools import cache as once
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vitkit.data import ImageDataset
+from vitkit.errors import DatasetError, UsageError, nearest
+from vitkit_streams.splits import assemble, check_options, class_names, class_number
+
+TEST_SPLITS = ("test", "validation", "val", "valid")
+IMAGES, LABELS = ("image", "img", "jpg", "png", "webp"), ("label", "labels", "fine_label", "cls", "class")
+
+
+class ArrowSamples:
+    """The rows of one split, with their pictures as files: no table is ever in memory as a whole."""
+
+    def __init__(self, table: Any, column: str, name: str) -> None:
+        import datasets
+
+        self.table = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+        self.column, self.title = column, name
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def read(self, number: int) -> bytes:
+        try:
+            found = self.table[number][self.column]
+            if found is None:
+                return b""
+            return found["bytes"] if found["bytes"] is not None else Path(found["path"]).read_bytes()
+        except OSError as error:
+            raise DatasetError(f"{self.name(number)} cannot be read: {error.strerror or error}") from None
+
+    def name(self, number: int) -> str:
+        return f"{self.title}: row {number}"
+
+    def order(self, numbers: Tensor, seed: int, size: int) -> Tensor:
+        """A permutation of all: rows of a mapped file are as near as one another."""
+        return torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed))
+
+
+def hf_dataset(
+    *,
+    path: str,
+    config: str | None = None,
+    split: str = "train",
+    test_split: str | None = None,
+    revision: str | None = None,
+    data_files: str | list[str] | None = None,
+    image: str | None = None,
+    label: str | None = None,
+    classes: str | list[str] | None = None,
+    img_size: int = 64,
+    channels: int = 3,
+    test_size: int = 2000,
+    workers: int | None = None,
+) -> ImageDataset:
+    """A dataset of the Hugging Face Hub or of a folder, by `datasets`: memory-mapped arrow tables, larger than memory too.
+
+    `path` is a repository (`uoft-cs/cifar10`), a folder that `save_to_disk` wrote, or a loader's name (`imagefolder`,
+    `parquet`, with `data_files`). `split` is trained on; at most `test_size` pictures of `test_split`, by default `test` or
+    `validation` where there is one, else held out of `split`, are in memory. `image` and `label` are columns, by default the
+    usual names; a label is a `ClassLabel`, a number or a class name. Pictures are decoded by threads (`workers`), cropped to
+    the square in their middle, `img_size`. An epoch is one permutation of all, drawn from (seed, epoch).
+
+    A picture that cannot be decoded is left out and named. Raises `DatasetError` with what `datasets` said where the dataset
+    cannot be had, and for a row without a label; `UsageError` for a split or a column that is not there.
+    """
+    check_options(img_size, channels, workers, test_size)
+    splits = _load(path, config, revision, data_files)
+    if split not in splits:
+        raise UsageError(f"{path} has no split {split!r}{nearest(split, splits) or ';'} it has {', '.join(splits)}")
+    if test_split is not None and test_split not in splits:
+        raise UsageError(f"{path} has no split {test_split!r}{nearest(test_split, splits) or ';'} it has {', '.join(splits)}")
+    test_split = test_split or next((name for name in TEST_SPLITS if name in splits and name != split), None)
+    table = splits[split]
+    picture, target = _column(table, image, IMAGES, "image", path), _column(table, label, LABELS, "label", path)
+    names = _class_names(table, target, classes, f"{path} ({split})")
+    labels = _labels(table, target, names, f"{path} ({split})")
+    test = None
+    if test_split is not None:
+        other, title = splits[test_split], f"{path} ({test_split})"
+        test = ArrowSamples(other, picture, title), _labels(other, target, names, title)
+    info = table.info
+    return assemble(
+        path.rstrip("/").rpartition("/")[2], ArrowSamples(table, picture, f"{path} ({split})"), labels, names, test=test,
+        test_size=test_size, img_size=img_size, channels=channels, workers=workers,
+        source=info.homepage or f"Hugging Face datasets: {path}", licence=info.license or "its owner's",
+        hub_id=path if path.count("/") == 1 and not Path(path).expanduser().exists() else "",
+    )  # fmt: skip
+
+
+def _load(path: str, config: str | None, revision: str | None, data_files: str | list[str] | None) -> dict[str, Any]:
+    import datasets
+
+    folder = Path(path).expanduser()
+    try:
+        if (folder / "dataset_dict.json").is_file():
+            return dict(datasets.load_from_disk(str(folder)))
+        if (folder / "state.json").is_file():
+            return {"train": datasets.load_from_disk(str(folder))}
+        return dict(datasets.load_dataset(str(folder) if folder.exists() else path, config, revision=revision, data_files=data_files))
+    except Exception as error:  # of the Hub, of builders and of file systems
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DatasetError(
+            f"the dataset {path!r} cannot be had: {said:.400}; check its name, config and revision, and the network, "
+            f"or give a folder that save_to_disk wrote"
+        ) from None
+
+
+def _column(table: Any, given: str | None, usual: tuple[str, ...], what: str, path: str) -> str:
+    columns = list(table.column_names)
+    if given is not None and given in columns:
+        return given
+    found = next((name for name in usual if name in columns), None)
+    if given is not None or found is None:
+        asked = f"no column {given!r}" if given is not None else f"no column called {', '.join(usual)}"
+        hint = f"{nearest(given or what, columns) or ';'} say which is the {what}: {what}=...; it has {', '.join(columns)}"
+        raise UsageError(f"{path} has {asked}{hint}")
+    return found
+
+
+def _class_names(table: Any, column: str, given: str | list[str] | None, where: str) -> list[str]:
+    names = getattr(table.features[column], "names", None)
+    if names and given is None:
+        return list(names)
+    texts = [str(value) for value in table.unique(column) if value is not None]
+    if not texts:
+        raise DatasetError(f"{where}: no row has a label in the column {column!r}")
+    return class_names(texts, given)
+
+
+def _labels(table: Any, column: str, names: list[str], where: str) -> Tensor:
+    numbers = {name: number for number, name in enumerate(names)}
+    known: dict[Any, int] = {}
+    found = torch.empty(len(table), dtype=torch.int64)
+    is_class = getattr(table.features[column], "names", None)
+    start = 0
+    for batch in table.select_columns([column]).iter(batch_size=10_000):
+        for value in batch[column]:
+            if value is None or (is_class and not 0 <= value < len(names)):
+                raise DatasetError(f"{where}: row {start} has no label in the column {column!r}; filter such rows out")
+            if value not in known:
+                known[value] = value if is_class else class_number(str(value), numbers, f"{where}: row {start}")
+            found[start] = known[value]
+            start += 1
+    return found
+
+
+def _example(samples: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A small example for the conformance kit."""
+    return {"path": str(_example_folder()), "img_size": 8, "workers": 2}, {}
+
+
+@once
+def _example_folder() -> Path:
+    import datasets
+
+    holder = tempfile.TemporaryDirectory(prefix="vitkit-streams-")
+    atexit.register(holder.cleanup)
+    rows: dict[str, list[Any]] = {"image": [], "label": []}
+    for number in range(30):
+        body = io.BytesIO()
+        Image.fromarray(np.full((16, 16, 3), 40 * (number % 3) + number, dtype=np.uint8)).save(body, "PNG")
+        rows["image"].append({"bytes": body.getvalue(), "path": None})
+        rows["label"].append(number % 3)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["dark", "grey", "light"])})
+    folder = Path(holder.name) / "pictures"
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(folder))
+    return folder
+
+
+hf_dataset.vitkit_example = _example  # type: ignore[attr-defined]

@@ -1,0 +1,132 @@
+"""Pictures that threads read and decode while the model computes: `vitkit.contracts.LazyImages`."""
+
+import io
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vitkit.errors import DatasetError
+from vitkit.pictures import read_square
+
+AHEAD = 3
+"""Batches that are being read while one is computed with; they are all the decoded pictures there ever are."""
+
+
+class Samples(Protocol):
+    """Encoded pictures by their number from 0."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, number: int) -> bytes:
+        """The picture's file; `DatasetError` where what it lies in cannot be read."""
+        ...
+
+    def name(self, number: int) -> str:
+        """What a person finds it by."""
+        ...
+
+    def order(self, numbers: Tensor, seed: int, size: int) -> Tensor:
+        """A permutation of the places of `numbers` `(m,)`, for batches of `size`."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedImages:
+    """The pictures `rows` int64 `(n,)` of `samples`, decoded to uint8 `(channels img_size img_size)` by `workers` threads.
+
+    A picture that cannot be decoded is left out and named in `skipped`, once, however often it is met. What holds many
+    pictures, a shard say, is another matter: where that cannot be read, `DatasetError` is raised.
+    """
+
+    samples: Samples
+    rows: Tensor
+    img_size: int
+    channels: int = 3
+    workers: int = 4
+    _problems: dict[int, str] = field(default_factory=dict, repr=False)  # by the picture's number; shared with subsets
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return (len(self.rows), self.channels, self.img_size, self.img_size)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.uint8
+
+    @property
+    def ndim(self) -> int:
+        return 4
+
+    @property
+    def skipped(self) -> list[str]:
+        return [f"{self.samples.name(number)}: {problem}" for number, problem in sorted(self._problems.items())]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, shares: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each index tensor the pictures `(k c h w)` that can be decoded and their rows `(k,)`, up to `AHEAD` ahead."""
+        waiting: deque[tuple[Tensor, list[Future[Tensor | None]]]] = deque()
+        with ThreadPoolExecutor(self.workers, thread_name_prefix="vitkit-streams") as pool:
+            try:
+                for share in shares:
+                    waiting.append((share, [pool.submit(self._decode, row) for row in share.tolist()]))
+                    if len(waiting) > AHEAD:
+                        yield self._collect(*waiting.popleft())
+                while waiting:
+                    yield self._collect(*waiting.popleft())
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def index_select(self, dim: int, index: Tensor) -> Tensor:
+        """The pictures `(m c h w)` of the rows `index`; `DatasetError` for one that cannot be decoded."""
+        ((images, rows),) = self.read([index])
+        if len(rows) < len(index):
+            raise DatasetError(f"{self.skipped[0]}; this is asked for by its number and cannot be left out: remove it")
+        return images
+
+    def subset(self, rows: Tensor) -> "StreamedImages":
+        """The same pictures, fewer or repeated."""
+        return replace(self, rows=self.rows[rows])
+
+    def order(self, seed: int, size: int) -> Tensor:
+        """A permutation of all rows, drawn by `seed`, that suits what the pictures lie in."""
+        return self.samples.order(self.rows, seed, size)
+
+    def _decode(self, row: int) -> Tensor | None:
+        number = int(self.rows[row])
+        body = self.samples.read(number)
+        try:
+            return decode(body, self.img_size, self.channels)
+        except Exception as error:  # Pillow's plugins raise many kinds for damaged files
+            self._problems.setdefault(number, f"{type(error).__name__}: {error}".replace(repr(body), "the file"))
+            return None
+
+    def _collect(self, share: Tensor, futures: list[Future[Tensor | None]]) -> tuple[Tensor, Tensor]:
+        found = [future.result() for future in futures]
+        images = [image for image in found if image is not None]
+        kept = share[torch.tensor([image is not None for image in found], dtype=torch.bool)]
+        return torch.stack(images) if images else torch.empty((0, *self.shape[1:]), dtype=torch.uint8), kept
+
+
+def decode(body: bytes, size: int, channels: int) -> Tensor:
+    """A picture's file → uint8 `(channels size size)`, prepared as `vitkit.pictures.import_folder` does it."""
+    with Image.open(io.BytesIO(body)) as opened:  # reads the header alone
+        width, height = opened.size
+    most = Image.MAX_IMAGE_PIXELS
+    if most is not None and width * height > most:  # a thread cannot turn Pillow's warning into an error for itself alone
+        raise ValueError(f"{width}×{height} pixels are more than the {most:,} that a picture may have")
+    return read_square(io.BytesIO(body), size, channels)
+
+
+def default_workers() -> int:
+    """A thread for each core that this process may use, less the one that the model needs, and at least two."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(max(cores - 1, 2), 16)

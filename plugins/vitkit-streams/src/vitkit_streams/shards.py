@@ -1,0 +1,318 @@
+"""Tar shards: which there are, where their bytes are on this machine, and what each holds.
+
+A shard is read through once and its index kept: where in the file each picture lies, and the text of its label. With
+that the order of an epoch is known beforehand and any picture can be read on its own.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tarfile
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import urlsplit
+
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from webdataset.gopen import gopen
+from webdataset.shardlists import expand_urls
+from webdataset.tariterators import base_plus_ext
+
+from vitkit.errors import DatasetError, UsageError
+from vitkit.files import atomic_write
+
+REMOTE = ("http", "https", "hf", "s3", "gs", "gcs", "abfs", "az")
+"""Schemes that fsspec opens; all but the first three need a package of their own (s3fs, gcsfs, adlfs)."""
+FORMAT = "vitkit-shard-1"
+LONGEST_LABEL = 1 << 20
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Which files of a sample are its picture, the first of several extensions, and its label; `json:KEY` is a JSON entry."""
+
+    image: str
+    label: str
+
+    @property
+    def images(self) -> list[str]:
+        return self.image.lower().split(";")
+
+    @property
+    def label_file(self) -> str:
+        return self.label.partition(":")[0].lower()
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file: `offsets` and `sizes` int64 `(n,)` of its pictures, `codes` `(n,)` of their labels among `texts`."""
+
+    url: str
+    index: Path
+    bytes: int
+    offsets: Tensor
+    sizes: Tensor
+    codes: Tensor
+    texts: list[str]
+    skipped: list[str]
+
+    def key(self, place: int) -> str:
+        """The name that its picture's files share."""
+        with safe_open(self.index, framework="pt") as file:
+            return bytes(file.get_tensor("keys").tolist()).decode().split("\n")[place]
+
+
+def expanded(urls: str | Sequence[str], *, allow_pipe: bool = False) -> list[str]:
+    """Shards by webdataset's conventions: braces `{000..099}`, several joined by `::`, and patterns of local files.
+
+    A folder stands for the `.tar` files in it. Raises `UsageError` for what names no shard, an unknown scheme, a shard named
+    twice and, unless `allow_pipe`, for `pipe:`, which runs a command of the shell; `DatasetError` for a local file that is
+    not there.
+    """
+    found: list[str] = []
+    for word in [urls] if isinstance(urls, str) else urls:
+        try:
+            words = expand_urls(word)
+        except ValueError:
+            raise UsageError(f"the braces of {word!r} do not match; write them as in shards-{{000..099}}.tar") from None
+        for one in words:
+            if one.startswith("pipe:") and not allow_pipe:
+                raise UsageError(
+                    f"{one!r} would run a command in a shell, with your rights; read it, and give allow_pipe=true if you want that"
+                )
+            elsewhere = one.startswith("pipe:") or _scheme(one) in REMOTE
+            found += [one] if elsewhere else _local(one)
+    if not found:
+        raise UsageError(f"urls is {urls!r}: it names no shard; give tar files, for example urls=shards/train-{{000..099}}.tar")
+    twice = sorted({url for url in found if found.count(url) > 1})[:3] if len(set(found)) < len(found) else []
+    if twice:
+        raise UsageError(f"a shard is named twice: {', '.join(twice)}")
+    return found
+
+
+def _scheme(url: str) -> str:
+    return urlsplit(url).scheme.lower() if "://" in url else ""
+
+
+def _local(url: str) -> list[str]:
+    scheme = _scheme(url)
+    if scheme not in ("", "file"):
+        raise UsageError(f"{url!r} has the scheme {scheme!r}; known are local files and {', '.join(REMOTE)}")
+    text = url.removeprefix("file://").removeprefix("file:")
+    path = Path(text).expanduser().absolute()
+    if path.is_dir():
+        tars = sorted(map(str, path.glob("*.tar")))
+        if not tars:
+            raise DatasetError(f"the folder {path} holds no .tar file")
+        return tars
+    if any(letter in text for letter in "*?") and not path.exists():
+        tars = sorted(map(str, Path(path.anchor).glob(str(path.relative_to(path.anchor)))))
+        if not tars:
+            raise DatasetError(f"no shard fits {url!r} (looked for {path})")
+        return tars
+    if not path.is_file():
+        raise DatasetError(f"no shard at {path}; braces write several: train-{{000..099}}.tar")
+    return [str(path)]
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A folder of indices and of shards from elsewhere, of which at most `gigabytes` stay; those used last."""
+
+    folder: Path
+    gigabytes: float
+
+    def path(self, url: str) -> Path:
+        """Where the shard lies on this machine, downloaded if need be; `DatasetError` with its url where it cannot be had."""
+        if _is_local(url):
+            return Path(url)
+        path = self.folder / f"{digest(url)}.tar"
+        if not path.exists():
+            self._ready()
+            with FileLock(f"{path}.lock"):
+                if not path.exists():
+                    self._fetch(url, path)
+            self._evict(path)
+        return path
+
+    def _ready(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DatasetError(f"cannot make {self.folder}: {error.strerror or error}; name another folder with cache=...") from None
+
+    def _fetch(self, url: str, path: Path) -> None:
+        with atomic_write(path) as temporary:
+            try:
+                with closing(opened(url)) as source, temporary.open("wb") as target:
+                    shutil.copyfileobj(source, target, 1 << 20)
+            except Exception as error:  # of many file systems, and of a command's exit code
+                said = " ".join(f"{type(error).__name__}: {error}".split())
+                way = "check its url, the network, your rights and the room on the disk"
+                raise DatasetError(f"the shard {url} cannot be had: {said:.400}; {way}") from None
+
+    def _evict(self, keep: Path) -> None:
+        """Remove the shards that were used longest ago; who is reading one keeps it open."""
+        shards = []
+        for path in self.folder.glob("*.tar"):
+            try:
+                shards.append((path.stat().st_mtime, path.stat().st_size, path))
+            except FileNotFoundError:
+                continue  # another process was faster
+        room = self.gigabytes * 1e9
+        for _, size, path in sorted(shards, reverse=True):
+            room -= size
+            if room < 0 and path != keep:
+                path.unlink(missing_ok=True)
+
+    def read(self, shard: Shard, place: int) -> bytes:
+        """The file of one picture; `DatasetError` where the shard cannot be read or is not the one that was indexed."""
+        offset, size = int(shard.offsets[place]), int(shard.sizes[place])
+        for _ in range(5):
+            path = self.path(shard.url)
+            try:
+                with path.open("rb") as file:
+                    if os.fstat(file.fileno()).st_size != shard.bytes:
+                        raise DatasetError(f"the shard {shard.url} has changed since it was indexed; start again, it is indexed anew")
+                    if not _is_local(shard.url):
+                        os.utime(path)
+                    file.seek(offset)
+                    return file.read(size)
+            except FileNotFoundError:
+                if _is_local(shard.url):
+                    raise DatasetError(f"the shard {shard.url} is gone; it was there when training began") from None
+                continue  # another process has evicted it
+            except OSError as error:
+                raise DatasetError(f"the shard {shard.url} cannot be read: {error.strerror or error}") from None
+        raise DatasetError(f"the shard {shard.url} is evicted as soon as it is downloaded; give a larger cache_gb")
+
+    def shard(self, url: str, fields: Fields) -> Shard:
+        """The shard with its index, which is made on the first call; errors as `path` and `scan`."""
+        mark: list[Any] = [FORMAT, url, fields.image, fields.label]
+        if _is_local(url):
+            stat = Path(url).stat()
+            mark += [stat.st_size, stat.st_mtime_ns]
+        index = self.folder / f"{digest(*mark)}.index"
+        self._ready()
+        if not index.exists():
+            with FileLock(f"{index}.lock"):
+                if not index.exists():
+                    path = self.path(url)
+                    tensors, metadata = scan(path, url, fields)
+                    with atomic_write(index) as temporary:
+                        temporary.write_bytes(save(tensors, metadata={"bytes": str(path.stat().st_size), **metadata}))
+        try:
+            with safe_open(index, framework="pt") as file:
+                metadata = file.metadata()
+                offsets, sizes, codes = (file.get_tensor(name).clone() for name in ("offsets", "sizes", "codes"))
+            lists = (json.loads(metadata[name]) for name in ("texts", "skipped"))
+            return Shard(url, index, int(metadata["bytes"]), offsets, sizes, codes, *lists)
+        except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
+            raise DatasetError(f"the index {index} of {url} is damaged ({error}); delete it") from None
+
+
+def opened(url: str) -> IO[bytes]:
+    """The bytes of a shard from elsewhere."""
+    if url.startswith("pipe:"):
+        stream: IO[bytes] = gopen(url)
+        return stream
+    import fsspec
+
+    file: IO[bytes] = fsspec.open(url, "rb").open()
+    return file
+
+
+def scan(path: Path, url: str, fields: Fields) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read through a shard: tensors and metadata of its index.
+
+    Consecutive files that share a name up to its first dot are a sample, as in webdataset. A sample without a picture is left
+    out and named. Raises `DatasetError` for what is no tar file or cut short, a sample without a label, and no sample at all.
+    """
+    places: list[tuple[int, int]] = []
+    keys: list[str] = []
+    codes: list[int] = []
+    texts: dict[str, int] = {}
+    skipped: list[str] = []
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for key, members in _samples(tar):
+                image = next((members[name] for name in fields.images if name in members), None)
+                if image is None:
+                    skipped.append(f"{url}: {key}: no {fields.image} among its files: {', '.join(members)}")
+                    continue
+                text = _label(tar, members, fields, f"sample {key!r} of the shard {url}")
+                places.append((image.offset_data, image.size))
+                codes.append(texts.setdefault(text, len(texts)))
+                keys.append(key.replace("\n", " "))
+    except (tarfile.TarError, EOFError) as error:
+        raise DatasetError(f"the shard {url} is no tar file or cut short ({error}); compressed ones have to be unpacked") from None
+    except OSError as error:
+        raise DatasetError(f"the shard {url} cannot be read: {error.strerror or error}") from None
+    if not places:
+        raise DatasetError(f"the shard {url} holds no sample with a picture ({fields.image}); {'; '.join(skipped[:2])}".rstrip("; "))
+    offsets, sizes = torch.tensor(places, dtype=torch.int64).unbind(1)
+    tensors = {
+        "offsets": offsets.contiguous(), "sizes": sizes.contiguous(), "codes": torch.tensor(codes, dtype=torch.int64),
+        "keys": torch.frombuffer(bytearray("\n".join(keys).encode()), dtype=torch.uint8),
+    }  # fmt: skip
+    return tensors, {"texts": json.dumps(list(texts)), "skipped": json.dumps(skipped)}
+
+
+def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+    """Each sample's key and its files by their extensions in lower case."""
+    current, members = "", dict[str, tarfile.TarInfo]()
+    for member in iter(tar.next, None):
+        tar.members.clear()  # type: ignore[attr-defined]  # all it has seen, which grows with the shard
+        key, extension = base_plus_ext(member.name)
+        if not member.isfile() or key is None or ("/" not in key and key.startswith("__")):
+            continue
+        if key != current and members:
+            yield current, members
+            members = {}
+        current = key
+        members[extension.lower()] = member
+    if members:
+        yield current, members
+
+
+def _label(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo], fields: Fields, where: str) -> str:
+    member = members.get(fields.label_file)
+    if member is None:
+        raise DatasetError(
+            f"{where} has no label: no {fields.label_file!r} among its files: {', '.join(members)}; "
+            f"say where it stands: label=cls, label=txt or label=json:KEY"
+        )
+    if member.size > LONGEST_LABEL:
+        raise DatasetError(f"{where}: its label, {member.name!r}, has {member.size:,} bytes, more than a label may")
+    file = tar.extractfile(member)
+    assert file is not None
+    try:
+        text = file.read().decode()
+    except UnicodeDecodeError:
+        raise DatasetError(f"{where}: its label, {member.name!r}, is no text in UTF-8") from None
+    entry = fields.label.partition(":")[2]
+    if entry:
+        try:
+            value = json.loads(text)[entry]
+        except (ValueError, KeyError, TypeError):
+            raise DatasetError(f"{where}: {member.name!r} is no JSON object with an entry {entry!r}: {text!r:.120}") from None
+        text = value if isinstance(value, str) else json.dumps(value)
+    text = text.strip()
+    if not text:
+        raise DatasetError(f"{where} has an empty label, {member.name!r}")
+    return text
+
+
+def _is_local(url: str) -> bool:
+    return not url.startswith("pipe:") and _scheme(url) == ""
+
+
+def digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
