@@ -65,6 +65,15 @@ def broadcast_text(text: str, *, device: torch.device | str = "cpu") -> str:
     return bytes(broadcast(told).tolist()).decode()
 
 
+def any_rank(*flags: bool, device: torch.device | str = "cpu") -> list[bool]:
+    """Of each flag whether any rank has raised it: the same answer on every rank."""
+    if world_size() == 1:
+        return list(flags)
+    raised = torch.tensor(flags, dtype=torch.int32, device=device)
+    dist.all_reduce(raised, op=dist.ReduceOp.MAX)
+    return [bool(flag) for flag in raised.tolist()]
+
+
 def draw_rows(draw: Callable[[int], Tensor], like: Tensor) -> Tensor:
     """This rank's rows of `draw(n)` `(n ...)`, drawn on rank 0 for the n samples of the whole batch.
 
@@ -151,4 +160,4 @@ def _sum(x: Tensor) -> Tensor:
     return total
 
 
-__all__ = ["BatchNorm", "all_gather", "all_reduce_mean", "all_reduce_sum", "broadcast", "broadcast_text", "draw_rows", "rank", "world_size"]
+__all__ = ["BatchNorm", "all_gather", "all_reduce_mean", "all_reduce_sum", "any_rank", "broadcast", "broadcast_text", "draw_rows", "rank", "world_size"]

@@ -17,15 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vitkit.compiling import compile_for
 from vitkit.contracts import Batches, Scores
-from vitkit.distributed import all_reduce_sum
+from vitkit.distributed import all_reduce_sum, any_rank
+from vitkit.averaging import Average
 from vitkit.errors import RunError, UsageError
 from vitkit.gradcache import Accumulated, Embedding
 from vitkit.rundir import BEST, LAST
-from vitkit.signals import Signals
+from vitkit.sharding import apart, whole
+from vitkit.signals import Interrupted, Signals
 from vitkit.state import load_state, save_state
 
 if TYPE_CHECKING:
@@ -98,16 +99,18 @@ class Fit:
             raise UsageError("an epoch has no batches: the batch size is larger than the training set, or it is empty")
         steps = epochs * -(-len(self.batches) // run.grad_accum)
         self.module, self.cached = model, run.grad_accum > 1 and isinstance(model, Embedding)
+        # What is sharded over ranks can be called as a whole alone: evaluators and the recipe keep a model of their own.
+        self.trained = apart(model, optimizer) if run.sharded else model
         if not self.cached:
-            said = compile_for(model, run.compile, device=run.device.type, steps=steps)
+            said = compile_for(self.trained, run.compile, device=run.device.type, steps=steps)
         else:  # what a model compiles is its forward pass as a whole
             said = "not compiled: --grad-accum calls this model's embed and loss_of" if run.compile == "on" else ""
         if said:
             run.say(said)
-        wrapped = Accumulated(model) if self.cached else model
+        wrapped = Accumulated(self.trained) if self.cached else self.trained
         self.model, self.optimizer = run.accelerator.prepare(wrapped, optimizer)
         self.schedule = schedule
-        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True) if ema else None
+        self.average = Average(self.trained, ema) if ema else None
         self.progress: dict[str, Any] = {
             "epoch": 0, "batch": 0, "step": 0, "trained": False, "sums": {}, "count": 0, "images": 0,
             "train_seconds": 0.0, "best": None, "best_epoch": 0, "stale": 0,
@@ -140,8 +143,8 @@ class Fit:
                 if stop:
                     run.say(stop)
                     break
-        if self.average is not None:
-            self.module.load_state_dict(self.average.module.state_dict())
+        if self.average is not None or self.trained is not self.module:
+            self._show()
 
     def _train(self, signals: "Signals") -> None:
         """The rest of one epoch."""
@@ -156,14 +159,15 @@ class Fit:
         while group := list(islice(stream, run.grad_accum)):
             found, norm, lr = self._backward(group), None, self.optimizer.param_groups[0]["lr"]
             if self.clip is not None:
-                norm = accelerator.clip_grad_norm_(self.model.parameters(), self.clip)
+                norm = whole(accelerator.clip_grad_norm_(self.model.parameters(), self.clip))
             self.optimizer.step()
             self.optimizer.zero_grad()
             if self.schedule is not None:
                 self.schedule.step()
             if self.average is not None:
-                self.average.update_parameters(self.module)
+                self.average.update(self.trained)
             progress["step"] += 1
+            run.peers.moved()
             for index, parts in enumerate(found, start=progress["batch"]):
                 self._pending.append((index, {name: value.detach() for name, value in parts.items()}, norm, lr))
             progress["batch"] += len(group)
@@ -175,9 +179,12 @@ class Fit:
                 rate = (progress["images"] - images_then) / max(now - began, 1e-9)
                 looked = time.monotonic()
                 run.show(progress, rate)
-            if signals.asked or now - self._saved > CHECKPOINT_SECONDS:
+            # One rank's clock or signal is all ranks': they leave, and gather what is sharded, after the same step.
+            asked, due = any_rank(signals.asked, now - self._saved > CHECKPOINT_SECONDS, device=run.device)
+            if asked or due:
                 self._checkpoint()
-            signals.raise_if_asked()
+            if asked:
+                raise Interrupted
         self._look()
 
     def _backward(self, group: list[Any]) -> list[Mapping[str, Tensor]]:
@@ -188,17 +195,23 @@ class Fit:
             for index in range(first, first + len(group))
         ]
         if self.cached:
-            parts = self.model(group, seeds)
+            parts = self._forward(group, seeds)
             accelerator.backward(_loss_of(parts))
             return [parts]
         found = []
         for number, (batch, seed, share) in enumerate(zip(group, seeds, self._shares(group), strict=True), start=1):
             torch.manual_seed(seed)
             with contextlib.nullcontext() if number == len(group) else accelerator.no_sync(self.model):
-                parts = self.model(batch)
+                parts = self._forward(batch)
                 accelerator.backward(_loss_of(parts) * share)
             found.append(parts)
         return found
+
+    def _forward(self, *inputs: Any) -> Any:
+        if not self.run.sharded:  # accelerate has put the model's forward pass into the run's precision
+            return self.model(*inputs)
+        with self.run.autocast():
+            return self.model(*inputs)
 
     def _shares(self, group: list[Any]) -> Tensor:
         """What part of the group's samples, over all ranks, each batch has: an epoch's last one may be smaller."""
@@ -238,16 +251,19 @@ class Fit:
     def _checkpoint(self, path: Any = LAST) -> None:
         self._look()
         self._saved = time.monotonic()
+        # Sharded states are gathered by all ranks together.
+        state, optimizer = whole(self.trained.state_dict()), whole(self.optimizer.state_dict())
+        average = whole(self.average.state_dict()) if self.average is not None else None
         # A finite loss may have a gradient that is not.
-        if not all(bool(parameter.isfinite().all()) for parameter in self.module.parameters()):
+        if not all(bool(state[name].isfinite().all()) for name, _ in self.trained.named_parameters()):
             self._stop(f"the weights are not finite after step {self.progress['step']}")
         if not self.run.is_main:
             return
         save_state(
             self.run.directory / path,
-            model_state=self.module.state_dict(),
-            optimizer=self.optimizer.state_dict(),
-            ema_state=self.average.state_dict() if self.average is not None else None,
+            model_state=state,
+            optimizer=optimizer,
+            ema_state=average,
             scheduler=self.schedule.state_dict() if self.schedule is not None else None,
             progress={"fit": self.progress, "run": self.run.progress_to_keep()},
         )
@@ -258,7 +274,7 @@ class Fit:
             self.run.say("no checkpoint yet: starting from the beginning")
             return
         state = load_state(path)
-        state.restore(self.module, self.optimizer, self.average, self.schedule)
+        state.restore(self.trained, self.optimizer, self.average, self.schedule)
         self.progress |= state.progress["fit"]
         self.run.restore_progress(state.progress["run"], self.progress["epoch"])
         self.run.say(f"resuming at epoch {self.progress['epoch'] + 1}, batch {self.progress['batch'] + 1}")
@@ -285,14 +301,21 @@ class Fit:
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:
         """The model holds its averaged weights while an epoch is looked at, and its own again afterwards."""
-        if self.average is None:
+        if self.average is None and self.trained is self.module:
             yield
             return
-        own = {name: value.clone() for name, value in self.module.state_dict().items()}
-        self.module.load_state_dict(self.average.module.state_dict())
+        kept = self.trained is self.module
+        own = {name: value.clone() for name, value in self.module.state_dict().items()} if kept else {}
+        self._show()
         yield
         # Reached only when the loop goes on: after a `break` the averaged weights stay, to be saved.
-        self.module.load_state_dict(own)
+        if kept:
+            self.module.load_state_dict(own)
+
+    def _show(self) -> None:
+        """Into the model that the recipe knows, put the averaged weights, or else those that are trained."""
+        found = self.average.weights() if self.average is not None else self.trained.state_dict()
+        self.module.load_state_dict(whole(found))
 
 
 class _Loader:

@@ -6,6 +6,7 @@ import io
 import os
 import platform
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -21,17 +22,19 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from vitkit import checkpoint, data
-from vitkit.accelerator import make_accelerator, resolve_device, resolve_precision
+from vitkit.accelerator import make_accelerator, resolve_device, resolve_precision, shards
 from vitkit.contracts import Picture, Scores
 from vitkit.distributed import broadcast_text
 from vitkit.errors import UsageError, VitkitError
 from vitkit.files import atomic_write, write_json, write_text
 from vitkit.fit import Epoch, Fit
+from vitkit.peers import Peers, is_collective
 from vitkit.preview import preview
 from vitkit.progress import Progress
 from vitkit.recipe import plain
 from vitkit.registry import version_of
 from vitkit.rundir import claim, remove_run
+from vitkit.signals import ignore_termination
 
 
 class DryRun(Exception):
@@ -84,8 +87,10 @@ class Run:
         self.resuming = resume and not dry_run
         self.accelerator = make_accelerator(kind, self.precision, [r for r in reports if r], self.directory)
         self.device: torch.device = self.accelerator.device
+        self.sharded = shards(self.accelerator)
         self.is_main = self.accelerator.is_main_process
         self.directory = Path(broadcast_text(str(self.directory), device=self.device))
+        self.peers = Peers(self.alarm)
         torch.manual_seed(seed)
         self._began, self._earlier_seconds = time.monotonic(), 0.0
         self._started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
@@ -214,8 +219,17 @@ class Run:
             with contextlib.suppress(OSError), (self.directory / "log.txt").open("a", encoding="utf-8") as log:
                 log.write(f"{time.strftime('%H:%M:%S')} {text}\n")
 
+    def alarm(self, text: str) -> None:
+        """One line to the terminal of this rank, whichever it is, and to `log.txt`; the summary says that the run failed."""
+        print(f"rank {self.accelerator.process_index}: {text}", file=sys.stderr, flush=True)
+        self.note(text)
+        if self.is_main and not self.dry_run:
+            with contextlib.suppress(VitkitError):
+                write_json(self.directory / "summary.json", self._summary("failed"))
+
     def finish(self, status: Literal["finished", "interrupted", "failed"] = "finished") -> None:
         """Write the summary and the report, and let the directory go. Called for a recipe by `vitkit run`."""
+        self.peers.close()
         if self.is_main and not self.dry_run:
             from vitkit.report import write_report  # matplotlib takes a second to import, and only this needs it
 
@@ -243,6 +257,7 @@ class Run:
 
     def close(self) -> None:
         """Let the directory go to another process."""
+        self.peers.close()
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -321,6 +336,7 @@ class Run:
         return {
             "device": str(self.device), "precision": self.precision, "compile": self.compile, "seed": self.seed,
             "grad_accum": self.grad_accum, "processes": self.accelerator.num_processes,
+            "parallel": "fsdp" if self.sharded else "ddp" if self.accelerator.num_processes > 1 else "none",
             "threads": torch.get_num_threads(),
         }  # fmt: skip
 
@@ -405,19 +421,35 @@ def execute(recipe: Any, run_arguments: Mapping[str, Any], arguments: Mapping[st
     except DryRun:
         return 0
     except KeyboardInterrupt:
+        told = run.peers.failure(wait=1.0)
+        if told:  # the launcher stops a job's other ranks when one has failed
+            return _stopped_by_another(run, told)
         run.say(f"stopped; go on with: {run.command} --out {run.directory} --resume")
         run.finish("interrupted")
         return 130
-    except UsageError:
+    except UsageError as error:
+        run.peers.tell(error)
         run.discard()
         raise
     except BaseException as error:
+        if run.accelerator.num_processes > 1 and is_collective(error):
+            ignore_termination()  # the launcher's, which ends all ranks when one has died
+            told = run.peers.failure(wait=3.0) or "it said nothing, so it was killed or its machine is gone"
+            return _stopped_by_another(run, f"{told} ({' '.join(str(error).split()):.200})")
+        run.peers.tell(error)
         run.note(f"failed: {type(error).__name__}: {error}")
         with contextlib.suppress(VitkitError):  # the first error is the one to tell
             run.finish("failed")
         raise
     run.finish()
     return 0
+
+
+def _stopped_by_another(run: Run, told: str) -> int:
+    """End this rank's part of a job that cannot go on, at once: its launcher may not wait for a report."""
+    run.alarm(f"another rank has failed, so this one stops: {told}; go on with: {run.command} --out {run.directory} --resume")
+    run.close()
+    return 1
 
 
 __all__ = ["DryRun", "Epoch", "Run", "execute"]

@@ -46,3 +46,9 @@ class Signals:
     def raise_if_asked(self) -> None:
         if self.asked:
             raise Interrupted
+
+
+def ignore_termination() -> None:
+    """From here on SIGTERM is not heeded: this process is about to end by itself, and has something to say before."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
