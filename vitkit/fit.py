@@ -7,6 +7,7 @@ that goes on from a checkpoint needs no saved random state to give what an undis
 import contextlib
 import hashlib
 import math
+import statistics
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,10 +19,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from vitkit.averaging import Average
 from vitkit.compiling import compile_for
 from vitkit.contracts import Batches, Scores
-from vitkit.distributed import all_reduce_sum, any_rank
-from vitkit.averaging import Average
+from vitkit.distributed import AnyRank, all_reduce_sum, broadcast
 from vitkit.errors import RunError, UsageError
 from vitkit.gradcache import Accumulated, Embedding
 from vitkit.rundir import BEST, LAST
@@ -37,7 +38,9 @@ CHECKPOINT_SECONDS = 300.0
 LOOK_SECONDS = 0.25
 """How often losses are read back from the device: each reading waits for it."""
 TRAIL = 20
-"""How many batches before a loss that is not finite are written to the log."""
+"""How many batches before a loss that is not finite, or spikes, are written to the log."""
+SPIKE, RECENT = 10.0, 100
+"""A spike: a loss so many standard deviations (1.48 times the median deviation) above the median of so many before it."""
 
 
 class Epoch:
@@ -117,6 +120,8 @@ class Fit:
         }  # fmt: skip
         self._pending: list[tuple[int, dict[str, Tensor], Tensor | None, float]] = []
         self._trail: deque[str] = deque(maxlen=TRAIL)
+        self._any_rank = AnyRank(run.device)
+        self._recent: deque[float] = deque(maxlen=RECENT)
         self._saved = time.monotonic()
 
     def __iter__(self) -> Iterator[Epoch]:
@@ -180,7 +185,7 @@ class Fit:
                 looked = time.monotonic()
                 run.show(progress, rate)
             # One rank's clock or signal is all ranks': they leave, and gather what is sharded, after the same step.
-            asked, due = any_rank(signals.asked, now - self._saved > CHECKPOINT_SECONDS, device=run.device)
+            asked, due = self._any_rank(signals.asked, now - self._saved > CHECKPOINT_SECONDS)
             if asked or due:
                 self._checkpoint()
             if asked:
@@ -233,10 +238,22 @@ class Fit:
             # fp16's first scales are too large on purpose: such a step is left out.
             if length is not None and not math.isfinite(length) and self.run.precision != "fp16":
                 self._stop(f"the gradient is not finite at {place}: {shown}{said}")
+            self._note_spike(values["loss"], place)
             for name, value in values.items():
                 self.progress["sums"][name] = self.progress["sums"].get(name, 0.0) + value
             self.progress["count"] += 1
         self._pending.clear()
+
+    def _note_spike(self, loss: float, place: str) -> None:
+        """Into the log goes what led to a finite loss that is far above the last ones; its step is taken like any other."""
+        if len(self._recent) >= RECENT // 2:
+            middle = statistics.median(self._recent)
+            spread = 1.4826 * statistics.median(abs(value - middle) for value in self._recent)
+            if loss - middle > SPIKE * max(spread, 0.01 * abs(middle)):
+                led = "\n  ".join(self._trail)
+                self.run.note(f"the loss spikes at {place}: {loss:.6g}, the median before it was {middle:.6g}; what led there:\n  {led}")
+                self._recent.clear()  # what is usual from here on is found anew
+        self._recent.append(loss)
 
     def _stop(self, what: str) -> None:
         led = "\n  ".join(self._trail)
@@ -285,7 +302,7 @@ class Fit:
             return None
         if self.monitor not in epoch.logged:
             raise UsageError(f"monitor={self.monitor!r} was not logged; logged: {', '.join(epoch.logged)}")
-        value, best = epoch.logged[self.monitor], self.progress["best"]
+        value, best = self._agreed(epoch.logged[self.monitor]), self.progress["best"]
         if best is None or (value > best if self.mode == "max" else value < best):
             self.progress |= {"best": value, "best_epoch": epoch.number, "stale": 0}
             self._checkpoint(BEST)
@@ -297,6 +314,12 @@ class Fit:
                 f"{self.progress['best_epoch']} for {self.patience} evaluations"
             )
         return None
+
+    def _agreed(self, value: float) -> float:
+        """Rank 0's, for ranks that decide differently would wait for each other; evaluations may differ in the last bit."""
+        if self.run.accelerator.num_processes == 1:
+            return value
+        return float(broadcast(torch.tensor(value, dtype=torch.float64, device=self.run.device)))
 
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:

@@ -158,7 +158,13 @@ class Run:
 
         A loss, a clipped gradient's norm or a weight that is not finite stops the run: `RunError` with the step and the
         parts, within 50 batches. The losses, gradient norms and learning rates of the batches before it are written to
-        `log.txt`, and the last checkpoint is from before it. No batch is left out, and a finite loss never stops a run.
+        `log.txt`, and the last checkpoint is from before it. No batch is left out, and a finite loss never stops a run: of
+        a spike, more than 10 standard deviations above the median of the last 100 batches, `log.txt` has the same account,
+        and `clip` bounds its step. On several devices each of them stops.
+
+        Launched for FSDP2 (`accelerate launch --use_fsdp --fsdp_version 2`) what is trained is a copy of `model` that is
+        sharded over the devices; `model` itself gets its weights, or their average, before an epoch is yielded and at the
+        end. Checkpoints hold whole weights, so that a run may go on with another number of devices.
         """
         self._parameters = sum(parameter.numel() for parameter in model.parameters())
         prepare = getattr(batches, "prepare", None)  # what training really sees is what a saved model must be given

@@ -100,7 +100,7 @@ class MultiTaskVAE(nn.Module):
         rows = views.transpose(0, 1).flatten(0, 1)  # (v·b c h w)
         mu, log_var = self.backbone.encode_latent(rows)
         z = sample_latent(mu, log_var, views=count)
-        found = {name: batch[name] for name in ("labels", "partners", "weights") if name in batch}
+        found: dict[str, Tensor] = {name: batch[name] for name in ("labels", "partners", "weights") if name in batch}
         if self.parts & {"classification", "triplet"}:
             found["embeddings"] = self.backbone.embed(z).unflatten(0, (count, anchors)).transpose(0, 1)
         if "triplet" in self.parts and "positives" in batch:
