@@ -62,10 +62,10 @@ def make_accelerator(device: str, precision: str, report_to: list[str], director
             raise UsageError(f"--report-to {name}: no such tracker{nearest(name, TRACKERS)}; csv, {', '.join(TRACKERS)}")
         if name not in there:
             raise UsageError(f"--report-to {name} needs the package: pip install {name.replace('_', '-')}")
-    if PartialState._shared_state == {} or PartialState().num_processes == 1:
-        # accelerate keeps one state a process; a second run in a notebook may want another device or precision
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+    # accelerate keeps one state a process; a second run, in a notebook say, may want another precision, or device
+    alone = PartialState._shared_state == {} or PartialState().num_processes == 1
+    AcceleratorState._reset_state(reset_partial_state=alone)
+    GradientState._reset_state()
     mixed = {"fp32": "no"}.get(precision, precision)
     options: dict[str, Any] = {"log_with": trackers, "project_dir": directory / "trackers"} if trackers else {}
     try:
@@ -84,6 +84,7 @@ def _shard(accelerator: Accelerator) -> None:
         raise UsageError("FSDP1 flattens weights that vitkit has to find again: launch with --fsdp_version 2")
     # Weights stay fp32, and autocast computes in the run's precision as it does without shards: losses have fp32 islands.
     plugin.mixed_precision_policy = None
+    plugin.cpu_ram_efficient_loading = False  # every rank has built the same weights from the same seed
     # accelerate takes it for GPUs alone, though torch shards over CPUs as well.
     accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
 

@@ -26,7 +26,7 @@ from vitkit.distributed import AnyRank, all_reduce_sum, broadcast
 from vitkit.errors import RunError, UsageError
 from vitkit.gradcache import Accumulated, Embedding
 from vitkit.rundir import BEST, LAST
-from vitkit.sharding import apart, whole
+from vitkit.sharding import apart, local, whole
 from vitkit.signals import Interrupted, Signals
 from vitkit.state import load_state, save_state
 
@@ -104,10 +104,11 @@ class Fit:
         self.module, self.cached = model, run.grad_accum > 1 and isinstance(model, Embedding)
         # What is sharded over ranks can be called as a whole alone: evaluators and the recipe keep a model of their own.
         self.trained = apart(model, optimizer) if run.sharded else model
-        if not self.cached:
-            said = compile_for(self.trained, run.compile, device=run.device.type, steps=steps)
-        else:  # what a model compiles is its forward pass as a whole
-            said = "not compiled: --grad-accum calls this model's embed and loss_of" if run.compile == "on" else ""
+        if run.sharded or self.cached:  # what a model compiles is its forward pass as a whole
+            why = "its weights are sharded" if run.sharded else "--grad-accum calls this model's embed and loss_of"
+            said = f"not compiled: {why}" if run.compile == "on" else ""
+        else:
+            said = compile_for(model, run.compile, device=run.device.type, steps=steps)
         if said:
             run.say(said)
         wrapped = Accumulated(self.trained) if self.cached else self.trained
@@ -268,12 +269,15 @@ class Fit:
     def _checkpoint(self, path: Any = LAST) -> None:
         self._look()
         self._saved = time.monotonic()
-        # Sharded states are gathered by all ranks together.
-        state, optimizer = whole(self.trained.state_dict()), whole(self.optimizer.state_dict())
-        average = whole(self.average.state_dict()) if self.average is not None else None
         # A finite loss may have a gradient that is not.
-        if not all(bool(state[name].isfinite().all()) for name, _ in self.trained.named_parameters()):
+        finite = [bool(local(parameter.detach()).isfinite().all()) for parameter in self.trained.parameters()]
+        if float(all_reduce_sum(torch.tensor(float(not all(finite)), device=self.run.device))):
             self._stop(f"the weights are not finite after step {self.progress['step']}")
+        # Sharded states are gathered by all ranks together, for the one that writes them.
+        average = self.average.state_dict() if self.average is not None else None
+        state, optimizer, average = whole(
+            [self.trained.state_dict(), self.optimizer.state_dict(), average], keep=self.run.is_main, device="cpu"
+        )
         if not self.run.is_main:
             return
         save_state(
@@ -287,7 +291,13 @@ class Fit:
 
     def _restore(self) -> None:
         path = self.run.directory / LAST
-        if not path.exists():  # stopped before the first checkpoint: begin again
+        seen = float(all_reduce_sum(torch.tensor(float(path.exists()), device=self.run.device)))
+        if 0 < seen < self.run.accelerator.num_processes:
+            raise RunError(
+                f"{path} is seen by {seen:.0f} of {self.run.accelerator.num_processes} ranks; to resume on several machines put "
+                f"--out on a file system that all of them share"
+            )
+        if not seen:  # stopped before the first checkpoint: begin again
             self.run.say("no checkpoint yet: starting from the beginning")
             return
         state = load_state(path)

@@ -226,7 +226,8 @@ class Run:
                 log.write(f"{time.strftime('%H:%M:%S')} {text}\n")
 
     def alarm(self, text: str) -> None:
-        """One line to the terminal of this rank, whichever it is, and to `log.txt`; the summary says that the run failed."""
+        """What ends this rank, and how to go on, to its terminal and to `log.txt`; the summary says that the run failed."""
+        text = f"{text}; go on with: {self.command} --out {self.directory} --resume"
         print(f"rank {self.accelerator.process_index}: {text}", file=sys.stderr, flush=True)
         self.note(text)
         if self.is_main and not self.dry_run:
@@ -453,7 +454,7 @@ def execute(recipe: Any, run_arguments: Mapping[str, Any], arguments: Mapping[st
 
 def _stopped_by_another(run: Run, told: str) -> int:
     """End this rank's part of a job that cannot go on, at once: its launcher may not wait for a report."""
-    run.alarm(f"another rank has failed, so this one stops: {told}; go on with: {run.command} --out {run.directory} --resume")
+    run.alarm(f"another rank has failed, so this one stops: {told}")
     run.close()
     return 1
 

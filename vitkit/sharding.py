@@ -22,14 +22,18 @@ def local(value: Tensor) -> Tensor:
     return part
 
 
-def whole(tree: Any) -> Any:
-    """A tree of dicts, lists and tensors with each sharded tensor gathered; every rank has to ask for it."""
+def whole(tree: Any, *, keep: bool = True, device: Any = None) -> Any:
+    """A tree of dicts, lists and tensors with each sharded tensor gathered, on `device`; every rank has to ask for it.
+
+    They are gathered one at a time, and dropped at once where a rank does not want to `keep` them.
+    """
     if is_sharded(tree):
-        return tree.detach().full_tensor()
+        full = tree.detach().full_tensor()
+        return full.to(device) if keep else full.new_empty(0)
     if isinstance(tree, Mapping):
-        return {key: whole(value) for key, value in tree.items()}
+        return {key: whole(value, keep=keep, device=device) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return type(tree)(whole(value) for value in tree)
+        return type(tree)(whole(value, keep=keep, device=device) for value in tree)
     return tree
 
 

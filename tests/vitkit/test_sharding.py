@@ -37,6 +37,8 @@ class Points:
 class Spread(nn.Module):
     """A loss that is no mean over samples, of a head behind a batch norm, a buffer that counts, and a weight that is fixed."""
 
+    autocast = False  # of the last call in this process: what computes may be a copy
+
     def __init__(self) -> None:
         super().__init__()
         self.head = heads.build("mlp", in_dim=6, out_dim=3, hidden=10)
@@ -48,6 +50,7 @@ class Spread(nn.Module):
         return self.loss_of(self.embed(batch))
 
     def embed(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        Spread.autocast = torch.is_autocast_enabled("cpu")
         return dict(batch)
 
     def loss_of(self, embedded: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -60,15 +63,16 @@ class Spread(nn.Module):
         return {"loss": fit + (every.std(dim=0) - 1).square().sum(), "fit": fit}
 
 
-def train(out: Path, *, optimizer: str, grad_accum: int, resume: bool = False, epochs: int = EPOCHS) -> None:
+def train(out: Path, *, optimizer: str, grad_accum: int, resume: bool = False, epochs: int = EPOCHS, precision: str = "fp32") -> None:
     """A run that leaves its losses, what it looked like to an evaluator, and its weights in `out`."""
-    run = Run(out, device="cpu", precision="fp32", grad_accum=grad_accum, resume=resume)
+    run = Run(out, device="cpu", precision=precision, grad_accum=grad_accum, resume=resume)
     torch.manual_seed(0)
     model = Spread()
     made = muon_adamw(model, lr=1e-3) if optimizer == "muon" else adamw(model, lr=1e-2)
     schedule = warmup_cosine(made, EPOCHS * -(-3 // grad_accum), warmup=1)
-    seen = []
-    for epoch in run.fit(model, Points(), epochs=epochs, optimizer=made, schedule=schedule, clip=0.5, ema=0.8):
+    seen: list[float] = []
+    fit = run.fit(model, Points(), epochs=epochs, optimizer=made, schedule=schedule, clip=0.5, ema=0.8)
+    for epoch in fit:
         assert not any(hasattr(value, "full_tensor") for value in model.state_dict().values())
         with torch.no_grad():  # what an evaluator does: a method of a part of the model
             seen.append(float(model.eval().head(torch.ones(2, 6)).sum()))
@@ -76,7 +80,8 @@ def train(out: Path, *, optimizer: str, grad_accum: int, resume: bool = False, e
         epoch.log(seen=seen[-1], loss_again=epoch.losses["loss"])
     run.save(head=model.head)
     if run.is_main:  # the report is left out: drawing it takes longer than the run
-        torch.save({"seen": seen, "weights": model.state_dict(), "settings": run.settings()}, out / "found.pt")
+        kept = {"seen": seen, "weights": model.state_dict(), "settings": run.settings(), "autocast": Spread.autocast}
+        torch.save(kept, out / "found.pt")
     run.close()
 
 
@@ -111,6 +116,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ]
         half = {"optimizer": "muon", "grad_accum": 1}
         jobs += [(folder / f"{parallel}-resumed", {**half, "epochs": 1}), (folder / f"{parallel}-resumed", {**half, "resume": True})]
+        if parallel == "fsdp":
+            jobs.append((folder / "fsdp-bf16", {"optimizer": "adamw", "grad_accum": 1, "precision": "bf16", "epochs": 1}))
         mp.spawn(_worker, (free_port(), parallel, jobs), nprocs=2)
     for optimizer, accum in KINDS:
         train(folder / f"one-{optimizer}-{accum}", optimizer=optimizer, grad_accum=accum)
@@ -157,6 +164,15 @@ def test_sharded_checkpoints_and_models_are_whole(runs: Path, tmp_path: Path) ->
     torch.testing.assert_close(loaded.head.state_dict(), {
         name.removeprefix("head."): value for name, value in found(runs / "one-adamw-1")["weights"].items() if name.startswith("head.")
     }, rtol=1e-5, atol=1e-5)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_sharded_weights_compute_in_the_runs_precision(runs: Path) -> None:
+    """As autocast does it: weights and averages stay fp32."""
+    expected, got = found(runs / "fsdp-adamw-1"), found(runs / "fsdp-bf16")
+    assert (expected["autocast"], got["autocast"]) == (False, True)
+    assert {value.dtype for value in got["weights"].values()} == {torch.float32, torch.int64}
+    torch.testing.assert_close(got["seen"][0], expected["seen"][0], rtol=0.1, atol=0.05)
 
 
 def test_fsdp_of_the_first_version_is_refused(monkeypatch: Any) -> None:
