@@ -103,7 +103,7 @@ class Fit:
         steps = epochs * -(-len(self.batches) // run.grad_accum)
         self.module, self.cached = model, run.grad_accum > 1 and isinstance(model, Embedding)
         # What is sharded over ranks can be called as a whole alone: evaluators and the recipe keep a model of their own.
-        self.trained = apart(model, optimizer) if run.sharded else model
+        self.trained = apart(model.to(run.device), optimizer) if run.sharded else model
         if run.sharded or self.cached:  # what a model compiles is its forward pass as a whole
             why = "its weights are sharded" if run.sharded else "--grad-accum calls this model's embed and loss_of"
             said = f"not compiled: {why}" if run.compile == "on" else ""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -50,7 +51,7 @@ def test_two_processes_make_one_run(name, tmp_path):
 
 
 DYING = '''
-"""One of two ranks dies in its third step."""
+"""One of two ranks dies in its third step, or none does."""
 import os
 import signal
 import time
@@ -60,9 +61,9 @@ from vitkit import Run
 
 class Batches:
     def __len__(self):
-        return 2000
+        return 50
     def epoch(self, number, *, seed=0, start=0, device="cpu", rank=0, world=1):
-        for index in range(start, 2000):
+        for index in range(start, 50):
             yield {"images": torch.ones(4, 3), "labels": torch.ones(4), "index": torch.tensor([index])}
 
 class Dying(torch.nn.Module):
@@ -70,7 +71,7 @@ class Dying(torch.nn.Module):
         super().__init__()
         self.net, self.how = torch.nn.Linear(3, 1), how
     def forward(self, batch):
-        if int(batch["index"]) == 2 and os.environ["RANK"] == "1":
+        if self.how != "live" and int(batch["index"]) == 2 and os.environ["RANK"] == "1":
             Path("died").write_text(str(time.time()))
             if self.how == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -99,3 +100,24 @@ def test_when_a_rank_dies_the_other_stops_within_a_minute_and_says_why(how, said
     assert f"another rank has failed, so this one stops: {said}" in (tmp_path / "run" / "log.txt").read_text()
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"
     assert took < 60
+
+
+@pytest.mark.slow
+def test_two_machines_make_one_run(tmp_path):
+    """A launcher on each of two machines, which are both this one."""
+    (tmp_path / "dying.py").write_text(DYING)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1",
+               "--master-port", str(port), "-m", "vitkit", "run", "dying.py", "--how", "live", "--device", "cpu",
+               "--out", "run"]  # fmt: skip
+    machines = [
+        subprocess.Popen([*command[:3], "--node-rank", str(number), *command[3:]], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+                         env=os.environ | {"OMP_NUM_THREADS": "1"})
+        for number in range(2)
+    ]  # fmt: skip
+    said = [machine.communicate(timeout=600)[1] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["status"], summary["settings"]["processes"], summary["steps"]) == ("finished", 2, 50)
+    assert [text.count("epoch 1/1") for text in said] == [1, 0]
