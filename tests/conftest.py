@@ -40,8 +40,9 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pa
 def real_data() -> Path:
     """The store of real images; tests that need it skip where VITKIT_DATA names none."""
     folder = Path(os.environ.get("VITKIT_DATA", ""))
-    if not os.environ.get("VITKIT_DATA") or not (folder / "mnist.safetensors").exists():
-        pytest.skip("needs the real MNIST: set VITKIT_DATA to a store that holds mnist.safetensors")
+    missing = [name for name in ("mnist", "cifar100") if not (folder / f"{name}.safetensors").exists()]
+    if not os.environ.get("VITKIT_DATA") or missing:
+        pytest.skip("needs the real images: set VITKIT_DATA to a store that holds mnist and cifar100")
     return folder
 
 

@@ -1,10 +1,7 @@
 """A run: a directory, a device and a log, and the loop that trains in between."""
 
 import contextlib
-import csv
-import io
 import os
-import platform
 import shutil
 import sys
 import time
@@ -26,15 +23,15 @@ from vitkit.accelerator import make_accelerator, resolve_device, resolve_precisi
 from vitkit.contracts import Picture, Scores
 from vitkit.distributed import broadcast_text
 from vitkit.errors import UsageError, VitkitError
-from vitkit.files import atomic_write, write_json, write_text
+from vitkit.files import atomic_write, write_json
 from vitkit.fit import Epoch, Fit
 from vitkit.peers import Peers, is_collective
 from vitkit.preview import preview
 from vitkit.progress import Progress
 from vitkit.recipe import plain
-from vitkit.registry import version_of
 from vitkit.rundir import claim, remove_run
 from vitkit.signals import ignore_termination
+from vitkit.summary import best_of, processor, versions, write_csv
 
 
 class DryRun(Exception):
@@ -304,7 +301,7 @@ class Run:
         parts = " | ".join(f"{name} {value:.4f}" for name, value in epoch.losses.items())
         self.say(f"epoch {epoch.number}/{epoch.epochs} | {parts} | {row['images_per_second']:.0f} images/s")
         if self.is_main:
-            _write_csv(self.directory / "losses.csv", self._losses)
+            write_csv(self.directory / "losses.csv", self._losses)
         if self.accelerator.trackers:
             self.accelerator.log({**epoch.losses, "lr": lr}, step=epoch.step)
 
@@ -314,7 +311,7 @@ class Run:
         self._metrics = [*(old for old in self._metrics if old["epoch"] < epoch.number), row]
         self.say("  " + " | ".join(f"{name} {value:.4f}" for name, value in epoch.logged.items()))
         if self.is_main:
-            _write_csv(self.directory / "metrics.csv", self._metrics)
+            write_csv(self.directory / "metrics.csv", self._metrics)
             self._write_summary("running")
         if self.accelerator.trackers:
             self.accelerator.log(epoch.logged, step=epoch.step)
@@ -363,7 +360,7 @@ class Run:
             "arguments": self.arguments,
             "settings": self.settings(),
             "final": final,
-            "best": _best(self._metrics),
+            "best": best_of(self._metrics),
             "protocols": self._protocols,
             "references": self._references,
             "parameters": self._parameters,
@@ -371,8 +368,8 @@ class Run:
             "steps": fit.get("step", 0),
             "seconds": round(self.seconds, 2),
             "images_per_second": self._losses[-1]["images_per_second"] if self._losses else 0.0,
-            "versions": _versions(),
-            "machine": f"{_processor()}, {os.cpu_count()} cores",
+            "versions": versions(),
+            "machine": f"{processor()}, {os.cpu_count()} cores",
             "started": self._started,
             "command": self.command,
         }
@@ -381,43 +378,6 @@ class Run:
         final = self._metrics[-1] if self._metrics else self._losses[-1]
         shown = ", ".join(f"{k} {v:.4f}" for k, v in final.items() if isinstance(v, float) and k not in ("lr", "seconds"))
         return f"done in {self.seconds:.0f} s: {shown}\nreport: {self.directory / 'report.html'}"
-
-
-def _best(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """The largest value of each metric (of a loss the smallest) and the epoch it was reached in."""
-    best: dict[str, dict[str, float]] = {}
-    for row in rows:
-        for name, value in row.items():
-            if name in ("epoch", "step") or value is None:
-                continue
-            sign = -1.0 if name.endswith(("loss", "mse")) else 1.0
-            if name not in best or sign * value > sign * best[name]["value"]:
-                best[name] = {"value": value, "epoch": row["epoch"]}
-    return best
-
-
-def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
-
-
-def _versions() -> dict[str, str | None]:
-    names = ("vitkit", "torch", "torchvision", "accelerate", "safetensors", "numpy")
-    return {"python": platform.python_version(), **{name: version_of(name) for name in names}}
-
-
-def _processor() -> str:
-    """The processor's own name where the system tells it, else its architecture."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
 
 
 def execute(recipe: Any, run_arguments: Mapping[str, Any], arguments: Mapping[str, Any], console: Console) -> int:

@@ -30,7 +30,7 @@ class ResidualStem(nn.Module):
                 f"stem widths are {list(widths)} and its depth {depth}; expected positive widths, a depth >= 0"
             )
         self.stride = 2 ** len(widths)
-        self.entry = _conv(4 * in_chans, widths[0])
+        self.entry = Conv(4 * in_chans, widths[0])
         self.downs = nn.ModuleList(_Down(narrow, wide) for narrow, wide in pairwise(widths))
         self.stages = nn.ModuleList(nn.Sequential(*(_Residual(width) for _ in range(depth))) for width in widths)
 
@@ -62,7 +62,7 @@ class _Down(nn.Module):
     def __init__(self, narrow: int, wide: int) -> None:
         super().__init__()
         self.norm = _Norm(narrow)
-        self.conv = _conv(narrow, wide, stride=2)
+        self.conv = Conv(narrow, wide, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(self.norm(x))
@@ -73,15 +73,23 @@ class _Residual(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm1, self.conv1 = _Norm(width), _conv(width, width)
-        self.norm2, self.conv2 = _Norm(width), _conv(width, width)
+        self.norm1, self.conv1 = _Norm(width), Conv(width, width)
+        self.norm2, self.conv2 = _Norm(width), Conv(width, width)
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv2(self.norm2(self.conv1(self.norm1(x))))
 
 
-def _conv(narrow: int, wide: int, stride: int = 1) -> nn.Conv2d:
-    conv = nn.Conv2d(narrow, wide, kernel_size=3, stride=stride, padding=1, bias=False)
-    nn.init.kaiming_normal_(conv.weight)
-    return conv
+class Conv(nn.Linear):
+    """A 3×3 convolution without bias, its weight kept as the matrix `(out, 9·in)` of the linear map that it is of a
+    neighbourhood, so that optimisers of matrices take it.
+    """
+
+    def __init__(self, narrow: int, wide: int, stride: int = 1) -> None:
+        super().__init__(9 * narrow, wide, bias=False)
+        self.stride = stride
+        nn.init.kaiming_normal_(self.weight)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.conv2d(input, self.weight.unflatten(1, (-1, 3, 3)), stride=self.stride, padding=1)

@@ -17,10 +17,10 @@ from vitkit_clip import Pairs, captions
 RECIPE = Path(__file__).parents[2] / "recipes" / "clip_cifar100.py"
 
 
-def train(directory, *flags):
-    """The summary of a run on digits with these flags."""
+def train(directory, *flags, dataset="digits"):
+    """The summary of a run with these flags."""
     with pytest.raises(SystemExit) as leaving:
-        run(RECIPE, ["--dataset", "digits", *flags, "--out", str(directory)])
+        run(RECIPE, ["--dataset", dataset, *flags, "--out", str(directory)])
     assert leaving.value.code == 0
     return json.loads((directory / "summary.json").read_text())
 
@@ -45,6 +45,16 @@ def test_the_embedded_default_beats_chance_twentyfold(trained):
         "pair_attention",
     }
     assert (directory / "checkpoints" / "best.safetensors").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_it_learns_from_real_pairs(tmp_path, real_data):
+    flags = ["--train-size", "2000", "--batch-size", "64", "--epochs", "2", "--eval-every", "2", "--warmup", "1"]
+    summary = train(tmp_path / "run", *flags, "--ema", "0.9", dataset="cifar100")
+    assert summary["dataset"]["test"] == 10_000
+    chances = {name: summary["protocols"][name]["chance"] for name in ("i2t_top100", "left_top1")}
+    assert chances == pytest.approx({"i2t_top100": 0.01, "left_top1": 0.01}, rel=0.01)
+    assert all(summary["final"][name] > 3 * chance for name, chance in chances.items())
 
 
 @pytest.mark.slow

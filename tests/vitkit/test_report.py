@@ -18,7 +18,6 @@ from vitkit.report.pictures import MOST_POINTS, _sample, confusion, draw_picture
 from vitkit.report.record import (
     difference,
     duration,
-    lower_is_better,
     pretty,
     read_record,
     shown,
@@ -76,7 +75,7 @@ def test_a_page_holds_all_that_the_run_left_behind(make_run):
     path = write_report(directory, {"m1_confusion": Confusion(matrix, [str(digit) for digit in range(10)])})
     assert path == directory / "report.html"
     found = Page(path)
-    names = {"losses", "pace", "statistic_sigreg", "metrics", "retrieval", "m1_confusion"}
+    names = {"losses", "pace", "statistic_sigreg", "metrics", "accuracies", "m1_confusion"}
     assert {file.stem for file in (directory / "plots").iterdir()} == names
     pictures = found.all("img")
     assert len(pictures) == len(names)
@@ -322,12 +321,6 @@ def test_names_and_numbers_as_they_are_shown():
     assert difference(0.5, 0.51) == "−0.0100"
     assert difference(float("nan"), 0.5) == ""
     assert [duration(seconds) for seconds in (1.26, 59.6, 3700)] == ["1.3 s", "1 min 0 s", "1 h 1 min"]
-    assert [lower_is_better(name) for name in ("val_loss", "pixel_mse", "m1_top1", "lossless")] == [
-        True,
-        True,
-        False,
-        False,
-    ]
     assert standard_error("m1_top1", 0.5, 100) == pytest.approx(0.05)
     assert standard_error("m1_top1", 0.5, None) is None
     assert standard_error("entropy", 0.5, 100) is None

@@ -36,7 +36,7 @@ def write_report(
     problems: list[str] = []
     with house_style():
         for plot in _curves(record):
-            (evaluation if plot.name in ("metrics", "retrieval") else training).append(
+            (evaluation if plot.name in ("metrics", "accuracies") else training).append(
                 _keep(directory, plot.name, plot)
             )
         for name, picture in (pictures or {}).items():

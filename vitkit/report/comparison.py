@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from vitkit.errors import UsageError
-from vitkit.report.record import Record, Series, difference, lower_is_better, number, read_record, shown
+from vitkit.report.record import Record, Series, difference, number, read_record, shown
 from vitkit.rundir import read_summary
+from vitkit.summary import lower_is_better
 
 MISSING = "–"
 COUNTS = ("parameters", "epochs")

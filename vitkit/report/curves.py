@@ -8,8 +8,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from vitkit.report.record import Record, Series, lower_is_better, plain, pretty, shown, split_topk
+from vitkit.report.record import Record, Series, plain, pretty, shown, split_topk
 from vitkit.report.style import HALO, INK, MUTED, PALETTE, Plot, drawable, legend_below, panels
+from vitkit.summary import lower_is_better
 
 PACE = {"lr": "learning rate", "images_per_second": "images/s"}
 WIDE_RANGE = 10.0
@@ -223,7 +224,7 @@ def bars(record: Record) -> Plot | None:
         labels.append(drawable(label, 24))
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4))
     alt = "Final accuracies: " + ", ".join(f"{pretty(name)} {shown(value)}" for name, value in final.items()) + "."
-    return Plot("retrieval", "Final accuracy", figure, alt, "The last evaluation, not the best one.")
+    return Plot("accuracies", "Final accuracy", figure, alt, "The last evaluation, not the best one.")
 
 
 def _story(name: str, series: Series) -> str:

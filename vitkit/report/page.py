@@ -22,7 +22,6 @@ from vitkit.report.record import (
     Record,
     difference,
     duration,
-    lower_is_better,
     number,
     plain,
     pretty,
@@ -30,6 +29,7 @@ from vitkit.report.record import (
     split_topk,
     standard_error,
 )
+from vitkit.summary import lower_is_better
 
 MOST_CARDS = 8
 MOST_ROWS = 60

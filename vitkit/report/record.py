@@ -135,12 +135,6 @@ def number(value: Any) -> float:
         return math.nan
 
 
-def lower_is_better(name: str) -> bool:
-    """Whether a column is an error or a cost: its last word is loss, mse, mae, rmse, error, ..."""
-    words = ("loss", "mse", "mae", "rmse", "error", "nll", "perplexity", "seconds")
-    return name.rsplit("_", 1)[-1].lower() in words
-
-
 def split_topk(name: str) -> tuple[str, int] | None:
     """`m1_top3` → `("m1", 3)`; None for a name that says no k."""
     found = re.fullmatch(r"(.+?)_?top_?(\d+)", name)
