@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import vitkit
 from vitkit import Run, heads
 from vitkit.distributed import BatchNorm, all_gather, all_reduce_sum
-from vitkit.errors import UsageError
+from vitkit.errors import RunError, UsageError
 from vitkit.optim import adamw, muon_adamw, warmup_cosine
 from vitkit.rundir import LAST
 from vitkit.state import load_state
@@ -91,11 +91,16 @@ def free_port() -> int:
         return port
 
 
-def _worker(rank: int, port: int, parallel: str, jobs: list[tuple[Path, dict[str, Any]]]) -> None:
-    """What torchrun and `accelerate launch` set, then the runs one after another."""
+def set_as_launched(rank: int, port: int) -> None:
+    """What torchrun and `accelerate launch` set."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def _worker(rank: int, port: int, parallel: str, jobs: list[tuple[Path, dict[str, Any]]]) -> None:
+    """Runs one after another."""
+    set_as_launched(rank, port)
     if parallel == "fsdp":
         os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     for out, options in jobs:
@@ -173,6 +178,22 @@ def test_sharded_weights_compute_in_the_runs_precision(runs: Path) -> None:
     assert (expected["autocast"], got["autocast"]) == (False, True)
     assert {value.dtype for value in got["weights"].values()} == {torch.float32, torch.int64}
     torch.testing.assert_close(got["seen"][0], expected["seen"][0], rtol=0.1, atol=0.05)
+
+
+def _on_machines_apart(rank: int, port: int, folder: str) -> None:
+    set_as_launched(rank, port)
+    (Path(folder) / str(rank)).mkdir()
+    os.chdir(Path(folder) / str(rank))
+    train(Path("run"), optimizer="adamw", grad_accum=1, epochs=1)
+    with pytest.raises(RunError, match=r"last.safetensors is seen by 1 of 2 ranks; .*put --out on a file system that all of them share"):
+        train(Path("run"), optimizer="adamw", grad_accum=1, resume=True)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_one_machine_alone_sees_is_not_gone_on_from(tmp_path: Path) -> None:
+    """The others would begin again, and train another model together with it."""
+    mp.spawn(_on_machines_apart, (free_port(), str(tmp_path)), nprocs=2)
 
 
 def test_fsdp_of_the_first_version_is_refused(monkeypatch: Any) -> None:
