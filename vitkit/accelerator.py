@@ -1,5 +1,6 @@
 """Where and in which precision a run computes: the one file that knows accelerate."""
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -7,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 from vitkit.errors import UsageError, nearest
 
@@ -60,13 +62,36 @@ def make_accelerator(device: str, precision: str, report_to: list[str], director
             raise UsageError(f"--report-to {name}: no such tracker{nearest(name, TRACKERS)}; csv, {', '.join(TRACKERS)}")
         if name not in there:
             raise UsageError(f"--report-to {name} needs the package: pip install {name.replace('_', '-')}")
-    if PartialState._shared_state == {} or PartialState().num_processes == 1:
-        # accelerate keeps one state a process; a second run in a notebook may want another device or precision
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+    # accelerate keeps one state a process; a second run, in a notebook say, may want another precision, or device
+    alone = PartialState._shared_state == {} or PartialState().num_processes == 1
+    AcceleratorState._reset_state(reset_partial_state=alone)
+    GradientState._reset_state()
     mixed = {"fp32": "no"}.get(precision, precision)
     options: dict[str, Any] = {"log_with": trackers, "project_dir": directory / "trackers"} if trackers else {}
-    return Accelerator(cpu=device == "cpu", mixed_precision=mixed, **options)
+    try:
+        found = Accelerator(cpu=device == "cpu", mixed_precision=mixed, **options)
+    except ValueError as error:
+        raise UsageError(f"accelerate refuses the launcher's settings: {error}") from None
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and found.num_processes > 1:
+        _shard(found)
+    return found
 
 
-__all__ = ["DeviceName", "Precision", "has_fast_bf16", "make_accelerator", "resolve_device", "resolve_precision"]
+def _shard(accelerator: Accelerator) -> None:
+    """Let `prepare` shard by FSDP2, as `accelerate launch --use_fsdp --fsdp_version 2` asks; `UsageError` for FSDP1."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None) or FullyShardedDataParallelPlugin()
+    if getattr(plugin, "fsdp_version", 1) != 2:
+        raise UsageError("FSDP1 flattens weights that vitkit has to find again: launch with --fsdp_version 2")
+    # Weights stay fp32, and autocast computes in the run's precision as it does without shards: losses have fp32 islands.
+    plugin.mixed_precision_policy = None
+    plugin.cpu_ram_efficient_loading = False  # every rank has built the same weights from the same seed
+    # accelerate takes it for GPUs alone, though torch shards over CPUs as well.
+    accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
+
+
+def shards(accelerator: Accelerator) -> bool:
+    """Whether what the accelerator prepares is sharded over ranks."""
+    return bool(getattr(accelerator, "is_fsdp2", False))
+
+
+__all__ = ["DeviceName", "Precision", "has_fast_bf16", "make_accelerator", "resolve_device", "resolve_precision", "shards"]

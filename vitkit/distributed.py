@@ -65,6 +65,28 @@ def broadcast_text(text: str, *, device: torch.device | str = "cpu") -> str:
     return bytes(broadcast(told).tolist()).decode()
 
 
+class AnyRank:
+    """Of each flag whether any rank has raised it, the same answer on every rank: one step late, so that no device is waited for.
+
+    Called by all ranks alike, with flags it answers what the call before was given; with one process, what this one is.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._device = device
+        self._pending: tuple[Any, Tensor] | None = None
+
+    def __call__(self, *flags: bool) -> list[bool]:
+        if world_size() == 1:
+            return list(flags)
+        raised = torch.tensor(flags, dtype=torch.int32, device=self._device)
+        before, self._pending = self._pending, (dist.all_reduce(raised, op=dist.ReduceOp.MAX, async_op=True), raised)
+        if before is None:
+            return [False] * len(flags)
+        work, answers = before
+        work.wait()
+        return [bool(answer) for answer in answers.tolist()]
+
+
 def draw_rows(draw: Callable[[int], Tensor], like: Tensor) -> Tensor:
     """This rank's rows of `draw(n)` `(n ...)`, drawn on rank 0 for the n samples of the whole batch.
 
@@ -151,4 +173,15 @@ def _sum(x: Tensor) -> Tensor:
     return total
 
 
-__all__ = ["BatchNorm", "all_gather", "all_reduce_mean", "all_reduce_sum", "broadcast", "broadcast_text", "draw_rows", "rank", "world_size"]
+__all__ = [
+    "AnyRank",
+    "BatchNorm",
+    "all_gather",
+    "all_reduce_mean",
+    "all_reduce_sum",
+    "broadcast",
+    "broadcast_text",
+    "draw_rows",
+    "rank",
+    "world_size",
+]

@@ -7,6 +7,7 @@ that goes on from a checkpoint needs no saved random state to give what an undis
 import contextlib
 import hashlib
 import math
+import statistics
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,15 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from vitkit.averaging import Average
 from vitkit.compiling import compile_for
 from vitkit.contracts import Batches, Scores
-from vitkit.distributed import all_reduce_sum
+from vitkit.distributed import AnyRank, all_reduce_sum, broadcast
 from vitkit.errors import RunError, UsageError
 from vitkit.gradcache import Accumulated, Embedding
 from vitkit.rundir import BEST, LAST
-from vitkit.signals import Signals
+from vitkit.sharding import apart, local, whole
+from vitkit.signals import Interrupted, Signals
 from vitkit.state import load_state, save_state
 
 if TYPE_CHECKING:
@@ -36,7 +38,9 @@ CHECKPOINT_SECONDS = 300.0
 LOOK_SECONDS = 0.25
 """How often losses are read back from the device: each reading waits for it."""
 TRAIL = 20
-"""How many batches before a loss that is not finite are written to the log."""
+"""How many batches before a loss that is not finite, or spikes, are written to the log."""
+SPIKE, RECENT = 10.0, 100
+"""A spike: a loss so many standard deviations (1.48 times the median deviation) above the median of so many before it."""
 
 
 class Epoch:
@@ -98,22 +102,27 @@ class Fit:
             raise UsageError("an epoch has no batches: the batch size is larger than the training set, or it is empty")
         steps = epochs * -(-len(self.batches) // run.grad_accum)
         self.module, self.cached = model, run.grad_accum > 1 and isinstance(model, Embedding)
-        if not self.cached:
+        # What is sharded over ranks can be called as a whole alone: evaluators and the recipe keep a model of their own.
+        self.trained = apart(model.to(run.device), optimizer) if run.sharded else model
+        if run.sharded or self.cached:  # what a model compiles is its forward pass as a whole
+            why = "its weights are sharded" if run.sharded else "--grad-accum calls this model's embed and loss_of"
+            said = f"not compiled: {why}" if run.compile == "on" else ""
+        else:
             said = compile_for(model, run.compile, device=run.device.type, steps=steps)
-        else:  # what a model compiles is its forward pass as a whole
-            said = "not compiled: --grad-accum calls this model's embed and loss_of" if run.compile == "on" else ""
         if said:
             run.say(said)
-        wrapped = Accumulated(model) if self.cached else model
+        wrapped = Accumulated(self.trained) if self.cached else self.trained
         self.model, self.optimizer = run.accelerator.prepare(wrapped, optimizer)
         self.schedule = schedule
-        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True) if ema else None
+        self.average = Average(self.trained, ema) if ema else None
         self.progress: dict[str, Any] = {
             "epoch": 0, "batch": 0, "step": 0, "trained": False, "sums": {}, "count": 0, "images": 0,
             "train_seconds": 0.0, "best": None, "best_epoch": 0, "stale": 0,
         }  # fmt: skip
         self._pending: list[tuple[int, dict[str, Tensor], Tensor | None, float]] = []
         self._trail: deque[str] = deque(maxlen=TRAIL)
+        self._any_rank = AnyRank(run.device)
+        self._recent: deque[float] = deque(maxlen=RECENT)
         self._saved = time.monotonic()
         self._skipped = 0
 
@@ -142,8 +151,8 @@ class Fit:
                 if stop:
                     run.say(stop)
                     break
-        if self.average is not None:
-            self.module.load_state_dict(self.average.module.state_dict())
+        if self.average is not None or self.trained is not self.module:
+            self._show()
 
     def _train(self, signals: "Signals") -> None:
         """The rest of one epoch."""
@@ -158,14 +167,15 @@ class Fit:
         while group := list(islice(stream, run.grad_accum)):
             found, norm, lr = self._backward(group), None, self.optimizer.param_groups[0]["lr"]
             if self.clip is not None:
-                norm = accelerator.clip_grad_norm_(self.model.parameters(), self.clip)
+                norm = whole(accelerator.clip_grad_norm_(self.model.parameters(), self.clip))
             self.optimizer.step()
             self.optimizer.zero_grad()
             if self.schedule is not None:
                 self.schedule.step()
             if self.average is not None:
-                self.average.update_parameters(self.module)
+                self.average.update(self.trained)
             progress["step"] += 1
+            run.peers.moved()
             for index, parts in enumerate(found, start=progress["batch"]):
                 self._pending.append((index, {name: value.detach() for name, value in parts.items()}, norm, lr))
             progress["batch"] += len(group)
@@ -177,9 +187,12 @@ class Fit:
                 rate = (progress["images"] - images_then) / max(now - began, 1e-9)
                 looked = time.monotonic()
                 run.show(progress, rate)
-            if signals.asked or now - self._saved > CHECKPOINT_SECONDS:
+            # One rank's clock or signal is all ranks': they leave, and gather what is sharded, after the same step.
+            asked, due = self._any_rank(signals.asked, now - self._saved > CHECKPOINT_SECONDS)
+            if asked or due:
                 self._checkpoint()
-            signals.raise_if_asked()
+            if asked:
+                raise Interrupted
         self._look()
 
     def _tell_skipped(self) -> None:
@@ -201,17 +214,23 @@ class Fit:
             for index in range(first, first + len(group))
         ]
         if self.cached:
-            parts = self.model(group, seeds)
+            parts = self._forward(group, seeds)
             accelerator.backward(_loss_of(parts))
             return [parts]
         found = []
         for number, (batch, seed, share) in enumerate(zip(group, seeds, self._shares(group), strict=True), start=1):
             torch.manual_seed(seed)
             with contextlib.nullcontext() if number == len(group) else accelerator.no_sync(self.model):
-                parts = self.model(batch)
+                parts = self._forward(batch)
                 accelerator.backward(_loss_of(parts) * share)
             found.append(parts)
         return found
+
+    def _forward(self, *inputs: Any) -> Any:
+        if not self.run.sharded:  # accelerate has put the model's forward pass into the run's precision
+            return self.model(*inputs)
+        with self.run.autocast():
+            return self.model(*inputs)
 
     def _shares(self, group: list[Any]) -> Tensor:
         """What part of the group's samples, over all ranks, each batch has: an epoch's last one may be smaller."""
@@ -233,10 +252,22 @@ class Fit:
             # fp16's first scales are too large on purpose: such a step is left out.
             if length is not None and not math.isfinite(length) and self.run.precision != "fp16":
                 self._stop(f"the gradient is not finite at {place}: {shown}{said}")
+            self._note_spike(values["loss"], place)
             for name, value in values.items():
                 self.progress["sums"][name] = self.progress["sums"].get(name, 0.0) + value
             self.progress["count"] += 1
         self._pending.clear()
+
+    def _note_spike(self, loss: float, place: str) -> None:
+        """Into the log goes what led to a finite loss that is far above the last ones; its step is taken like any other."""
+        if len(self._recent) >= RECENT // 2:
+            middle = statistics.median(self._recent)
+            spread = 1.4826 * statistics.median(abs(value - middle) for value in self._recent)
+            if loss - middle > SPIKE * max(spread, 0.01 * abs(middle)):
+                led = "\n  ".join(self._trail)
+                self.run.note(f"the loss spikes at {place}: {loss:.6g}, the median before it was {middle:.6g}; what led there:\n  {led}")
+                self._recent.clear()  # what is usual from here on is found anew
+        self._recent.append(loss)
 
     def _stop(self, what: str) -> None:
         led = "\n  ".join(self._trail)
@@ -252,26 +283,38 @@ class Fit:
         self._look()
         self._saved = time.monotonic()
         # A finite loss may have a gradient that is not.
-        if not all(bool(parameter.isfinite().all()) for parameter in self.module.parameters()):
+        finite = [bool(local(parameter.detach()).isfinite().all()) for parameter in self.trained.parameters()]
+        if float(all_reduce_sum(torch.tensor(float(not all(finite)), device=self.run.device))):
             self._stop(f"the weights are not finite after step {self.progress['step']}")
+        # Sharded states are gathered by all ranks together, for the one that writes them.
+        average = self.average.state_dict() if self.average is not None else None
+        state, optimizer, average = whole(
+            [self.trained.state_dict(), self.optimizer.state_dict(), average], keep=self.run.is_main, device="cpu"
+        )
         if not self.run.is_main:
             return
         save_state(
             self.run.directory / path,
-            model_state=self.module.state_dict(),
-            optimizer=self.optimizer.state_dict(),
-            ema_state=self.average.state_dict() if self.average is not None else None,
+            model_state=state,
+            optimizer=optimizer,
+            ema_state=average,
             scheduler=self.schedule.state_dict() if self.schedule is not None else None,
             progress={"fit": self.progress, "run": self.run.progress_to_keep()},
         )
 
     def _restore(self) -> None:
         path = self.run.directory / LAST
-        if not path.exists():  # stopped before the first checkpoint: begin again
+        seen = float(all_reduce_sum(torch.tensor(float(path.exists()), device=self.run.device)))
+        if 0 < seen < self.run.accelerator.num_processes:
+            raise RunError(
+                f"{path} is seen by {seen:.0f} of {self.run.accelerator.num_processes} ranks; to resume on several machines put "
+                f"--out on a file system that all of them share"
+            )
+        if not seen:  # stopped before the first checkpoint: begin again
             self.run.say("no checkpoint yet: starting from the beginning")
             return
         state = load_state(path)
-        state.restore(self.module, self.optimizer, self.average, self.schedule)
+        state.restore(self.trained, self.optimizer, self.average, self.schedule)
         self.progress |= state.progress["fit"]
         self.run.restore_progress(state.progress["run"], self.progress["epoch"])
         self.run.say(f"resuming at epoch {self.progress['epoch'] + 1}, batch {self.progress['batch'] + 1}")
@@ -282,7 +325,7 @@ class Fit:
             return None
         if self.monitor not in epoch.logged:
             raise UsageError(f"monitor={self.monitor!r} was not logged; logged: {', '.join(epoch.logged)}")
-        value, best = epoch.logged[self.monitor], self.progress["best"]
+        value, best = self._agreed(epoch.logged[self.monitor]), self.progress["best"]
         if best is None or (value > best if self.mode == "max" else value < best):
             self.progress |= {"best": value, "best_epoch": epoch.number, "stale": 0}
             self._checkpoint(BEST)
@@ -295,17 +338,30 @@ class Fit:
             )
         return None
 
+    def _agreed(self, value: float) -> float:
+        """Rank 0's, for ranks that decide differently would wait for each other; evaluations may differ in the last bit."""
+        if self.run.accelerator.num_processes == 1:
+            return value
+        return float(broadcast(torch.tensor(value, dtype=torch.float64, device=self.run.device)))
+
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:
         """The model holds its averaged weights while an epoch is looked at, and its own again afterwards."""
-        if self.average is None:
+        if self.average is None and self.trained is self.module:
             yield
             return
-        own = {name: value.clone() for name, value in self.module.state_dict().items()}
-        self.module.load_state_dict(self.average.module.state_dict())
+        kept = self.trained is self.module
+        own = {name: value.clone() for name, value in self.module.state_dict().items()} if kept else {}
+        self._show()
         yield
         # Reached only when the loop goes on: after a `break` the averaged weights stay, to be saved.
-        self.module.load_state_dict(own)
+        if kept:
+            self.module.load_state_dict(own)
+
+    def _show(self) -> None:
+        """Into the model that the recipe knows, put the averaged weights, or else those that are trained."""
+        found = self.average.weights() if self.average is not None else self.trained.state_dict()
+        self.module.load_state_dict(whole(found))
 
 
 class _Loader:

@@ -1,14 +1,17 @@
 """Optimisers and schedules as plain torch objects: Muon for matrices beside AdamW for the rest, warm-up and cosine."""
 
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from vitkit.errors import UsageError
+from vitkit.sharding import cut_like, is_sharded, local, whole
 
 
 class Together(Optimizer):
@@ -40,6 +43,32 @@ class Together(Optimizer):
         self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
 
+OPTIONS = inspect.signature(Muon).parameters.keys() - {"params"}
+
+
+class _Muon(Muon):
+    """torch's Muon, for weights that are sharded over ranks too: each matrix is gathered, stepped as a whole, and cut again."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        if not any(is_sharded(p) for group in self.param_groups for p in group["params"]):
+            return super().step(closure)
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            options = {name: group[name] for name in OPTIONS if name in group}
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                matrix = nn.Parameter(whole(parameter))
+                matrix.grad = whole(parameter.grad)
+                alone = Muon([matrix], **options)
+                alone.state[matrix].update(whole(self.state[parameter]))
+                alone.step()
+                local(parameter).copy_(local(cut_like(matrix.detach(), parameter)))
+                self.state[parameter].update({k: cut_like(v, parameter) for k, v in alone.state[matrix].items()})
+        return loss
+
+
 def muon_adamw(
     model: nn.Module,
     *,
@@ -67,7 +96,7 @@ def muon_adamw(
     others = AdamW(_groups(rest, weight_decay), lr=lr, betas=betas, fused=True)
     if not matrices:
         return Together(others)
-    return Together(Muon(matrices, lr=muon_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"), others)
+    return Together(_Muon(matrices, lr=muon_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"), others)
 
 
 def adamw(model: nn.Module, *, lr: float, weight_decay: float = 0.01, betas: tuple[float, float] = (0.9, 0.999)) -> AdamW:

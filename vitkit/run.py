@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -18,16 +19,18 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from vitkit import checkpoint, data
-from vitkit.accelerator import make_accelerator, resolve_device, resolve_precision
+from vitkit.accelerator import make_accelerator, resolve_device, resolve_precision, shards
 from vitkit.contracts import Picture, Scores
 from vitkit.distributed import broadcast_text
 from vitkit.errors import UsageError, VitkitError
 from vitkit.files import atomic_write, write_json
 from vitkit.fit import Epoch, Fit
+from vitkit.peers import Peers, is_collective
 from vitkit.preview import preview
 from vitkit.progress import Progress
 from vitkit.recipe import plain
 from vitkit.rundir import claim, remove_run
+from vitkit.signals import ignore_termination
 from vitkit.summary import best_of, processor, versions, write_csv
 
 
@@ -90,8 +93,10 @@ class Run:
         self.resuming = resume and not dry_run
         self.accelerator = make_accelerator(kind, self.precision, [r for r in reports if r], self.directory)
         self.device: torch.device = self.accelerator.device
+        self.sharded = shards(self.accelerator)
         self.is_main = self.accelerator.is_main_process
         self.directory = Path(broadcast_text(str(self.directory), device=self.device))
+        self.peers = Peers(self.alarm)
         torch.manual_seed(seed)
         self._began, self._earlier_seconds = time.monotonic(), 0.0
         self._started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
@@ -159,7 +164,13 @@ class Run:
 
         A loss, a clipped gradient's norm or a weight that is not finite stops the run: `RunError` with the step and the
         parts, within 50 batches. The losses, gradient norms and learning rates of the batches before it are written to
-        `log.txt`, and the last checkpoint is from before it. No batch is left out, and a finite loss never stops a run.
+        `log.txt`, and the last checkpoint is from before it. No batch is left out, and a finite loss never stops a run: of
+        a spike, more than 10 standard deviations above the median of the last 100 batches, `log.txt` has the same account,
+        and `clip` bounds its step. On several devices each of them stops.
+
+        Launched for FSDP2 (`accelerate launch --use_fsdp --fsdp_version 2`) what is trained is a copy of `model` that is
+        sharded over the devices; `model` itself gets its weights, or their average, before an epoch is yielded and at the
+        end. Checkpoints hold whole weights, so that a run may go on with another number of devices.
         """
         self._parameters = sum(parameter.numel() for parameter in model.parameters())
         prepare = getattr(batches, "prepare", None)  # what training really sees is what a saved model must be given
@@ -223,8 +234,18 @@ class Run:
             with contextlib.suppress(OSError), (self.directory / "log.txt").open("a", encoding="utf-8") as log:
                 log.write(f"{time.strftime('%H:%M:%S')} {text}\n")
 
+    def alarm(self, text: str) -> None:
+        """What ends this rank, and how to go on, to its terminal and to `log.txt`; the summary says that the run failed."""
+        text = f"{text}; go on with: {self.command} --out {self.directory} --resume"
+        print(f"rank {self.accelerator.process_index}: {text}", file=sys.stderr, flush=True)
+        self.note(text)
+        if self.is_main and not self.dry_run:
+            with contextlib.suppress(VitkitError):
+                write_json(self.directory / "summary.json", self._summary("failed"))
+
     def finish(self, status: Literal["finished", "interrupted", "failed"] = "finished") -> None:
         """Write the summary and the report, and let the directory go. Called for a recipe by `vitkit run`."""
+        self.peers.close()
         if self.is_main and not self.dry_run:
             from vitkit.report import write_report  # matplotlib takes a second to import, and only this needs it
 
@@ -252,6 +273,7 @@ class Run:
 
     def close(self) -> None:
         """Let the directory go to another process."""
+        self.peers.close()
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -330,6 +352,7 @@ class Run:
         return {
             "device": str(self.device), "precision": self.precision, "compile": self.compile, "seed": self.seed,
             "grad_accum": self.grad_accum, "processes": self.accelerator.num_processes,
+            "parallel": "fsdp" if self.sharded else "ddp" if self.accelerator.num_processes > 1 else "none",
             "threads": torch.get_num_threads(),
         }  # fmt: skip
 
@@ -377,19 +400,35 @@ def execute(recipe: Any, run_arguments: Mapping[str, Any], arguments: Mapping[st
     except DryRun:
         return 0
     except KeyboardInterrupt:
+        told = run.peers.failure(wait=1.0)
+        if told:  # the launcher stops a job's other ranks when one has failed
+            return _stopped_by_another(run, told)
         run.say(f"stopped; go on with: {run.command} --out {run.directory} --resume")
         run.finish("interrupted")
         return 130
-    except UsageError:
+    except UsageError as error:
+        run.peers.tell(error)
         run.discard()
         raise
     except BaseException as error:
+        if run.accelerator.num_processes > 1 and is_collective(error):
+            ignore_termination()  # the launcher's, which ends all ranks when one has died
+            told = run.peers.failure(wait=3.0) or "it said nothing, so it was killed or its machine is gone"
+            return _stopped_by_another(run, f"{told} ({' '.join(str(error).split()):.200})")
+        run.peers.tell(error)
         run.note(f"failed: {type(error).__name__}: {error}")
         with contextlib.suppress(VitkitError):  # the first error is the one to tell
             run.finish("failed")
         raise
     run.finish()
     return 0
+
+
+def _stopped_by_another(run: Run, told: str) -> int:
+    """End this rank's part of a job that cannot go on, at once: its launcher may not wait for a report."""
+    run.alarm(f"another rank has failed, so this one stops: {told}")
+    run.close()
+    return 1
 
 
 __all__ = ["DryRun", "Epoch", "Run", "execute"]

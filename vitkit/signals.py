@@ -1,11 +1,16 @@
 """Ctrl-C and SIGTERM while a model trains."""
 
 import contextlib
+import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
+
+LAUNCHER_SECONDS = 10.0
+"""So long after a first signal another one is a launcher's, which passes on the Ctrl-C that the terminal has sent already."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -18,6 +23,7 @@ class Signals:
     def __init__(self) -> None:
         self.asked = False
         self._deferring = False
+        self._since = 0.0
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Signals":
@@ -31,9 +37,12 @@ class Signals:
             signal.signal(name, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked or not self._deferring:  # the second one does not wait; an evaluation has nothing to save
+        if not self._deferring:  # an evaluation has nothing to save
             raise Interrupted
-        self.asked = True
+        if not self.asked:
+            self.asked, self._since = True, time.monotonic()
+        elif not ("RANK" in os.environ and time.monotonic() - self._since < LAUNCHER_SECONDS):
+            raise Interrupted  # the second one does not wait
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
@@ -46,3 +55,9 @@ class Signals:
     def raise_if_asked(self) -> None:
         if self.asked:
             raise Interrupted
+
+
+def ignore_termination() -> None:
+    """From here on SIGTERM is not heeded: this process is about to end by itself, and has something to say before."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)

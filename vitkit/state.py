@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vitkit.errors import CheckpointError
 from vitkit.files import atomic_write
+from vitkit.sharding import cut, cut_optimizer
 
 FORMAT = "vitkit-state-1"
 UNSET = "0" * 64
@@ -26,11 +27,11 @@ class State:
 
     model_state: dict[str, Tensor]
     optimizer: dict[str, Any]
-    ema_state: dict[str, Tensor] | None
+    ema_state: dict[str, Any] | None
     scheduler: dict[str, Any] | None
     progress: dict[str, Any]
 
-    def restore(self, model: nn.Module, optimizer: Any, average: nn.Module | None, schedule: Any | None) -> None:
+    def restore(self, model: nn.Module, optimizer: Any, average: Any | None, schedule: Any | None) -> None:
         """Put everything but `progress` back where it came from.
 
         Raises `CheckpointError` for another model, another optimiser, and where averaged weights or a schedule are on
@@ -44,8 +45,8 @@ class State:
                 raise CheckpointError(f"{with_} has {what}, {without} has none; {way}")
         wanted = [set(group) for group in optimizer.param_groups]
         try:
-            model.load_state_dict(self.model_state)
-            optimizer.load_state_dict(self.optimizer)
+            model.load_state_dict(cut(self.model_state, model.state_dict()))
+            optimizer.load_state_dict(cut_optimizer(self.optimizer, optimizer))
             if average is not None and self.ema_state is not None:
                 average.load_state_dict(self.ema_state)
             if schedule is not None and self.scheduler is not None:
@@ -65,7 +66,7 @@ def save_state(
     *,
     model_state: Mapping[str, Tensor],
     optimizer: Mapping[str, Any],
-    ema_state: Mapping[str, Tensor] | None,
+    ema_state: Mapping[str, Any] | None,
     scheduler: Mapping[str, Any] | None,
     progress: Mapping[str, Any],
 ) -> None:

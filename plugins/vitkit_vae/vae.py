@@ -35,8 +35,8 @@ class MultiTaskVAE(nn.Module):
     A decoder with `num_classes` is told the labels.
 
     Ranks: every part is the whole batch's mean, the same on each rank, over parts that may differ in size; gradients by the
-    convention of `vitkit.distributed`; ε, too, is drawn for the whole batch. With gradient accumulation triplets are mined within
-    each part.
+    convention of `vitkit.distributed`; ε, too, is drawn for the whole batch. With gradient accumulation, see `vitkit.gradcache`,
+    triplets are mined among all accumulated images, and the classifier sees all their embeddings at once.
 
     Raises `UsageError` for weights of parts that are not there, a triplet loss without labels on single views, and shapes that
     do not fit.
@@ -81,6 +81,14 @@ class MultiTaskVAE(nn.Module):
             self.register_buffer(name, torch.tensor(tuple(values)).view(-1, 1, 1), persistent=False)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.loss_of(self.embed(batch))
+
+    def embed(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What each sample brings by itself: its `labels`, what stands beside them, and of what is learned
+
+        `embeddings` `(b v e)`, the anchors' `mu` and `log_var` `(b z)`, `decoded` logits and the `pixels` they stand for
+        `(b c h w)`, and `positives` and `negatives` `(b e)`.
+        """
         images, labels = batch["images"], batch["labels"]
         views = images[:, None] if images.ndim == 4 else images
         if views.ndim != 5 or labels.shape != views.shape[:1]:
@@ -88,25 +96,39 @@ class MultiTaskVAE(nn.Module):
                 f"images are {tuple(images.shape)} and labels {tuple(labels.shape)}, "
                 f"expected (batch, channels, height, width), or (batch, views, ...), and (batch,)"
             )
+        anchors, count = len(labels), views.shape[1]
         rows = views.transpose(0, 1).flatten(0, 1)  # (v·b c h w)
         mu, log_var = self.backbone.encode_latent(rows)
-        z = sample_latent(mu, log_var, views=views.shape[1])
+        z = sample_latent(mu, log_var, views=count)
+        found: dict[str, Tensor] = {name: batch[name] for name in ("labels", "partners", "weights") if name in batch}
+        if self.parts & {"classification", "triplet"}:
+            found["embeddings"] = self.backbone.embed(z).unflatten(0, (count, anchors)).transpose(0, 1)
+        if "triplet" in self.parts and "positives" in batch:
+            found |= {name: self._embed(batch[name]) for name in ("positives", "negatives")}
+        if "reconstruction" in self.parts:
+            found["decoded"] = self.decoder.logits(z[:anchors], self._condition(batch))
+            found["pixels"] = (rows[:anchors].float() * self.std + self.mean).clamp(0, 1)
+        if "kl" in self.parts:
+            found |= {"mu": mu[:anchors], "log_var": log_var[:anchors]}
+        return found
+
+    def loss_of(self, embedded: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The loss and its parts of a batch, or of several parts of one, put together."""
         parts: dict[str, Tensor] = {}
         active = None
-        embeddings = self.backbone.embed(z) if self.parts & {"classification", "triplet"} else z
-        if "classification" in self.parts:
-            assert self.classifier is not None
-            parts["classification"] = self._classify(self.classifier(embeddings), batch, views.shape[1])
-        if "triplet" in self.parts:
-            found = self._triplets(embeddings, batch, views.shape[1])
-            parts["triplet"], active = found["loss"], found["active"]
-        anchors = len(labels)
+        if "embeddings" in embedded:
+            views = embedded["embeddings"].shape[1]
+            embeddings = embedded["embeddings"].transpose(0, 1).flatten(0, 1)  # (v·b e)
+            if "classification" in self.parts:
+                assert self.classifier is not None
+                parts["classification"] = self._classify(self.classifier(embeddings), embedded, views)
+            if "triplet" in self.parts:
+                found = self._triplets(embeddings, embedded, views)
+                parts["triplet"], active = found["loss"], found["active"]
         if "reconstruction" in self.parts:
-            logits = self.decoder.logits(z[:anchors], self._condition(batch))
-            pixels = (rows[:anchors].float() * self.std + self.mean).clamp(0, 1)
-            parts["reconstruction"] = self.reconstruction(logits, pixels)["loss"]
+            parts["reconstruction"] = self.reconstruction(embedded["decoded"], embedded["pixels"])["loss"]
         if "kl" in self.parts:
-            parts["kl"] = self.kl(mu[:anchors], log_var[:anchors])["loss"]
+            parts["kl"] = self.kl(embedded["mu"], embedded["log_var"])["loss"]
         total = self.loss(parts)
         return total if active is None else {**total, "active": active}
 
@@ -134,8 +156,7 @@ class MultiTaskVAE(nn.Module):
 
     def _triplets(self, embeddings: Tensor, batch: dict[str, Tensor], views: int) -> dict[str, Tensor]:
         if "positives" in batch:
-            positives, negatives = (self._embed(batch[name]) for name in ("positives", "negatives"))
-            return self.triplet(embeddings, positives=positives, negatives=negatives)
+            return self.triplet(embeddings, positives=batch["positives"], negatives=batch["negatives"])
         labels = batch["labels"]
         if not self.supervised:
             if views == 1:

@@ -127,7 +127,9 @@ class _Block(torch.autograd.Function):
                     saved.extend(kept)
         ctx.num_heads, ctx.size, ctx.factors = num_heads, size, factors
         ctx.save_for_backward(*parameters, *folded, *saved)
-        return torch.cat(outputs).view_as(x)
+        joined = x.new_empty(x.shape)  # no view of another tensor: FSDP2 would warn of what may be done to it
+        torch.cat(outputs, out=joined.view(-1, *outputs[0].shape[1:]))
+        return joined
 
     @staticmethod
     @once_differentiable

@@ -1,4 +1,4 @@
-"""Each recipe's first steps on two processes: the loss and the gradient of one process that holds the whole batch."""
+"""Each recipe's first steps on two processes, also of accumulated batches: the loss and the gradient of one process."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +10,13 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from vitkit import Run
+from vitkit.gradcache import Accumulated
 from vitkit.recipe import Recipe
 
 RECIPES: dict[str, dict[str, Any]] = {
     "jepa_mnist": {"emb_dim": 32, "depth": 1, "num_heads": 2},
     "vae_mnist": {"emb_dim": 32, "depth": 1, "num_heads": 2},
+    "vae_cifar10": {"emb_dim": 32, "depth": 1, "num_heads": 2},
     "clip_cifar100": {},
 }
 """Arguments that make each recipe small; of digits, 21 images are a batch of 8 + 8 and one of 3 + 2."""
@@ -47,12 +49,13 @@ def parts(recipe: str, folder: Path) -> tuple[Any, list[list[dict[str, Tensor]]]
 
 
 def steps(model: Any, batches: list[dict[str, Tensor]], *, rank: int, world: int) -> list[Any]:
-    """Loss, parts and gradient of each batch, with a step of plain descent between them."""
+    """Loss, parts and gradient of each batch, and at last of all together, with a step of plain descent between them."""
     found = []
-    for index, batch in enumerate(batches):
-        torch.manual_seed(1000 * index + rank)  # as the loop does, each rank differently
+    together = Accumulated(model)
+    for index, group in enumerate([*([batch] for batch in batches), batches]):
+        seeds = [1000 * index + 100 * number + rank for number in range(len(group))]  # as the loop does, each rank differently
         model.zero_grad()
-        losses = model(batch)
+        losses = together(group, seeds)
         losses["loss"].backward()
         gradient = {}
         for name, parameter in model.named_parameters():

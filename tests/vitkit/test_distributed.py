@@ -8,6 +8,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from vitkit.distributed import (
+    AnyRank,
     BatchNorm,
     all_gather,
     all_reduce_mean,
@@ -26,6 +27,7 @@ PARTS = (5, 3)
 def test_without_a_process_group_everything_is_identity() -> None:
     x = torch.randn(3, 2)
     assert (rank(), world_size()) == (0, 1)
+    assert AnyRank()(True, False) == [True, False]
     for collective in (all_reduce_sum, all_reduce_mean, all_gather, broadcast):
         assert torch.equal(collective(x), x)
 
@@ -75,6 +77,8 @@ def _worker(number: int, folder: str, x: Tensor, weight: Tensor) -> None:
     results["drawn"] = broadcast(torch.full((2,), float(number + 7)))
     results["told"] = broadcast_text(f"from rank {number}, é")
     results["rows"] = draw_rows(lambda n: torch.arange(float(n)) + 10 * number, part)
+    agree = AnyRank()
+    results["raised"] = torch.tensor([agree(number == step, step == 2 and number == 1) for step in range(4)])
     results["place"] = torch.tensor([rank(), world_size()])
     torch.save(results, f"{folder}/{number}.pt")
     torch.distributed.destroy_process_group()
@@ -111,4 +115,6 @@ def test_gathering_keeps_order_and_uneven_parts(two_ranks: tuple[Tensor, Tensor,
         assert result["drawn"].tolist() == [7.0, 7.0]
         assert result["told"] == "from rank 0, é"
         assert result["rows"].tolist() == [[0, 1, 2, 3, 4], [5, 6, 7]][number]
+        # rank 0 raised the first flag in step 0, rank 1 in step 1; rank 1 the second in step 2; answers come a step later
+        assert result["raised"].int().tolist() == [[0, 0], [1, 0], [1, 0], [0, 1]]
         assert result["place"].tolist() == [number, 2]

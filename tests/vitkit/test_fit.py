@@ -407,3 +407,34 @@ def test_signal_handlers_are_put_back(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     train(tmp_path / "run", epochs=1)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_what_led_to_a_spike_stands_in_the_log_and_the_run_goes_on(tmp_path):
+    """Sixty ordinary batches, one far above them, and ordinary ones again."""
+
+    class Spiking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(()))
+
+        def forward(self, batch):
+            index = float(batch["images"][0])
+            return {"loss": self.weight * 0 + (50.0 if index == 60 else 1.0 + 0.01 * (index % 7))}
+
+    class Batches:
+        def __len__(self):
+            return 80
+
+        def epoch(self, number, *, seed=0, start=0, device="cpu", rank=0, world=1):
+            return ({"images": torch.tensor([float(index)])} for index in range(start, 80))
+
+    run, model = Run(tmp_path / "run", device="cpu", precision="fp32"), Spiking()
+    epochs = [epoch.number for epoch in run.fit(model, Batches(), epochs=2, optimizer=torch.optim.SGD(model.parameters(), lr=0.5))]
+    run.close()
+    assert epochs == [1, 2]
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert log.count("the loss spikes at") == 2  # once an epoch, and nowhere else
+    assert "the loss spikes at epoch 1, batch 61: 50, the median before it was 1.03; what led there:" in log
+    led = log.split("what led there:\n")[1].splitlines()[:20]
+    assert led[0].strip().startswith("epoch 1, batch 42: loss 1.06")
+    assert led[-1].strip() == "epoch 1, batch 61: loss 50, lr 0.5"

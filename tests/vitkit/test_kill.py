@@ -10,19 +10,24 @@ import random
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+KINDS = ("moment", "file", "download", "step", "evaluation", "save")
+"""A kill at any moment, at a file that takes its place, or at a moment within one of the things that a run does."""
 KILLS = int(os.environ.get("VITKIT_KILLS", "16"))
 RECIPE = '''
 """A small classifier of digits, with everything that a run can keep."""
+import builtins
 import time
 import torch
-from vitkit import Run, Scores, heads
+from vitkit import Run, Scores, datasets, heads
 from vitkit.augment import RandomAffine
 from vitkit.contracts import Measurement
+from vitkit.data import fetched, from_store
 from vitkit.optim import warmup_cosine
 
 class Classifier(torch.nn.Module):
@@ -30,11 +35,26 @@ class Classifier(torch.nn.Module):
         super().__init__()
         self.head, self.drop = head, torch.nn.Dropout(0.2)
     def forward(self, batch):
+        if self.training:
+            builtins.doing("step")
         logits = self.head(self.drop(batch["images"].flatten(1)))
         return {"loss": torch.nn.functional.cross_entropy(logits, batch["labels"])}
 
+def download():
+    builtins.doing("download")
+    digits = datasets.build("digits")
+    time.sleep(0.05)
+    parts = [(split, part) for split in ("train", "test") for part in ("images", "labels")]
+    return {f"{split}.{part}": getattr(getattr(digits, split), part) for split, part in parts}, digits.classes
+
+def shelf():
+    """Digits that have to be fetched."""
+    return from_store(fetched("shelf", download), source="scikit-learn", licence="CC BY 4.0")
+
 def main(run: Run, epochs: int = 4, pause: float = 0.02):
-    data = run.dataset("digits", default="digits")
+    if "shelf" not in datasets:
+        datasets.add("shelf", shelf)
+    data = run.dataset("shelf", default="digits")
     batches = data.train.take(256).batches(32, shuffle=True, augment=RandomAffine(degrees=10))
     model = Classifier(heads.build("mlp", in_dim=64, out_dim=10, norm="batch"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -42,6 +62,7 @@ def main(run: Run, epochs: int = 4, pause: float = 0.02):
     fit = run.fit(model, batches, epochs=epochs, optimizer=optimizer, schedule=schedule, ema=0.9, monitor="top1")
     for epoch in fit:
         model.eval()
+        builtins.doing("evaluation")
         time.sleep(pause)
         with torch.no_grad():
             test = next(iter(data.test.batches(355).epoch(0)))
@@ -52,7 +73,7 @@ def main(run: Run, epochs: int = 4, pause: float = 0.02):
     run.save(classifier=model.head)
 '''
 SERVER = '''
-import json, os, signal, sys, time, traceback
+import builtins, json, os, signal, sys, threading, time, traceback
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
@@ -73,6 +94,15 @@ def attempt(order):
     os.dup2(log, 1)
     os.dup2(log, 2)
     fit.CHECKPOINT_SECONDS = order["checkpoint_seconds"]
+    os.environ["VITKIT_DATA"] = order["store"]
+    def doing(what):
+        """A moment of this is the last one, where that is the order."""
+        if what == order["doing"]:
+            threading.Timer(order["seconds"], os.kill, (os.getpid(), signal.SIGKILL)).start()
+            order["doing"] = None
+    builtins.doing = doing
+    save_state = fit.save_state
+    fit.save_state = lambda *a, **k: (doing("save"), save_state(*a, **k))
     replaced, replace = [], os.replace
     def counting(source, target):
         replaced.append(target)
@@ -96,6 +126,7 @@ print("ready", flush=True)
 for line in sys.stdin:
     order = json.loads(line)
     began = time.monotonic()
+    order["timed"] = order["doing"] is not None
     child = os.fork()
     if child == 0:
         attempt(order)
@@ -103,7 +134,7 @@ for line in sys.stdin:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             break
-        if order["seconds"] is not None and time.monotonic() - began > order["seconds"]:
+        if order["seconds"] is not None and not order["timed"] and time.monotonic() - began > order["seconds"]:
             os.kill(child, signal.SIGKILL)
         time.sleep(0.001)
     killed = os.WIFSIGNALED(status)
@@ -123,17 +154,18 @@ class Server:
         assert self.process.stdout.readline() == "ready\n"
         os.set_blocking(self.process.stdout.fileno(), False)
 
-    def run(self, directory, *flags, seconds=None, file=0, before=True, checkpoint_seconds=300.0, count=None):
+    def run(self, directory, *flags, seconds=None, doing=None, file=0, before=True, checkpoint_seconds=300.0, count=None):
+        store = directory.with_name(f"{directory.name}-store")
         order = {
             "recipe": str(self.recipe), "arguments": ["--out", str(directory), "--precision", "fp32", *flags],
             "log": str(self.log), "seconds": seconds, "file": file, "before": before,
-            "checkpoint_seconds": checkpoint_seconds, "count": str(count) if count else None,
+            "checkpoint_seconds": checkpoint_seconds, "count": str(count) if count else None, "doing": doing, "store": str(store),
         }  # fmt: skip
         self.process.stdin.write(json.dumps(order) + "\n")
         self.process.stdin.flush()
         give_up = time.monotonic() + 120
         while True:
-            self.read += look_through(directory)
+            self.read += look_through(directory) + look_through(store)
             line = self.process.stdout.readline()
             if line:
                 return json.loads(line)
@@ -209,22 +241,27 @@ def test_killed_anywhere_and_resumed_a_run_ends_bit_for_bit_as_an_undisturbed_on
     assert whole["code"] == 0, server.log.read_text()
     files = int((tmp_path / "count").read_text())
     expected, luck = outcome(tmp_path / "whole"), random.Random(0)
-    killed = chains = 0
-    while killed < KILLS or chains == 0:
+    kinds, chains = Counter(), 0
+    while kinds.total() < KILLS or chains == 0:
         directory, attempts = tmp_path / f"chain{chains}", []
         for _ in range(100):
-            # Half of them at a moment, half at a file; a chain ends when an attempt gets through.
-            more = killed < KILLS and len(attempts) < 10
-            plan = {"checkpoint_seconds": luck.choice([0.0, 0.05, 300.0])}
-            if more and luck.random() < 0.5:
+            plan, kind = {"checkpoint_seconds": luck.choice([0.0, 0.05, 300.0])}, ""
+            if kinds.total() < KILLS and len(attempts) < 10:  # a chain ends when an attempt gets through
+                kind = KINDS[kinds.total() % len(KINDS)]
+            if kind == "moment":
                 plan["seconds"] = luck.uniform(0, 0.7 * whole["seconds"])
-            elif more:
+            elif kind == "file":
                 plan |= {"file": luck.randint(1, files), "before": luck.random() < 0.5}
+            elif kind:
+                plan |= {"doing": kind, "seconds": luck.uniform(0, 0.1 if kind in ("download", "evaluation") else 0.01)}
+            if kind == "download":  # another machine may have no copy yet
+                (tmp_path / f"chain{chains}-store" / "shelf.safetensors").unlink(missing_ok=True)
             begun = (directory / "summary.json").exists()  # before, there is nothing to go on with
             answer = server.run(directory, *(["--resume"] if begun else []), **plan)
             attempts.append(plan)
-            killed += answer["killed"]
-            if not answer["killed"]:
+            if answer["killed"]:
+                kinds[kind] += 1
+            else:
                 assert answer["code"] == 0, f"{attempts}\n{server.log.read_text()[-4000:]}"
                 break
         found = outcome(directory)
@@ -232,4 +269,5 @@ def test_killed_anywhere_and_resumed_a_run_ends_bit_for_bit_as_an_undisturbed_on
             assert found[key] == value, (key, attempts)
         chains += 1
     assert server.read > 100
-    print(f"{killed} kills of {chains} runs of {files} files, {server.read} readings of files")
+    assert set(kinds) == set(KINDS)
+    print(f"{dict(kinds)} kills of {chains} runs of {files} files, {server.read} readings of files")

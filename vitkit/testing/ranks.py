@@ -1,8 +1,13 @@
-"""A loss over two processes against one that has the whole batch."""
+"""A loss or an evaluator over two processes against one that has all samples."""
 
+import json
+import math
 import multiprocessing
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +16,10 @@ import torch.multiprocessing
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from vitkit.data import ImageDataset
 from vitkit.errors import ConformanceError
-from vitkit.registry import losses
-from vitkit.testing.cases import Case
+from vitkit.registry import REGISTRIES
+from vitkit.testing.cases import Case, make_case, small_dataset
 
 SIZES = (5, 3)
 """How many of eight samples each process holds: parts of different sizes tell a mean of means from a mean."""
@@ -36,16 +42,7 @@ def check_ranks(case: Case) -> str:
     expected = _measure(case, {**tensors, **others})
     with tempfile.TemporaryDirectory(prefix="vitkit-ranks-") as folder:
         _write(tensors, Path(folder) / "inputs.safetensors")
-        try:
-            torch.multiprocessing.start_processes(
-                _worker, (folder, _portable(case), others, axes), nprocs=len(SIZES), start_method=_start_method()
-            )
-        except Exception as error:
-            if "freeze_support" in str(error):
-                raise ConformanceError(
-                    f"{case}: other processes import this script too; put what it does under if __name__ == '__main__':"
-                ) from None
-            raise ConformanceError(f"{case} fails in two processes: {str(error).strip().splitlines()[-1]}; {MEND}") from error
+        _start(case, _worker, folder, _portable(case), others, axes)
         found = [load_file(Path(folder) / f"{rank}.safetensors") for rank in range(len(SIZES))]
     for name, value in expected.items():
         parts = [result[name] for result in found]
@@ -55,11 +52,64 @@ def check_ranks(case: Case) -> str:
         elif name.startswith("parameter "):
             parts = [torch.stack(parts).mean(dim=0)]
         for part in parts:
-            if not torch.allclose(part, value, rtol=1e-3, atol=1e-5):
+            if not torch.allclose(part, value, rtol=1e-5, atol=1e-5):
                 gap = float((part - value).abs().max())
                 what = name if name.startswith("part ") else f"the gradient of {name}"
                 raise ConformanceError(f"{case}: {what} in two processes is off by {gap:.3g} from one process's; {MEND}")
     return f"{' + '.join(map(str, SIZES))} samples"
+
+
+TEST_IMAGES = 11
+"""What an evaluator is shown: two processes have six and five of them."""
+
+
+def check_evaluator_ranks(case: Case) -> str:
+    """Two gloo processes return the scores of one, each test image counted once."""
+    if not torch.distributed.is_available():
+        return "torch was built without processes"
+    if case.inputs(case.build(), 8).keys() - {"model", "dataset"}:
+        return "needs inputs of its own"
+    expected = _scores(case)
+    with tempfile.TemporaryDirectory(prefix="vitkit-ranks-") as folder:
+        _start(case, _evaluate, folder, _portable(case))
+        for rank in range(len(SIZES)):
+            found = json.loads((Path(folder) / f"{rank}.json").read_text())
+            for name, (value, samples) in expected.items():
+                other = found.get(name, (None, 0))
+                if other[0] is None or not math.isclose(other[0], value, rel_tol=1e-5, abs_tol=1e-5) or other[1] != samples:
+                    raise ConformanceError(
+                        f"{case}: {name} of {samples} samples is {value:g} in one process, and of {other[1]} samples {other[0]} on "
+                        f"rank {rank} of two; encode this rank's share of the images and all_gather it, see vitkit.distributed"
+                    )
+    return f"{TEST_IMAGES} test images"
+
+
+def _scores(case: Case) -> dict[str, tuple[float, int]]:
+    """Each score with the number of samples that it says it was measured on."""
+    evaluator = case.build()
+    inputs = case.inputs(evaluator, 8)
+    dataset = inputs.get("dataset") or small_dataset()
+    if isinstance(dataset, ImageDataset):
+        dataset = replace(dataset, test=dataset.test.subset(torch.arange(len(dataset.test))[:TEST_IMAGES]))
+    scores = evaluator(inputs["model"].train(), dataset)
+    return {name: (float(value), scores.protocols[name].samples) for name, value in scores.items()}
+
+
+def _evaluate(rank: int, folder: str, portable: tuple[Any, ...]) -> None:
+    with _process_group(rank, folder):
+        (Path(folder) / f"{rank}.json").write_text(json.dumps(_scores(_unpacked(portable))), encoding="utf-8")
+
+
+def _start(case: Case, worker: Any, *arguments: Any) -> None:
+    """Run `worker(rank, *arguments)` in two processes; `ConformanceError` where one fails."""
+    try:
+        torch.multiprocessing.start_processes(worker, arguments, nprocs=len(SIZES), start_method=_start_method(case.kind))
+    except Exception as error:
+        if "freeze_support" in str(error):
+            raise ConformanceError(
+                f"{case}: other processes import this script too; put what it does under if __name__ == '__main__':"
+            ) from None
+        raise ConformanceError(f"{case} fails in two processes: {str(error).strip().splitlines()[-1]}; {MEND}") from error
 
 
 def _axis(value: Any, bigger: Any) -> int | None:
@@ -84,6 +134,11 @@ def _portable(case: Case) -> tuple[Any, ...]:
     return (case.kind, case.name, case.factory, case.kwargs, case.distribution)
 
 
+def _unpacked(portable: tuple[Any, ...]) -> Case:
+    kind, name, factory, kwargs, distribution = portable
+    return make_case(kind, name, factory, kwargs, distribution) if kind == "evaluator" else Case(*portable)
+
+
 def _measure(case: Case, inputs: dict[str, Any]) -> dict[str, Tensor]:
     """The loss's parts, and the gradients of its inputs and parameters."""
     module: nn.Module = case.build().train()
@@ -101,25 +156,30 @@ def _leaf(value: Any) -> Any:
 
 
 def _worker(rank: int, folder: str, portable: tuple[Any, ...], others: dict[str, Any], axes: dict[str, int | None]) -> None:
-    torch.set_num_threads(1)
-    world = len(SIZES)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    try:
+    with _process_group(rank, folder):
         tensors = load_file(Path(folder) / "inputs.safetensors")
         own = {
             name: value if axes[name] is None else value.split(SIZES, dim=axes[name])[rank]
             for name, value in tensors.items()
         }
-        found = _measure(Case(*portable), {**own, **others})
+        found = _measure(_unpacked(portable), {**own, **others})
         _write(found, Path(folder) / f"{rank}.safetensors")
+
+
+@contextmanager
+def _process_group(rank: int, folder: str) -> Iterator[None]:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=len(SIZES))
+    try:
+        yield
     finally:
         torch.distributed.destroy_process_group()
 
 
-def _start_method() -> str:
+def _start_method(kind: str) -> str:
     """A server that has imported torch and the plugins once, and forks; processes that start from nothing on Windows."""
     if sys.platform == "win32":
         return "spawn"
-    imported = {entry.value.partition(":")[0] for entry in losses.entries()} & sys.modules.keys()
+    imported = {entry.value.partition(":")[0] for entry in REGISTRIES[kind].entries()} & sys.modules.keys()
     multiprocessing.get_context("forkserver").set_forkserver_preload([__name__, *sorted(imported)])
     return "forkserver"

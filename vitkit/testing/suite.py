@@ -37,6 +37,7 @@ CHECKS: dict[str, dict[str, Check]] = {
         "model": data.check_leaves_the_model,
         "precision": data.check_evaluator_precision,
         "batches": data.check_small_datasets,
+        "ranks": ranks.check_evaluator_ranks,
         **_ALL,
     },
 }
