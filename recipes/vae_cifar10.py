@@ -61,7 +61,7 @@ def main(
     conditional: Annotated[bool, "tell the decoder the class"] = False,
     train_size: Annotated[int | None, "train on so many images only, for a quick trial"] = None,
     transfer_to: Annotated[str | None, "another dataset to try the frozen encoder on"] = None,
-    transfer_features: Annotated[Literal["patches", "embedding"], "standardised tokens of the first block, or embeddings"] = "patches",
+    transfer_features: Annotated[Literal["patches", "embedding"], "whitened tokens of the first block, or embeddings"] = "patches",
     eval_every: Annotated[int, "epochs between evaluations"] = 5,
     eval_size: Annotated[int | None, "training images that evaluators look at (all)"] = None,
 ) -> None:

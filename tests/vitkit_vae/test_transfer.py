@@ -14,27 +14,46 @@ def split(count: int = 40) -> ImageSplit:
 
 
 @pytest.mark.parametrize("pool", ["mean", "cls"])
-def test_features_are_the_standardised_tokens_of_a_block(pool: str) -> None:
+def test_features_are_the_whitened_tokens_of_a_block(pool: str) -> None:
     torch.manual_seed(0)
     backbone = VAEEncoder(img_size=8, patch_size=4, in_chans=1, embed_dim=8, depth=2, num_heads=2, pool=pool).train()  # type: ignore[arg-type]
-    features = PatchFeatures(backbone, split(), depth=1)
+    features = PatchFeatures(backbone, split(100), depth=1, components=6)
     assert backbone.training
-    (batch,) = split().batches(40).epoch(0)
+    (batch,) = split(100).batches(100).epoch(0)
     found = features.encode_image(batch["images"])
-    assert found.shape == (40, 4 * 8)
-    torch.testing.assert_close(found.mean(0), torch.zeros(32), atol=1e-5, rtol=0)
-    torch.testing.assert_close(found.std(0, correction=0), torch.ones(32), atol=1e-4, rtol=0)
+    assert found.shape == (100, 6)
+    torch.testing.assert_close(found.mean(0), torch.zeros(6), atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.T @ found / 100, torch.eye(6), atol=1e-3, rtol=0)
     (tokens,) = backbone.vit.forward_features(batch["images"], [1])
-    expected = tokens[:, -4:].flatten(1)
-    expected = (expected - expected.mean(0)) / expected.std(0, correction=0)
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    tokens = tokens[:, -4:].flatten(1)
+    tokens = (tokens - tokens.mean(0)) / tokens.std(0, correction=0)
+    left, _, _ = torch.linalg.svd(tokens, full_matrices=False)  # whitened principal components are U·√n up to their signs
+    torch.testing.assert_close(found.abs(), left[:, :6].abs() * 10, atol=1e-2, rtol=1e-2)
+
+
+def test_there_are_no_more_components_than_images_or_numbers_allow() -> None:
+    backbone = VAEEncoder(img_size=8, patch_size=4, in_chans=1, embed_dim=8, depth=1, num_heads=2)
+    assert PatchFeatures(backbone, split(5)).directions.shape == (32, 4)
+    assert PatchFeatures(backbone, split(100)).directions.shape == (32, 32)
+
+
+def test_whitening_stays_exact_under_autocast() -> None:
+    backbone = VAEEncoder(img_size=8, patch_size=4, in_chans=1, embed_dim=8, depth=1, num_heads=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        features = PatchFeatures(backbone, split(100), components=6)
+        (batch,) = split(100).batches(100).epoch(0)
+        found = features.encode_image(batch["images"])
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.T @ found / 100, torch.eye(6), atol=1e-2, rtol=0)
 
 
 def test_what_does_not_fit_is_said() -> None:
     backbone = VAEEncoder(img_size=8, patch_size=4, in_chans=1, embed_dim=8, depth=1, num_heads=2)
     with pytest.raises(UsageError, match="Linear has no vit whose patches could be taken; give a 'vae_encoder'"):
         PatchFeatures(nn.Linear(1, 1), split())
-    with pytest.raises(UsageError, match="the split to standardise by holds no images"):
+    with pytest.raises(UsageError, match="the split to whiten by holds 0 images; two are the least"):
         PatchFeatures(backbone, split().subset(torch.zeros(0, dtype=torch.int64)))
+    with pytest.raises(UsageError, match="components is 0; expected at least 1"):
+        PatchFeatures(backbone, split(), components=0)
     with pytest.raises(UsageError, match=r"depths \[3\] lie outside 1 … 1"):
         PatchFeatures(backbone, split(), depth=3)
