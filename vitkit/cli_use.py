@@ -75,7 +75,10 @@ def predict(
     batch_size: Annotated[int, typer.Option(help="images looked at at a time")] = 64,
     device: Device = "auto",
 ) -> None:
-    """Say what pictures show: classes with probabilities, or the nearest labels with their cosine."""
+    """Say what pictures show: classes with probabilities, or the nearest labels with their cosine.
+
+    A picture that cannot be read is named and left out; the exit code is then 1.
+    """
     from vitkit.inputs import Files, find_source
     from vitkit.predicting import predict as ask
 
@@ -100,7 +103,7 @@ def predict(
     else:
         _print_predictions([(source.name(index), prediction) for index, prediction in sorted(found.items())])
         _name_left_out([f"{source.name(index)}: {problem}" for index, problem in problems.items()])
-    if not found:
+    if problems:
         raise typer.Exit(1)
 
 

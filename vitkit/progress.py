@@ -85,4 +85,6 @@ class Progress:
             return share
         seconds = round((time.monotonic() - self._began) / taken * (total - done))
         hours, minutes = seconds // 3600, seconds // 60 % 60
-        return f"{share} | " + (f"{hours} h {minutes} min left" if hours else f"{minutes} min {seconds % 60} s left")
+        if hours:
+            return f"{share} | {hours} h {minutes} min left"
+        return f"{share} | " + (f"{minutes} min " if minutes else "") + f"{seconds % 60} s left"

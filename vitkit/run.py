@@ -128,7 +128,7 @@ class Run:
         """
         found = data.resolve(name, default=default, **kwargs)
         if found.notice and self.is_main:
-            self.console.print("[bold yellow]WARNING[/]", Text(found.notice))
+            self.console.print("[bold yellow]WARNING[/]", Text(found.notice), soft_wrap=True)
         self._dataset = {
             "name": found.name, "asked": name, "fallback_for": found.fallback_for, "notice": found.notice,
             "classes": list(found.classes), "train": len(found.train), "test": len(found.test),
@@ -225,7 +225,7 @@ class Run:
         if self._progress is not None:
             self._progress.line(text)
         else:
-            self.console.print(text, markup=False)
+            self.console.print(text, markup=False, soft_wrap=True)
         self.note(text)
 
     def note(self, text: str) -> None:

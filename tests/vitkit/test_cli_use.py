@@ -79,7 +79,9 @@ def test_predict_prints_a_table_or_json(vitkit):
 
 def test_predict_goes_on_past_a_picture_that_cannot_be_read(vitkit, tmp_path):
     (tmp_path / "pictures" / "0.png").write_bytes(b"")
-    rows = json.loads(vitkit("predict", "classifier", "pictures", "--json").out)
+    done = vitkit("predict", "classifier", "pictures", "--json")
+    assert done.code == 1
+    rows = json.loads(done.out)
     assert rows[0]["error"].startswith("UnidentifiedImageError")
     assert "labels" in rows[1]
     only = vitkit("predict", "classifier", "pictures/0.png")
