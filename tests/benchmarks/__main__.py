@@ -1,6 +1,6 @@
 """Everything that vitkit is compared with, as one Markdown table: training steps, evaluations, data paths, the start.
 
-    python -m tests.benchmarks [jepa clip vae evaluation data_path start] [--quick] [--no-compile] [--rounds 5] [--threads 1]
+    python -m tests.benchmarks [jepa clip vae triplets evaluation data_path start] [--quick] [--no-compile] [--rounds 5] [--threads 1]
 
 needs `pip install -e '.[bench]'`. In each row vitkit, the peer as its documentation shows it, the same peer tuned by hand and
 the ceiling take turns in one process: a machine's better and worse minutes fall on all, and their ratios hardly move. Cells
@@ -13,25 +13,18 @@ import argparse
 import datetime
 import importlib
 import os
-import platform
 from dataclasses import astuple
-from pathlib import Path
 
 import torch
 
+from vitkit.summary import processor
+
 from .timing import Options, Row
 
-SYSTEMS = ("jepa", "clip", "vae", "evaluation", "data_path", "start")
+SYSTEMS = ("jepa", "clip", "vae", "triplets", "evaluation", "data_path", "start")
 COLUMNS = (
     "system", "what", "vitkit", "× as documented", "× tuned by hand", "of the ceiling", "wanted", "beside",
 )  # fmt: skip
-
-
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def bf16_unit() -> str:
