@@ -189,7 +189,7 @@ class PairRetrieval:
         hits = [i for i in range(len(images)) if places[i] == 1][: self.shown]
         misses = [i for i in range(len(images)) if places[i] > 1][: self.shown]
         told = {i: named(own[i]) for i in hits}
-        told |= {i: f"{named(own[i])}, place {places[i]:,}; found: {named(nearest[i])}" for i in misses}
+        told |= {i: f"{named(own[i])}\nplace {places[i]:,}, first\n{named(nearest[i])}" for i in misses}
         for name, chosen in (("pair_hits", hits), ("pair_misses", misses)):
             if chosen:
                 pictures[name] = Sheet(images[chosen].numpy(), [told[i] for i in chosen], columns=4)

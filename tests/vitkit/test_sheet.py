@@ -12,7 +12,7 @@ from PIL import Image
 from vitkit.contracts import Sheet
 from vitkit.errors import RunError
 from vitkit.report import write_report, write_sheet
-from vitkit.report.sheet import GAP, LINE, MOST_IMAGES, SIDE, sheet, sheet_pixels
+from vitkit.report.sheet import CAPTION_LINES, GAP, LINE, MOST_IMAGES, SIDE, sheet, sheet_pixels
 from vitkit.report.style import house_style, png
 
 
@@ -71,7 +71,7 @@ def test_captions_stand_under_their_images_and_rows_make_room_for_the_longest():
     bare = sheet_pixels(Sheet(images, [], columns=2))
     short = sheet_pixels(Sheet(images, ["a", "b", "c", "d"], columns=2))
     long = sheet_pixels(Sheet(images, ["a", "two words that do not fit on one line", "c", "x" * 500], columns=2))
-    assert [len(pixels) for pixels in (bare, short, long)] == [280, 280 + 2 * LINE, 280 + 6 * LINE]
+    assert [len(pixels) for pixels in (bare, short, long)] == [280, 280 + 2 * LINE, 280 + (3 + CAPTION_LINES) * LINE]
     below = short[GAP + 128 : GAP + 128 + LINE]
     assert (below[:, GAP : GAP + 128] < 100).any()  # a letter in the middle
     assert (below[:, :60] == 255).all()

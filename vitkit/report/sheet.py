@@ -21,7 +21,7 @@ SIDE = 128
 """Images are enlarged until their longer side has at least so many pixels."""
 GAP = 8
 FONT, LINE = 17, 21
-CAPTION_LINES = 3
+CAPTION_LINES = 5
 MOST_IMAGES = 128
 """So many of a sheet stand in a report."""
 
