@@ -41,7 +41,7 @@ REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 CLIENTS = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
 """The HTTP libraries of the supported versions of huggingface_hub: their errors are of the connection."""
 TOKENS = "https://huggingface.co/settings/tokens"
-AGAIN = "run the same command again: what has arrived is not sent twice"
+AGAIN = "run the same command again: what has arrived is not transferred twice"
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,10 @@ def resolve(source: str | Path, *, revision: str | None = None, model_alone: boo
         if revision is not None:
             raise UsageError(f"revision {revision!r} is of a Hub repository OWNER/NAME; {source} is a directory")
         return Path(source)
-    return _snapshot(str(source), revision, model_alone=model_alone)[0]
+    try:
+        return _snapshot(str(source), revision, model_alone=model_alone)[0]
+    except HubError as error:
+        raise HubError(f"there is no directory {source}, so it was looked for on the Hub: {error}") from None
 
 
 def load(source: str | Path, *, revision: str | None = None, device: str | torch.device = "cpu") -> Model:

@@ -9,17 +9,21 @@ from torch import Tensor
 
 from vitkit.batches import Preparation
 from vitkit.errors import UsageError
+from vitkit.pixels import grey
 
 
 def preprocess(images: Tensor | Sequence[Image.Image], prepare: Preparation) -> Tensor:
     """uint8 `(n c h w)` in [0, 255], or Pillow images of any size and mode → normalised float32 `(n c h w)`.
 
     Pillow images are turned upright by their EXIF data, laid on white where they are transparent, made grey or RGB, and,
-    where `prepare` resizes, cropped about their middle to its proportions. Raises `UsageError` for another type, another
-    number of channels, and no image at all.
+    where `prepare` resizes, cropped about their middle to its proportions. Grey tensors are repeated for a model of RGB
+    images, and RGB ones become luma (ITU-R BT.601) for a model of grey ones. Raises `UsageError` for another type, other
+    numbers of channels, and no image at all.
     """
     channels = prepare.shape[0]
     if isinstance(images, Tensor):
+        if images.dtype == torch.uint8 and images.ndim == 4 and {images.shape[1], channels} == {1, 3}:
+            images = images.expand(-1, 3, -1, -1) if channels == 3 else grey(images.float()).round().byte()
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != channels:
             raise UsageError(f"images are {images.dtype} {tuple(images.shape)}; expected uint8 (n, {channels}, h, w)")
         return prepare.normalise(prepare.pixels(images))

@@ -250,10 +250,18 @@ def version_of(distribution: str) -> str | None:
         return None
 
 
+def _signature(factory: Callable[..., Any]) -> inspect.Signature:
+    """A factory's signature; a class that leaves torch's `Module.__init__` as it is takes nothing, though that one takes all."""
+    own = getattr(factory, "__init__", None) if inspect.isclass(factory) else None
+    if (getattr(own, "__module__", ""), getattr(own, "__qualname__", "")) == ("torch.nn.modules.module", "Module.__init__"):
+        return inspect.Signature()
+    return inspect.signature(factory)
+
+
 def signature_of(name: str, factory: Callable[..., Any]) -> str:
     """`name(in_dim: int, hidden: int = 512)`, as messages and `vitkit show` print it."""
     try:
-        signature = inspect.signature(factory)
+        signature = _signature(factory)
     except (TypeError, ValueError):
         return f"{name}(...)"
     return f"{name}{signature.replace(return_annotation=inspect.Signature.empty)}"
@@ -262,7 +270,7 @@ def signature_of(name: str, factory: Callable[..., Any]) -> str:
 def check_arguments(what: str, factory: Callable[..., Any], kwargs: dict[str, Any]) -> None:
     """Raise `ArgumentsError` where keyword arguments do not fit a signature, by name or by plain type."""
     try:
-        signature = inspect.signature(factory)
+        signature = _signature(factory)
     except (TypeError, ValueError):
         return
     shown = signature_of(what.split("'")[1] if "'" in what else what, factory)

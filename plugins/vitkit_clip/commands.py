@@ -103,7 +103,7 @@ def _gallery(
 def _tell(answer: "Answer", gallery: Any, searched: str) -> None:
     if answer.unknown:
         out.print(
-            f"not known to this model's text encoder, to which such words are all one: {', '.join(answer.unknown)}",
+            f"note: this model never read {', '.join(map(repr, answer.unknown))}: to it all such words are the same",
             markup=False,
         )
     for skipped in getattr(gallery, "skipped", [])[:5]:

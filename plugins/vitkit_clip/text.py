@@ -140,7 +140,7 @@ class TextTransformer(nn.Module):
             raise UsageError(f"the caption {text!r:.80} holds no word; give some text")
         if len(words) > self.context_length:
             raise UsageError(
-                f"the caption {text!r:.80} has {len(words)} words; this text encoder reads {self.context_length} at most: "
+                f"the caption {_shortened(text)!r} has {len(words)} words; this text encoder reads {self.context_length} at most: "
                 f"shorten it"
             )
         numbers = [self._ids.get(word, UNKNOWN) for word in words]
@@ -153,3 +153,7 @@ class TextTransformer(nn.Module):
 
 
 __all__ = ["TextTransformer", "vocabulary_of", "words_of"]
+
+
+def _shortened(text: str, most: int = 80) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"

@@ -45,7 +45,10 @@ def test_importing_it_imports_no_torch():
 def test_an_empty_store_is_called_so(store):
     said = run("list")
     assert f"dataset store {store}: empty" in said
-    assert "registered besides: cifar10, cifar100, digits, fashion_mnist, image_folder, mnist" in said
+    (besides,) = (line for line in said.splitlines() if line.startswith("registered besides: "))
+    named = besides.removeprefix("registered besides: ").split(", ")
+    assert named == sorted(named)
+    assert {"cifar10", "cifar100", "digits", "fashion_mnist", "image_folder", "mnist"} <= set(named)
 
 
 def test_import_then_list_then_import_again(folder, store):

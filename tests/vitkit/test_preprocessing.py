@@ -60,11 +60,19 @@ def test_transparency_is_white_sixteen_bits_keep_their_shades_and_exif_turns_upr
     torch.testing.assert_close(preprocess([turned], COLOUR), preprocess([upright], COLOUR))
 
 
+def test_tensors_become_grey_or_coloured_as_the_model_has_it():
+    one = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8)
+    torch.testing.assert_close(preprocess(one, COLOUR), preprocess(one.expand(1, 3, 8, 8), COLOUR))
+    red = torch.tensor([200, 0, 0], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 8, 8)
+    luma = torch.full((1, 1, 8, 8), round(0.299 * 200), dtype=torch.uint8)
+    torch.testing.assert_close(preprocess(red, GREY), preprocess(luma, GREY))
+
+
 @pytest.mark.parametrize(
     ("images", "prepare", "message"),
     [
         (torch.zeros(2, 3, 8, 8), COLOUR, r"images are torch.float32 \(2, 3, 8, 8\); expected uint8 \(n, 3, h, w\)"),
-        (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), COLOUR, r"expected uint8 \(n, 3, h, w\)"),
+        (torch.zeros(2, 2, 8, 8, dtype=torch.uint8), COLOUR, r"expected uint8 \(n, 3, h, w\)"),
         (picture(), COLOUR, "expected a uint8 tensor or a list of Pillow images"),
         ([], COLOUR, r"images are \[\]; expected a uint8 tensor or a list"),
         (["cat.png"], COLOUR, r"images are \['cat.png'\]; expected"),

@@ -191,3 +191,16 @@ def test_a_family_that_cannot_be_imported_says_so(install):
     install("zoo", "1.0", {"heads": {"zoo/*": "zoo_heads:make"}}, zoo_heads="raise OSError('closed')")
     with pytest.raises(PluginError, match=r"head 'zoo/lion' of zoo 1.0 \(zoo_heads:make\) cannot be imported: OSError: closed"):
         heads.build("zoo/lion")
+
+
+def test_a_module_without_its_own_init_takes_no_arguments():
+    from torch import nn
+
+    class Plain(nn.Module):
+        pass
+
+    registry = Registry("loss")
+    registry.add("plain", Plain)
+    assert isinstance(registry.build("plain"), Plain)
+    with pytest.raises(ArgumentsError, match=r"loss 'plain' takes no argument 'temperature'; its signature: plain\(\)"):
+        registry.build("plain", temperature=0.1)

@@ -149,7 +149,7 @@ def test_a_saved_model_is_evaluated_as_it_was_trained(saved):
 
 def test_unknown_words_are_named(saved, tmp_path):
     said = run("search", saved(), "a 3 beside a zebra", "--among", 9, "--count", 1, "-o", tmp_path / "found.png")
-    assert "not known to this model's text encoder, to which such words are all one: a, beside, zebra " in said
+    assert "note: this model never read 'a', 'beside', 'zebra': to it all such words are the same " in said
 
 
 @pytest.mark.parametrize(
