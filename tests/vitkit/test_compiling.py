@@ -22,7 +22,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     [
         ("auto", "cuda", PAYS_AFTER_STEPS, True, "compiled during the first of 2,000 steps"),
         ("auto", "cuda", PAYS_AFTER_STEPS - 1, False, "not compiled: this run has 1,999 steps, and compiling pays from 2,000 on"),
-        ("auto", "cpu", 10**6, False, "not compiled: on cpu that does not pay"),
+        ("auto", "cpu", 10**6, False, "not compiled: on cpu that gains next to nothing in 1,000,000 steps"),
         ("on", "cpu", 1, True, "compiled during the first of 1 steps"),
         ("off", "cuda", 10**6, False, ""),
     ],
