@@ -62,12 +62,12 @@ STUDIES = {
         rows={
             "as it is": (),
             "augmented as one image, flip included": ("--augment-pair", "stacked"),
-            "not augmented": ("--augment", "none"),
             "equal captions as negatives": ("--no-caption-positives",),
             "temperature learned": ("--temperature", "learned"),
             "text tower frozen, as it was drawn": ("--freeze-text",),
             "without the classes of halves": ("--classify", "0"),
             "AdamW alone": ("--optimizer", "adamw"),
+            "not augmented": ("--augment", "none"),
         },
         columns={
             "top-1": "i2t_top1",
