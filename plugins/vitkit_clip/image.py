@@ -21,13 +21,13 @@ class PairViT(nn.Module):
     | preset   | one sequence of          | blocks                                      | parameters |
     |----------|--------------------------|---------------------------------------------|------------|
     | baseline | 2×4 patches of 16 pixels | 1, one head, MLP 1024, post-norm, ReLU      | 2,500,608  |
-    | enhanced | 4×8 patches of 8 pixels  | 6, eight heads, MLP 2048, pre-norm, GELU    | 19,030,528 |
+    | enhanced | 4×8 patches of 8 pixels  | 6, eight heads, MLP 2048, pre-norm, GELU    | 19,555,328 |
     | best     | 4×4 cells of each half   | 2, four heads, MLP 1024, pre-norm, GELU     | 3,757,312  |
 
     (at halves of 32×32 pixels with three channels; width 512, 512 and 256). "enhanced" is the registered `vit` with Xavier's
-    initialisation. "best" sends both halves through one encoder, a residual convolutional stem of widths `stem` (see
-    `ResidualStem`) and all blocks but the last `joint_depth`; these see both halves, and positions of theirs tell them
-    apart. A half's feature is its mean token beside the means of the stem's earlier stages, mapped to `embed_dim`; the
+    initialisation; a pair's feature is a linear map of its halves' mean tokens, one behind the other, in "baseline" their
+    mean. "best" sends both halves through one encoder, a residual convolutional stem of widths `stem` (see `ResidualStem`)
+    and all blocks but the last `joint_depth`; these see both halves, and positions of theirs tell them apart. A half's feature is its mean token beside the means of the stem's earlier stages, mapped to `embed_dim`; the
     pair's is a linear map of both, one behind the other. `embed_dim` is the stem's last width there.
 
     - `img_size`: pixels of one half, a number or (height, width).

@@ -68,13 +68,14 @@ class WholeTower(nn.Module):
         for module in self.vit.blocks.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
+        self.pair = nn.Linear(2 * embed_dim, embed_dim)  # a mean of halves would not tell left from right
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         tokens = self.vit(x)
         return tokens, _halves(tokens, self.grid_size)
 
     def join(self, halves: Tensor) -> Tensor:
-        return halves.mean(dim=1)
+        return self.pair(halves.flatten(1))
 
     def attention_maps(self, x: Tensor) -> Tensor:
         return self.vit.attention_maps(x)[:, -1].mean(dim=(1, 2)).unflatten(1, self.grid_size)

@@ -55,6 +55,13 @@ def test_both_halves_share_one_encoder_where_no_block_sees_both() -> None:
         tower.attention_maps(x)
 
 
+@pytest.mark.parametrize("preset", ["enhanced", "best"])
+def test_the_feature_of_a_pair_tells_left_from_right(preset: str) -> None:
+    tower = small(preset)
+    halves = torch.randn(3, 2, 16)
+    assert not torch.allclose(tower.join(halves), tower.join(halves.flip(1)), atol=1e-2)
+
+
 def test_one_half_does_not_reach_the_other_before_the_joint_blocks() -> None:
     x, other = pairs(), pairs(seed=1)
     mixed = torch.cat([x[..., :8], other[..., 8:]], dim=-1)
@@ -70,7 +77,7 @@ def test_the_attention_of_the_report_is_what_torch_computes() -> None:
     torch.testing.assert_close(tower.attention_maps(x).flatten(1), vit.attention_maps(x)[:, -1].mean(dim=(1, 2)))
 
 
-@pytest.mark.parametrize(("preset", "count"), [("baseline", 2_500_608), ("enhanced", 19_030_528), ("best", 3_757_312)])
+@pytest.mark.parametrize(("preset", "count"), [("baseline", 2_500_608), ("enhanced", 19_555_328), ("best", 3_757_312)])
 def test_presets_have_the_parameters_that_are_told(preset: str, count: int) -> None:
     with torch.device("meta"):
         tower = PairViT(preset=preset)
