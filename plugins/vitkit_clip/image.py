@@ -27,8 +27,9 @@ class PairViT(nn.Module):
     (at halves of 32×32 pixels with three channels; width 512, 512 and 256). "enhanced" is the registered `vit` with Xavier's
     initialisation; a pair's feature is a linear map of its halves' mean tokens, one behind the other, in "baseline" their
     mean. "best" sends both halves through one encoder, a residual convolutional stem of widths `stem` (see `ResidualStem`)
-    and all blocks but the last `joint_depth`; these see both halves, and positions of theirs tell them apart. A half's feature is its mean token beside the means of the stem's earlier stages, mapped to `embed_dim`; the
-    pair's is a linear map of both, one behind the other. `embed_dim` is the stem's last width there.
+    and all blocks but the last `joint_depth`; these see both halves, and positions of theirs tell them apart. A
+    half's feature is its mean token beside the means of the stem's earlier stages, mapped to `embed_dim`; the pair's is a
+    linear map of both, as in "enhanced". `embed_dim` is the stem's last width there.
 
     - `img_size`: pixels of one half, a number or (height, width).
     - `mlp_dim`: the hidden width of a block's MLP; `stem_depth`: residual blocks a stage.
