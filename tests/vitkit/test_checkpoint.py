@@ -74,8 +74,8 @@ def test_pictures_are_prepared_as_the_training_images_were(saved):
     images = torch.randint(0, 256, (2, 1, 8, 8), dtype=torch.uint8)
     pictures = [Image.fromarray(image.squeeze(0).numpy()) for image in images]
     torch.testing.assert_close(model.preprocess(pictures), model.preprocess(images))
-    with pytest.raises(UsageError, match=r"images are torch.uint8 \(2, 3, 8, 8\); expected uint8 \(n, 1, h, w\)"):
-        model.preprocess(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+    with pytest.raises(UsageError, match=r"images are torch.uint8 \(2, 2, 8, 8\); expected uint8 \(n, 1, h, w\)"):
+        model.preprocess(torch.zeros(2, 2, 8, 8, dtype=torch.uint8))
 
 
 def test_a_module_that_no_registry_built_cannot_be_saved(tmp_path):

@@ -10,14 +10,14 @@ import os
 import shutil
 import tarfile
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -129,18 +129,35 @@ class Cache:
     folder: Path
     gigabytes: float
 
-    def path(self, url: str) -> Path:
-        """Where the shard lies on this machine, downloaded if need be; `DatasetError` with its url where it cannot be had."""
+    @contextmanager
+    def held(self, url: str) -> Iterator[Path]:
+        """Where the shard lies on this machine, downloaded if need be, and not evicted meanwhile.
+
+        `DatasetError` with its url where it cannot be had.
+        """
         if _is_local(url):
-            return Path(url)
-        path = self.folder / f"{digest(url)}.tar"
-        if not path.exists():
-            self._ready()
-            with FileLock(f"{path}.lock"):
-                if not path.exists():
-                    self._fetch(url, path)
-            self._evict(path)
-        return path
+            yield Path(url)
+            return
+        path = self._place(url)
+        self._ready()
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                self._fetch(url, path)
+            yield path
+        self._evict(path)
+
+    def _place(self, url: str) -> Path:
+        return Path(url) if _is_local(url) else self.folder / f"{digest(url)}.tar"
+
+    def _open(self, url: str) -> IO[bytes]:
+        """The shard, open: whoever evicts it later does not take it from its reader."""
+        try:
+            return self._place(url).open("rb")
+        except FileNotFoundError:
+            if _is_local(url):
+                raise DatasetError(f"the shard {url} is gone; it was there when training began") from None
+        with self.held(url) as path:
+            return path.open("rb")
 
     def _ready(self) -> None:
         try:
@@ -159,7 +176,7 @@ class Cache:
                 raise DatasetError(f"the shard {url} cannot be had: {said:.400}; {way}") from None
 
     def _evict(self, keep: Path) -> None:
-        """Remove the shards that were used longest ago; who is reading one keeps it open."""
+        """Remove the shards that were used longest ago; not one that is held, and who is reading one keeps it open."""
         shards = []
         for path in self.folder.glob("*.tar"):
             try:
@@ -170,28 +187,23 @@ class Cache:
         for _, size, path in sorted(shards, reverse=True):
             room -= size
             if room < 0 and path != keep:
-                path.unlink(missing_ok=True)
+                with suppress(Timeout), FileLock(f"{path}.lock", timeout=0):
+                    path.unlink(missing_ok=True)
 
     def read(self, shard: Shard, place: int) -> bytes:
         """The file of one picture; `DatasetError` where the shard cannot be read or is not the one that was indexed."""
         offset, size = int(shard.offsets[place]), int(shard.sizes[place])
-        for _ in range(5):
-            path = self.path(shard.url)
-            try:
-                with path.open("rb") as file:
-                    if os.fstat(file.fileno()).st_size != shard.bytes:
-                        raise DatasetError(f"the shard {shard.url} has changed since it was indexed; start again, it is indexed anew")
-                    if not _is_local(shard.url):
-                        os.utime(path)
-                    file.seek(offset)
-                    return file.read(size)
-            except FileNotFoundError:
-                if _is_local(shard.url):
-                    raise DatasetError(f"the shard {shard.url} is gone; it was there when training began") from None
-                continue  # another process has evicted it
-            except OSError as error:
-                raise DatasetError(f"the shard {shard.url} cannot be read: {error.strerror or error}") from None
-        raise DatasetError(f"the shard {shard.url} is evicted as soon as it is downloaded; give a larger cache_gb")
+        try:
+            with self._open(shard.url) as file:
+                if os.fstat(file.fileno()).st_size != shard.bytes:
+                    raise DatasetError(f"the shard {shard.url} has changed since it was indexed; start again, it is indexed anew")
+                if not _is_local(shard.url):
+                    with suppress(FileNotFoundError):  # evicted meanwhile
+                        os.utime(self._place(shard.url))
+                file.seek(offset)
+                return file.read(size)
+        except OSError as error:
+            raise DatasetError(f"the shard {shard.url} cannot be read: {error.strerror or error}") from None
 
     def shard(self, url: str, fields: Fields) -> Shard:
         """The shard with its index, which is made on the first call; errors as `path` and `scan`."""
@@ -204,10 +216,11 @@ class Cache:
         if not index.exists():
             with FileLock(f"{index}.lock"):
                 if not index.exists():
-                    path = self.path(url)
-                    tensors, metadata = scan(path, url, fields)
+                    with self.held(url) as path:
+                        tensors, metadata = scan(path, url, fields)
+                        size = path.stat().st_size
                     with atomic_write(index) as temporary:
-                        temporary.write_bytes(save(tensors, metadata={"bytes": str(path.stat().st_size), **metadata}))
+                        temporary.write_bytes(save(tensors, metadata={"bytes": str(size), **metadata}))
         try:
             with safe_open(index, framework="pt") as file:
                 metadata = file.metadata()
