@@ -7,12 +7,11 @@ from typing import Annotated, Any, Literal
 
 from torch.optim.lr_scheduler import StepLR
 
-from vitkit import Run, backbones, evaluators, heads, losses, parse_arguments
+from vitkit import Run, backbones, heads, losses, parse_arguments
 from vitkit.augment import Compose, HorizontalFlip, Mix, RandomCrop
 from vitkit.optim import muon_adamw, warmup_cosine
 from vitkit.randaugment import RandAugment
-from vitkit_eval import adapted, sharing_features
-from vitkit_vae import MultiTaskVAE, PatchFeatures, TripletBatches, pictures
+from vitkit_vae import Evaluation, MultiTaskVAE, TripletBatches, pictures
 
 PRESETS: dict[str, dict[str, int]] = {
     "default": {"epochs": 12, "img_size": 32, "patch_size": 4, "emb_dim": 128, "depth": 4, "num_heads": 2},
@@ -115,20 +114,11 @@ def main(
         scheduler: Any = warmup_cosine(chosen_optimizer, steps, warmup=min(100, len(batches)))
     else:
         scheduler = StepLR(chosen_optimizer, step_size=max(1, steps // 3), gamma=0.3)
-    evaluate = [evaluators.build("knn", train_size=eval_size)]
-    evaluate += [evaluators.build("accuracy")] * (classifier is not None)
-    evaluate += [evaluators.build("reconstruction")] * (decoder is not None)
-    at_last = [evaluators.build("few_shot", train_size=eval_size), evaluators.build("active_units")]
-    at_last.append(evaluators.build("silhouette", test_size=2000))
-    transfer = evaluators.build("transfer", dataset=transfer_to, train_size=eval_size) if transfer_to else None
+    evaluate = Evaluation(train_size=eval_size, transfer_to=transfer_to, transfer_features=transfer_features)
     for epoch in run.fit(model, batches, epochs=epochs, optimizer=chosen_optimizer, schedule=scheduler, clip=1.0, ema=0.99):
         if epoch.due(eval_every):
-            found = evaluate + at_last if epoch.number == epochs else evaluate
-            with run.autocast(), sharing_features():
-                epoch.log(*(evaluator(model, data) for evaluator in found))
-                if transfer is not None and epoch.number == epochs:
-                    other = adapted(transfer.dataset.train, data.train.prepare)
-                    epoch.log(transfer(model if transfer_features == "embedding" else PatchFeatures(backbone, other), data))
+            with run.autocast():
+                epoch.log(*evaluate(model, data, last=epoch.number == epochs))
     for name, picture in pictures(model, data, seed=run.seed).items():
         run.picture(name, picture)
     modules = {"backbone": backbone, "classifier": classifier, "decoder": decoder}

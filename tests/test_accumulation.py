@@ -72,10 +72,11 @@ def measured(model: nn.Module, found: dict[str, Tensor]) -> tuple[dict[str, Tens
 
 def accumulated(name: str, number: int | None = None) -> Any:
     model, inputs = example(name)
-    called, batches = Accumulated(model), parts(inputs)
+    called: nn.Module = Accumulated(model)
+    batches = parts(inputs)
     if number is not None:  # each batch's first samples here, its others there: 3 + 2, 2 + 2, 2 + 1
         batches = [{key: value.tensor_split(2)[number] for key, value in batch.items()} for batch in batches]
-        called = nn.parallel.DistributedDataParallel(called, find_unused_parameters=True)  # type: ignore[assignment]
+        called = nn.parallel.DistributedDataParallel(called, find_unused_parameters=True)
     return measured(called, called(batches, [7, 8, 9]))
 
 

@@ -29,7 +29,7 @@ What is saved with `run.save(name=module, ...)` is found again by its name. Comm
 The conformance kit (`vitkit check NAME`, `vitkit.testing`) checks a small example of whatever is registered: built with
 its defaults, required arguments by their usual names (`in_dim`, `out_dim`, `num_classes`, `in_chans`, `img_size`,
 `vocab_size`, `context_length`, and `root`, a folder of pictures), and called with random images, ids or features of these
-sizes. A component that needs something else says so, a class in a static method, a function in an attribute of that name:
+sizes. A component that needs something else says so, a class in a static method, a function by `with_example`:
 
     @staticmethod
     def vitkit_example(samples: int) -> tuple[dict, dict]:
@@ -40,9 +40,9 @@ samples, or nothing for the usual. A loss must have it; an evaluator may give an
 of a tensor that is longer for more samples is the one that is divided among processes.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -230,6 +230,21 @@ class Scores(dict[str, float]):
         self.pictures: dict[str, Picture] = dict(pictures or {})
 
 
+_Factory = TypeVar("_Factory", bound=Callable[..., Any])
+
+
+def with_example(
+    example: Callable[[int], tuple[dict[str, Any], dict[str, Any]]],
+) -> Callable[[_Factory], _Factory]:
+    """Decorate a factory function with the `vitkit_example` that the conformance kit checks it by."""
+
+    def decorated(factory: _Factory) -> _Factory:
+        vars(factory)["vitkit_example"] = example
+        return factory
+
+    return decorated
+
+
 __all__ = [
     "HIDDEN",
     "Attention",
@@ -247,4 +262,5 @@ __all__ = [
     "Scores",
     "Sheet",
     "Split",
+    "with_example",
 ]

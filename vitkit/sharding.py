@@ -5,7 +5,7 @@ torch's `fully_shard` gives every rank a part of each weight, its gradient and i
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -18,7 +18,7 @@ def is_sharded(value: Any) -> bool:
 
 def local(value: Tensor) -> Tensor:
     """This rank's part of a sharded tensor, sharing its memory; any other as it is."""
-    part: Tensor = value.to_local() if is_sharded(value) else value  # type: ignore[attr-defined]
+    part: Tensor = cast(Any, value).to_local() if is_sharded(value) else value
     return part
 
 

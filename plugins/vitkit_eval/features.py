@@ -142,6 +142,24 @@ def frozen_features(
     return features(dataset.train, train_size), features(dataset.test, test_size)
 
 
+class FrozenProbe:
+    """An evaluator of frozen features: called with `(model, dataset)` it extracts them, and its `score` looks at nothing else.
+
+    `train_size` and `test_size` cap the images, chosen by `seed`, as `frozen_features` does.
+    """
+
+    def __init__(self, *, train_size: int | None, test_size: int | None, seed: int) -> None:
+        self.train_size, self.test_size, self.seed = train_size, test_size, seed
+
+    def __call__(self, model: Any, dataset: Any) -> Scores:
+        train, test = frozen_features(model, dataset, train_size=self.train_size, test_size=self.test_size, seed=self.seed)
+        return self.score(train, test, dataset.classes)
+
+    def score(self, train: Features, test: Features, classes: list[str]) -> Scores:
+        """The scores of features that were extracted before: several evaluators can share them."""
+        raise NotImplementedError
+
+
 def check_labels(found: Features, classes: list[str]) -> None:
     """`UsageError` where a label belongs to no class."""
     highest = int(found.labels.max())

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from vitkit.contracts import Measurement, Scores
 from vitkit.errors import UsageError
-from vitkit_eval.features import Features, check_classes, frozen_features
+from vitkit_eval.features import Features, FrozenProbe, check_classes
 
 
-class FewShot:
+class FewShot(FrozenProbe):
     """Accuracy from s training images of each class: `few_shot_1_top1`, `few_shot_5_top1`, `few_shot_10_top1`.
 
     Features are scaled to length one; a test image belongs to the class whose centroid, the mean over its s images, is
@@ -44,20 +44,13 @@ class FewShot:
         if draws < 1:
             raise UsageError(f"draws is {draws}; expected at least 1")
         self.shots, self.draws = tuple(shots), draws
-        self.train_size, self.test_size, self.seed = train_size, test_size, seed
+        super().__init__(train_size=train_size, test_size=test_size, seed=seed)
 
     @staticmethod
     def vitkit_example(samples: int) -> tuple[dict[str, Any], dict[str, Any]]:
         return {"shots": [1, 3], "draws": 5}, {}
 
-    def __call__(self, model: Any, dataset: Any) -> Scores:
-        train, test = frozen_features(
-            model, dataset, train_size=self.train_size, test_size=self.test_size, seed=self.seed
-        )
-        return self.score(train, test, dataset.classes)
-
     def score(self, train: Features, test: Features, classes: list[str]) -> Scores:
-        """The scores of features that were extracted before: several evaluators can share them."""
         check_classes(train, test, classes)
         found: dict[int, list[float]] = {shots: [] for shots in self.shots}
         known, queries = F.normalize(train.features, dim=1), F.normalize(test.features, dim=1)

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from vitkit.contracts import Scores
 from vitkit.errors import UsageError
-from vitkit_eval.features import Features, check_classes, classification, frozen_features
+from vitkit_eval.features import Features, FrozenProbe, check_classes, classification
 
 SIMILARITIES = 2**25
 """How many similarities of test to training images stand in memory at once: 128 MiB, whatever the training set."""
 
 
-class KNN:
+class KNN(FrozenProbe):
     """Accuracy of the nearest training images' vote: `knn_top1`, with more than ten classes `knn_top5` too.
 
     Each of the `k` nearest by cosine similarity s votes for its class with weight exp(s/T); of equally near images the
@@ -44,17 +44,13 @@ class KNN:
         if not temperature > 0:
             raise UsageError(f"temperature is {temperature}; expected a positive number")
         self.k, self.temperature = k, temperature
-        self.train_size, self.test_size, self.seed = train_size, test_size, seed
+        super().__init__(train_size=train_size, test_size=test_size, seed=seed)
 
     def __call__(self, model: Any, dataset: Any) -> Scores:
         self._check(len(dataset.train) if self.train_size is None else min(self.train_size, len(dataset.train)))
-        train, test = frozen_features(
-            model, dataset, train_size=self.train_size, test_size=self.test_size, seed=self.seed
-        )
-        return self.score(train, test, dataset.classes)
+        return super().__call__(model, dataset)
 
     def score(self, train: Features, test: Features, classes: list[str]) -> Scores:
-        """The scores of features that were extracted before: several evaluators can share them."""
         self._check(len(train.labels))
         check_classes(train, test, classes)
         votes = vote(train.features, train.labels, test.features, len(classes), k=self.k, temperature=self.temperature)

@@ -1,16 +1,15 @@
 """The linear probe: multinomial logistic regression on frozen features."""
 
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from vitkit.contracts import Scores
 from vitkit.errors import UsageError
-from vitkit_eval.features import Features, check_classes, classification, frozen_features
+from vitkit_eval.features import Features, FrozenProbe, check_classes, classification
 
 
-class LinearProbe:
+class LinearProbe(FrozenProbe):
     """Accuracy of a linear classifier on frozen features: `linear_top1`, with more than ten classes `linear_top5` too.
 
     Minimises Σᵢ CE(W·xᵢ + b, yᵢ) + ‖W‖²/(2·C) over standardised training features by L-BFGS, as scikit-learn's
@@ -40,16 +39,9 @@ class LinearProbe:
         if max_iter < 1:
             raise UsageError(f"max_iter is {max_iter}; expected at least 1")
         self.C, self.max_iter = C, max_iter
-        self.train_size, self.test_size, self.seed = train_size, test_size, seed
-
-    def __call__(self, model: Any, dataset: Any) -> Scores:
-        train, test = frozen_features(
-            model, dataset, train_size=self.train_size, test_size=self.test_size, seed=self.seed
-        )
-        return self.score(train, test, dataset.classes)
+        super().__init__(train_size=train_size, test_size=test_size, seed=seed)
 
     def score(self, train: Features, test: Features, classes: list[str]) -> Scores:
-        """The scores of features that were extracted before: several evaluators can share them."""
         check_classes(train, test, classes)
         mean, scale = moments(train.features)
         with torch.autocast(train.features.device.type, enabled=False):

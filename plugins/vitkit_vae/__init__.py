@@ -4,6 +4,7 @@ from vitkit_vae.batches import TripletBatches
 from vitkit_vae.decoder import ConvDecoder
 from vitkit_vae.elbo import KLLoss, ReconstructionLoss
 from vitkit_vae.encoder import LOG_VAR_LIMIT, VAEEncoder, sample_latent
+from vitkit_vae.evaluation import Evaluation
 from vitkit_vae.evaluators import ActiveUnits, Reconstruction
 from vitkit_vae.generate import pictures, reconstruct, sample
 from vitkit_vae.transfer import PatchFeatures
@@ -12,7 +13,8 @@ from vitkit_vae.vae import MultiTaskVAE
 from vitkit_vae.weighting import SEED_WEIGHTS, MultiTaskLoss
 
 __all__ = [
-    "LOG_VAR_LIMIT", "SEED_WEIGHTS", "ActiveUnits", "ConvDecoder", "KLLoss", "MultiTaskLoss", "MultiTaskVAE", "PatchFeatures",
+    "LOG_VAR_LIMIT", "SEED_WEIGHTS", "ActiveUnits", "ConvDecoder", "Evaluation", "KLLoss", "MultiTaskLoss", "MultiTaskVAE",
+    "PatchFeatures",
     "Reconstruction", "ReconstructionLoss", "TripletBatches", "TripletLoss", "VAEEncoder", "pictures", "reconstruct",
     "sample", "sample_latent",
 ]  # fmt: skip

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import textwrap
-from dataclasses import dataclass
 
 import pytest
 
@@ -46,30 +45,11 @@ def main(run: Run, epochs: Annotated[int, "passes"] = 2, lr: float = 0.1, multim
 '''
 
 
-@dataclass
-class Answer:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
 @pytest.fixture
-def vitkit(tmp_path, monkeypatch, capfd):
+def vitkit(tmp_path, shell):
     """`vitkit("run", ...)` in a directory that holds line.py, within this process: importing torch takes seconds."""
     (tmp_path / "line.py").write_text(RECIPE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "160")
-    monkeypatch.delenv("FORCE_COLOR", raising=False)
-
-    def call(*arguments):
-        capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", ["vitkit", *arguments])
-        with pytest.raises(SystemExit) as leaving:
-            main()
-        printed = capfd.readouterr()
-        return Answer(leaving.value.code, printed.out, printed.err)
-
-    return call
+    return shell
 
 
 def test_help_list_and_version_import_no_torch():

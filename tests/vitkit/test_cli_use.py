@@ -1,8 +1,6 @@
 """`vitkit embed`, `predict`, `eval` and `export` as a person types them."""
 
 import json
-import sys
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -12,20 +10,12 @@ from safetensors.torch import load_file
 
 from vitkit import backbones, heads
 from vitkit.checkpoint import save
-from vitkit.cli import main
 
 PREPARE = {"shape": [1, 8, 8], "mean": [0.5], "std": [0.25], "fit": "resize"}
 
 
-@dataclass
-class Answer:
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def vitkit(tmp_path, monkeypatch, capfd):
+def vitkit(tmp_path, shell):
     """`vitkit("predict", ...)` in a directory that holds pictures/, and a model `classifier` and one of `features` alone."""
     torch.manual_seed(0)
     backbone = backbones.build("vit", img_size=8, in_chans=1, embed_dim=8, depth=1, num_heads=2)
@@ -37,56 +27,44 @@ def vitkit(tmp_path, monkeypatch, capfd):
     for index in range(3):
         (tmp_path / "pictures").mkdir(exist_ok=True)
         Image.fromarray(random.integers(0, 256, (9, 9), dtype=np.uint8)).save(tmp_path / "pictures" / f"{index}.png")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "160")
-    monkeypatch.delenv("FORCE_COLOR", raising=False)
-
-    def call(*arguments):
-        capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", ["vitkit", *arguments])
-        with pytest.raises(SystemExit) as leaving:
-            main()
-        printed = capfd.readouterr()
-        return Answer(leaving.value.code, printed.out, printed.err)
-
-    return call
+    return shell
 
 
 def test_embed_writes_a_file_and_names_what_it_left_out(vitkit, tmp_path):
     (tmp_path / "pictures" / "1.png").write_bytes(b"")
     done = vitkit("embed", "features", "pictures", "-o", "out.safetensors", "--batch-size", "1")
-    assert done.code == 0, done.err
-    assert done.out == "out.safetensors: features of 2 images, 8 numbers each\n"
-    assert "left out: pictures/1.png: UnidentifiedImageError" in done.err
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "out.safetensors: features of 2 images, 8 numbers each\n"
+    assert "left out: pictures/1.png: UnidentifiedImageError" in done.stderr
     assert load_file(tmp_path / "out.safetensors")["features"].shape == (2, 8)
     again = vitkit("embed", "features", "pictures", "-o", "out.safetensors")
-    assert again.code == 2
-    assert "give --overwrite" in again.err
+    assert again.returncode == 2
+    assert "give --overwrite" in again.stderr
 
 
 def test_predict_prints_a_table_or_json(vitkit):
     shown = vitkit("predict", "classifier", "pictures/0.png", "pictures/1.png", "--top", "2")
-    assert shown.code == 0, shown.err
-    assert "pictures/1.png" in shown.out
-    assert "in brackets: probability" in shown.out
-    rows = json.loads(vitkit("predict", "classifier", "pictures", "--json").out)
+    assert shown.returncode == 0, shown.stderr
+    assert "pictures/1.png" in shown.stdout
+    assert "in brackets: probability" in shown.stdout
+    rows = json.loads(vitkit("predict", "classifier", "pictures", "--json").stdout)
     assert [row["image"] for row in rows] == [f"pictures/{index}.png" for index in range(3)]
     assert sorted(rows[0]["labels"]) == [f"[{digit}]" for digit in range(10)]
     assert sum(rows[0]["scores"]) == pytest.approx(1.0, abs=1e-5)
     assert rows[0]["measure"] == "probability"
-    assert f"{rows[0]['labels'][0]} ({rows[0]['scores'][0]:.3f})" in shown.out
+    assert f"{rows[0]['labels'][0]} ({rows[0]['scores'][0]:.3f})" in shown.stdout
 
 
 def test_predict_goes_on_past_a_picture_that_cannot_be_read(vitkit, tmp_path):
     (tmp_path / "pictures" / "0.png").write_bytes(b"")
     done = vitkit("predict", "classifier", "pictures", "--json")
-    assert done.code == 1
-    rows = json.loads(done.out)
+    assert done.returncode == 1
+    rows = json.loads(done.stdout)
     assert rows[0]["error"].startswith("UnidentifiedImageError")
     assert "labels" in rows[1]
     only = vitkit("predict", "classifier", "pictures/0.png")
-    assert (only.code, only.out) == (1, "")
-    assert "left out: pictures/0.png: UnidentifiedImageError" in only.err
+    assert (only.returncode, only.stdout) == (1, "")
+    assert "left out: pictures/0.png: UnidentifiedImageError" in only.stderr
 
 
 def test_eval_prints_values_with_their_protocol_and_writes_them(vitkit, tmp_path):
@@ -94,13 +72,13 @@ def test_eval_prints_values_with_their_protocol_and_writes_them(vitkit, tmp_path
         "eval", "features", "--dataset", "digits", "--evaluator", "knn", "--evaluator", "linear_probe",
         "--arg", "train_size=200", "--arg", "knn.k=3", "-o", "scores.json",
     )  # fmt: skip
-    assert done.code == 0, done.err
-    assert "3 nearest of 200 training images" in done.out
+    assert done.returncode == 0, done.stderr
+    assert "3 nearest of 200 training images" in done.stdout
     told = json.loads((tmp_path / "scores.json").read_text())
     assert set(told["scores"]) == {"knn_top1", "linear_top1"}
     for row in told["scores"].values():
         assert (row["chance"], row["samples"], row["split"]) == (0.1, 355, "test")
-        assert f"{row['value']:.4f}" in done.out
+        assert f"{row['value']:.4f}" in done.stdout
     assert told["evaluators"]["knn"]["kwargs"] == {"train_size": 200, "k": 3}
     assert told["evaluators"]["linear_probe"]["kwargs"] == {"train_size": 200}
 
@@ -111,16 +89,16 @@ def test_eval_without_a_name_asks_every_evaluator_and_says_which_do_not_suit(vit
     install("broken-one", "0.1", {"evaluators": {"x": "broken_one:X"}}, broken_one="import no_such_module")
     monkeypatch.setattr(evaluators, "names", lambda: ["knn", "label_retrieval", "x"])
     done = vitkit("eval", "features", "--dataset", "digits")
-    assert done.code == 0, done.err
-    assert "knn_top1" in done.out
-    assert "label_retrieval does not suit: label retrieval needs a model whose .backbone takes labels" in done.err
-    assert "x is left out: evaluator 'x' of broken-one 0.1" in done.err
+    assert done.returncode == 0, done.stderr
+    assert "knn_top1" in done.stdout
+    assert "label_retrieval does not suit: label retrieval needs a model whose .backbone takes labels" in done.stderr
+    assert "x is left out: evaluator 'x' of broken-one 0.1" in done.stderr
 
 
 def test_export_says_what_goes_in_and_comes_out(vitkit, tmp_path):
     done = vitkit("export", "classifier", "--format", "torch-export")
-    assert done.code == 0, done.err
-    assert "classifier/model.pt2: images float32 (n, 1, 8, 8) in [0, 1] → features (n, 8), probabilities (n, 10)" in done.out
+    assert done.returncode == 0, done.stderr
+    assert "classifier/model.pt2: images float32 (n, 1, 8, 8) in [0, 1] → features (n, 8), probabilities (n, 10)" in done.stdout
     assert (tmp_path / "classifier" / "model.pt2").exists()
 
 
@@ -145,7 +123,7 @@ def test_export_says_what_goes_in_and_comes_out(vitkit, tmp_path):
 )
 def test_bad_input_is_answered_with_one_message(vitkit, arguments, text):
     answer = vitkit(*arguments)
-    assert answer.code in (1, 2)
-    assert text in answer.err
-    assert "Traceback" not in answer.err
-    assert "not one of vitkit's own" not in answer.err
+    assert answer.returncode in (1, 2)
+    assert text in answer.stderr
+    assert "Traceback" not in answer.stderr
+    assert "not one of vitkit's own" not in answer.stderr

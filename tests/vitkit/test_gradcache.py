@@ -2,30 +2,11 @@
 
 import pytest
 import torch
+from comparing import Comparing
 from torch import Tensor, nn
 
 from vitkit.errors import UsageError
 from vitkit.gradcache import Accumulated, Embedding, GradCache
-
-
-class Comparing(nn.Module):
-    """A loss that is no mean over samples: the variance of a batch's outputs, far from what its points add up to."""
-
-    def __init__(self, dropout=0.0):
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(3, 16), nn.Dropout(dropout), nn.Linear(16, 1))
-        self.scale = nn.Parameter(torch.tensor(2.0))
-
-    def forward(self, batch):
-        return self.loss_of(self.embed(batch))
-
-    def embed(self, batch):
-        return {"z": self.net(batch["images"])[:, 0], "y": batch["labels"]}
-
-    def loss_of(self, embedded):
-        z, y = embedded["z"] * self.scale, embedded["y"]
-        variance = (z.std() - y.std()).square()
-        return {"loss": variance + (z - y).square().mean().sqrt(), "variance": variance.detach()}
 
 
 def batches(sizes=(8, 8, 3)) -> list[dict[str, Tensor]]:

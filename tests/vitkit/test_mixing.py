@@ -75,7 +75,7 @@ def test_the_box_of_a_drawn_share_is_torchvisions(monkeypatch):
         numbers = iter([torch.tensor([x[i]]), torch.tensor([y[i]])])
         with monkeypatch.context() as patch:
             patch.setattr(reference, "_dist", type("Fixed", (), {"sample": lambda *_, i=i: share[i]})())
-            patch.setattr(torch, "randint", lambda *_, **__: next(numbers))  # noqa: B023
+            patch.setattr(torch, "randint", lambda *_, numbers=numbers, **__: next(numbers))
             expected = reference.make_params([images(1)])
         x1, y1, x2, y2 = expected["box"]
         inside = torch.zeros(16, 20)

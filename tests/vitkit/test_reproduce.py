@@ -2,12 +2,9 @@
 
 import hashlib
 import json
-import sys
-from dataclasses import dataclass
 
 import pytest
 
-from vitkit.cli import main
 from vitkit.reproduce import Verdict, tolerance
 
 RECIPE = '''
@@ -46,34 +43,16 @@ def main(run: Run, epochs: Annotated[int | None, "passes"] = None, kind: Kind = 
 '''
 
 
-@dataclass
-class Answer:
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def vitkit(tmp_path, monkeypatch, capfd):
+def vitkit(tmp_path, shell):
     (tmp_path / "linear.py").write_text(RECIPE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("FORCE_COLOR", raising=False)
-
-    def call(*arguments):
-        capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", ["vitkit", *arguments])
-        with pytest.raises(SystemExit) as leaving:
-            main()
-        printed = capfd.readouterr()
-        return Answer(leaving.value.code, printed.out, printed.err)
-
-    return call
+    return shell
 
 
 @pytest.fixture
 def done(vitkit, tmp_path):
     run = vitkit("run", "linear.py", "--seed", "7", "--kind", "sgd", "--rates", "0.02", "--out", "first")
-    assert run.code == 0, run.err
+    assert run.returncode == 0, run.stderr
     return tmp_path / "first"
 
 
@@ -84,11 +63,11 @@ def change(directory, **values):
 
 def test_on_the_same_machine_the_numbers_are_the_same(vitkit, done, tmp_path):
     again = vitkit("reproduce", "first", "--yes", "--out", "second")
-    assert again.code == 0, again.out + again.err
+    assert again.returncode == 0, again.stdout + again.stderr
     digest = hashlib.sha256(RECIPE.encode()).hexdigest()
-    assert f"this runs the Python code in first/recipe.py (of first, SHA-256 {digest}), with your rights" in again.err
-    assert "every metric agrees; the new run: second" in again.out
-    assert "the same number" in again.out
+    assert f"this runs the Python code in first/recipe.py (of first, SHA-256 {digest}), with your rights" in again.stderr
+    assert "every metric agrees; the new run: second" in again.stdout
+    assert "the same number" in again.stdout
     one, two = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("first", "second"))
     assert two["final"] == one["final"]
     assert two["arguments"] == one["arguments"]
@@ -101,9 +80,9 @@ def test_a_number_that_differs_here_is_named_and_the_exit_code_is_1(vitkit, done
     final = json.loads((done / "summary.json").read_text())["final"]
     change(done, final={**final, "top1": final["top1"] - 1e-9})
     again = vitkit("reproduce", "first", "--yes", "--out", "second")
-    assert again.code == 1
-    assert "not every metric agrees" in again.out
-    row = next(line for line in again.out.splitlines() if "top1" in line)
+    assert again.returncode == 1
+    assert "not every metric agrees" in again.stdout
+    row = next(line for line in again.stdout.splitlines() if "top1" in line)
     assert "differs" in row
 
 
@@ -111,23 +90,23 @@ def test_elsewhere_a_metric_has_a_tolerance(vitkit, done):
     final = json.loads((done / "summary.json").read_text())["final"]
     change(done, final={**final, "top1": final["top1"] - 0.001, "loss": final["loss"] * 1.04}, machine="another")
     again = vitkit("reproduce", "first", "--yes", "--out", "second")
-    assert again.code == 0, again.out
-    assert "95 % of 355 samples" in again.out
-    assert "5% of the value" in again.out
-    assert "not as it was: machine: 'another' then, " in again.out
+    assert again.returncode == 0, again.stdout
+    assert "95 % of 355 samples" in again.stdout
+    assert "5% of the value" in again.stdout
+    assert "not as it was: machine: 'another' then, " in again.stdout
     change(done, final={**final, "gone": 0.5})
     missing = vitkit("reproduce", "first", "--yes", "--out", "third")
-    assert missing.code == 1
+    assert missing.returncode == 1
 
 
 def test_nothing_runs_without_consent(vitkit, done, monkeypatch, tmp_path):
     (done / "recipe.py").write_text("raise AssertionError('it ran')")
     silent = vitkit("reproduce", "first", "--out", "second")
-    assert silent.code == 2
-    assert "nobody is there to be asked whether that code may run; give --yes if you trust it" in silent.err
+    assert silent.returncode == 2
+    assert "nobody is there to be asked whether that code may run; give --yes if you trust it" in silent.stderr
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     monkeypatch.setattr("typer.confirm", lambda *_, **__: False)
-    assert vitkit("reproduce", "first", "--out", "second").code == 130
+    assert vitkit("reproduce", "first", "--out", "second").returncode == 130
     assert not (tmp_path / "second").exists()
 
 
@@ -144,16 +123,16 @@ def test_nothing_runs_without_consent(vitkit, done, monkeypatch, tmp_path):
 def test_what_cannot_be_reproduced(vitkit, done, spoil, text):
     spoil(done)
     answer = vitkit("reproduce", "first", "--yes", "--out", "second")
-    assert answer.code in (1, 2)
-    assert text in answer.err
-    assert "Traceback" not in answer.err
+    assert answer.returncode in (1, 2)
+    assert text in answer.stderr
+    assert "Traceback" not in answer.stderr
 
 
 def test_a_place_without_a_run(vitkit):
     answer = vitkit("reproduce", "nowhere", "--yes")
-    assert answer.code == 2
-    assert "nowhere holds no finished run" in answer.err
-    assert "or a repository OWNER/NAME" in answer.err
+    assert answer.returncode == 2
+    assert "nowhere holds no finished run" in answer.stderr
+    assert "or a repository OWNER/NAME" in answer.stderr
 
 
 def test_tolerances():

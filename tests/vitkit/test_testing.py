@@ -200,7 +200,7 @@ class Patches(nn.Module):
 
 
 class Widthless(Patches):
-    embed_dim = "six"  # type: ignore[assignment]
+    embed_dim = "six"
 
 
 class Deaf(Patches):

@@ -94,10 +94,10 @@ def accumulated(number: int | None) -> tuple[dict[str, Tensor], dict[str, Tensor
         if isinstance(module, nn.BatchNorm1d):
             module.eval()  # torch's own knows nothing of ranks
     batches = parts("single", 8, 3)
-    called = Accumulated(model)
+    called: nn.Module = Accumulated(model)
     if number is not None:
         batches = [{name: value.tensor_split(2)[number] for name, value in batch.items()} for batch in batches]
-        called = nn.parallel.DistributedDataParallel(called)  # type: ignore[assignment]
+        called = nn.parallel.DistributedDataParallel(called)
     losses = called(batches, [3 + 10 * (number or 0), 5 + 10 * (number or 0)])
     losses["loss"].backward()
     return {name: value.detach() for name, value in losses.items()}, grads(model)

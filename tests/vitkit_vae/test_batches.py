@@ -66,7 +66,7 @@ def test_an_epoch_can_be_entered_anywhere_and_is_shared_by_ranks() -> None:
     ("make", "message"),
     [
         (lambda: TripletBatches(split(), 0), "batch_size is 0; expected at least 1"),
-        (lambda: TripletBatches(split(), 2, positives="same"), "positives are 'same', expected one of 'class', 'augmented'"),  # type: ignore[arg-type]
+        (lambda: TripletBatches(split(), 2, positives="same"), "positives are 'same', expected one of 'class', 'augmented'"),
         (lambda: TripletBatches(split(torch.zeros(4, dtype=torch.int64)), 2), "labels of all images, of two classes at least"),
         (lambda: TripletBatches(split(torch.tensor([0, -1])), 2), "labels of all images, of two classes at least"),
     ],

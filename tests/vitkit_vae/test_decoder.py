@@ -41,7 +41,7 @@ def test_28_pixels_are_the_middle_of_32() -> None:
 
 def test_a_class_moves_the_image_and_no_class_does_not() -> None:
     model, z = decoder(num_classes=3), torch.randn(2, 6)
-    torch.nn.init.normal_(model.label_embed.weight)  # type: ignore[union-attr]
+    torch.nn.init.normal_(model.label_embed.weight)
     without = model(z)
     torch.testing.assert_close(model(z, torch.tensor([-1, -1])), without)
     assert not torch.allclose(model(z, torch.tensor([0, 1])), without, atol=1e-3)

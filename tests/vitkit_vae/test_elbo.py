@@ -36,8 +36,8 @@ def test_mse_and_l1_by_hand_and_their_reductions() -> None:
     logits, images = torch.zeros(4, 1, 2, 3), torch.ones(4, 1, 2, 3)  # reconstructions are ½
     images[0] = 0.5
     for kind, pixel in (("mse", 0.25), ("l1", 0.5)):
-        torch.testing.assert_close(ReconstructionLoss(kind)(logits, images)["loss"], torch.tensor(pixel * 3 / 4))  # type: ignore[arg-type]
-        torch.testing.assert_close(ReconstructionLoss(kind, "image")(logits, images)["loss"], torch.tensor(pixel * 6 * 3 / 4))  # type: ignore[arg-type]
+        torch.testing.assert_close(ReconstructionLoss(kind)(logits, images)["loss"], torch.tensor(pixel * 3 / 4))
+        torch.testing.assert_close(ReconstructionLoss(kind, "image")(logits, images)["loss"], torch.tensor(pixel * 6 * 3 / 4))
 
 
 @pytest.mark.parametrize("kind", ["mse", "l1", "bce"])
@@ -63,9 +63,9 @@ def test_extreme_logits_and_latents_stay_finite_under_autocast() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ReconstructionLoss("l2"), "kind is 'l2', expected one of 'mse', 'bce', 'l1'"),  # type: ignore[arg-type]
-        (lambda: ReconstructionLoss(reduction="sum"), "reduction is 'sum', expected one of 'pixel', 'image'"),  # type: ignore[arg-type]
-        (lambda: KLLoss("sum"), "reduction is 'sum', expected one of 'image', 'dimension'"),  # type: ignore[arg-type]
+        (lambda: ReconstructionLoss("l2"), "kind is 'l2', expected one of 'mse', 'bce', 'l1'"),
+        (lambda: ReconstructionLoss(reduction="sum"), "reduction is 'sum', expected one of 'pixel', 'image'"),
+        (lambda: KLLoss("sum"), "reduction is 'sum', expected one of 'image', 'dimension'"),
         (lambda: KLLoss()(torch.zeros(2, 3), torch.zeros(2, 4)), r"μ is \(2, 3\) and log σ² \(2, 4\), expected one shape"),
         (
             lambda: ReconstructionLoss()(torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 5, 5)),

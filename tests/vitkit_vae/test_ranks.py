@@ -22,7 +22,7 @@ def losses(images: Tensor, labels: Tensor) -> dict[str, tuple[dict[str, Tensor],
     embeddings = images.flatten(1) @ weight
     found: dict[str, Any] = {}
     for mining in ("batch_hard", "semi_hard"):
-        parts = TripletLoss(0.5, mining)(embeddings, labels)  # type: ignore[arg-type]
+        parts = TripletLoss(0.5, mining)(embeddings, labels)
         found[mining] = parts, torch.autograd.grad(parts["loss"], weight, retain_graph=True)
     given = TripletLoss(0.5)(embeddings, positives=embeddings.square(), negatives=embeddings.sin())
     found["given"] = given, torch.autograd.grad(given["loss"], weight)

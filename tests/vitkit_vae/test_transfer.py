@@ -16,7 +16,7 @@ def split(count: int = 40) -> ImageSplit:
 @pytest.mark.parametrize("pool", ["mean", "cls"])
 def test_features_are_the_whitened_tokens_of_a_block(pool: str) -> None:
     torch.manual_seed(0)
-    backbone = VAEEncoder(img_size=8, patch_size=4, in_chans=1, embed_dim=8, depth=2, num_heads=2, pool=pool).train()  # type: ignore[arg-type]
+    backbone = VAEEncoder(img_size=8, patch_size=4, in_chans=1, embed_dim=8, depth=2, num_heads=2, pool=pool).train()
     features = PatchFeatures(backbone, split(100), depth=1, components=6)
     assert backbone.training
     (batch,) = split(100).batches(100).epoch(0)

@@ -44,7 +44,7 @@ def test_pytorch_metric_learning_gives_the_same_loss_and_gradient(mining: str, m
         found = TripletLoss(margin, normalize=normalize)(x[anchors], positives=x[p], negatives=x[n])
         triplets = anchors, p, n
     else:
-        found = TripletLoss(margin, mining, normalize)(x, LABELS)  # type: ignore[arg-type]
+        found = TripletLoss(margin, mining, normalize)(x, LABELS)
         if mining == "batch_hard":
             triplets = BatchHardMiner(distance=distance)(y.detach(), LABELS)
         else:
@@ -115,7 +115,7 @@ def test_the_margin_s_limits() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: TripletLoss(mining="hard"), "mining is 'hard', expected one of 'random', 'batch_hard', 'semi_hard'"),  # type: ignore[arg-type]
+        (lambda: TripletLoss(mining="hard"), "mining is 'hard', expected one of 'random', 'batch_hard', 'semi_hard'"),
         (lambda: TripletLoss(-1.0), "margin is -1.0, expected at least 0"),
         (lambda: TripletLoss()(torch.zeros(4, 2)), r"embeddings are \(4, 2\) and labels None; expected \(batch, dim\) and"),
         (lambda: TripletLoss()(torch.zeros(4, 2), torch.zeros(3)), r"are \(4, 2\) and labels \(3,\); expected"),

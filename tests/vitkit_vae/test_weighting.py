@@ -48,7 +48,7 @@ def test_the_gradient_of_each_part_is_its_learned_weight() -> None:
     loss = MultiTaskLoss({"triplet": 2.0, "reconstruction": 0.25}, "uncertainty")
     given = parts(triplet=0.4, reconstruction=0.1)
     loss(given)["loss"].backward()
-    assert {name: float(part.grad) for name, part in given.items()} == pytest.approx({"triplet": 2.0, "reconstruction": 0.25})  # type: ignore[arg-type]
+    assert {name: float(part.grad) for name, part in given.items()} == pytest.approx({"triplet": 2.0, "reconstruction": 0.25})
 
 
 def test_progressive_brings_in_one_after_another() -> None:
@@ -78,7 +78,7 @@ def test_the_count_of_calls_is_part_of_the_state() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: MultiTaskLoss(mode="learned"), "mode is 'learned', expected one of 'fixed', 'uncertainty', 'progressive'"),  # type: ignore[arg-type]
+        (lambda: MultiTaskLoss(mode="learned"), "mode is 'learned', expected one of 'fixed', 'uncertainty', 'progressive'"),
         (lambda: MultiTaskLoss({"kl": -1.0}), "weights are {'kl': -1.0}, expected finite numbers of at least 0"),
         (lambda: MultiTaskLoss({"kl": 0.0}), "weights are {'kl': 0.0}, expected finite numbers of at least 0, one of them above"),
         (lambda: MultiTaskLoss(warmup=-1), "warmup is -1 and stage 1000, expected calls of at least 0 and 1"),

@@ -295,7 +295,7 @@ def digits(tmp_path_factory):
     paths = write_shards(folder / "shards", pictures[:240], labels[:240], per_shard=40)
     write_shards(folder / "test", pictures[240:], labels[240:])
     body = paths[0].read_bytes()
-    paths[0].write_bytes(body.replace(b"IHDR", b"XXXX", 1))
+    paths[0].write_bytes(body.replace(b"IHDR", b"JUNK", 1))
     words = {"urls": folder / "shards", "test_urls": folder / "test", "img_size": 16, "channels": 1, "cache": folder / "cache"}
     return [word for name, value in words.items() for word in ("--dataset-arg", f"{name}={value}")]
 

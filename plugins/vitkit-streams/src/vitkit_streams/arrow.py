@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vitkit.contracts import with_example
 from vitkit.data import ImageDataset
 from vitkit.errors import DatasetError, UsageError, nearest
 from vitkit_streams.splits import assemble, check_options, class_names, class_number
@@ -49,6 +50,30 @@ class ArrowSamples:
         return torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed))
 
 
+def _example(samples: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A small example for the conformance kit."""
+    return {"path": str(_example_folder()), "img_size": 8, "workers": 2}, {}
+
+
+@once
+def _example_folder() -> Path:
+    import datasets
+
+    holder = tempfile.TemporaryDirectory(prefix="vitkit-streams-")
+    atexit.register(holder.cleanup)
+    rows: dict[str, list[Any]] = {"image": [], "label": []}
+    for number in range(30):
+        body = io.BytesIO()
+        Image.fromarray(np.full((16, 16, 3), 40 * (number % 3) + number, dtype=np.uint8)).save(body, "PNG")
+        rows["image"].append({"bytes": body.getvalue(), "path": None})
+        rows["label"].append(number % 3)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["dark", "grey", "light"])})
+    folder = Path(holder.name) / "pictures"
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(folder))
+    return folder
+
+
+@with_example(_example)
 def hf_dataset(
     *,
     path: str,
@@ -155,29 +180,3 @@ def _labels(table: Any, column: str, names: list[str], where: str) -> Tensor:
             found[start] = known[value]
             start += 1
     return found
-
-
-def _example(samples: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A small example for the conformance kit."""
-    return {"path": str(_example_folder()), "img_size": 8, "workers": 2}, {}
-
-
-@once
-def _example_folder() -> Path:
-    import datasets
-
-    holder = tempfile.TemporaryDirectory(prefix="vitkit-streams-")
-    atexit.register(holder.cleanup)
-    rows: dict[str, list[Any]] = {"image": [], "label": []}
-    for number in range(30):
-        body = io.BytesIO()
-        Image.fromarray(np.full((16, 16, 3), 40 * (number % 3) + number, dtype=np.uint8)).save(body, "PNG")
-        rows["image"].append({"bytes": body.getvalue(), "path": None})
-        rows["label"].append(number % 3)
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["dark", "grey", "light"])})
-    folder = Path(holder.name) / "pictures"
-    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(folder))
-    return folder
-
-
-hf_dataset.vitkit_example = _example  # type: ignore[attr-defined]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitkit.contracts import with_example
 from vitkit.data import ImageDataset, store_directory
 from vitkit.errors import UsageError
 from vitkit_streams.shards import Cache, Fields, Shard, expanded
@@ -66,6 +67,22 @@ class TarSamples:
         return order[(batch * lanes + turn[order] % lanes).argsort(stable=True)]
 
 
+def _example(samples: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A small example for the conformance kit."""
+    folder = _example_shards()
+    return {"urls": str(folder / "shards"), "img_size": 8, "cache": str(folder / "cache"), "workers": 2}, {}
+
+
+@once
+def _example_shards() -> Path:
+    holder = tempfile.TemporaryDirectory(prefix="vitkit-streams-")
+    atexit.register(holder.cleanup)
+    pictures = [np.full((16, 16, 3), 40 * (number % 3) + number, dtype=np.uint8) for number in range(30)]
+    write_shards(Path(holder.name) / "shards", pictures, [number % 3 for number in range(30)], per_shard=8)
+    return Path(holder.name)
+
+
+@with_example(_example)
 def webdataset(
     *,
     urls: str | list[str],
@@ -139,21 +156,3 @@ def _labels(shard: Shard, numbers: dict[str, int]) -> Tensor:
 
 def _said(urls: str | list[str]) -> str:
     return urls if isinstance(urls, str) else ", ".join(urls[:3]) + (", ..." if len(urls) > 3 else "")
-
-
-def _example(samples: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A small example for the conformance kit."""
-    folder = _example_shards()
-    return {"urls": str(folder / "shards"), "img_size": 8, "cache": str(folder / "cache"), "workers": 2}, {}
-
-
-@once
-def _example_shards() -> Path:
-    holder = tempfile.TemporaryDirectory(prefix="vitkit-streams-")
-    atexit.register(holder.cleanup)
-    pictures = [np.full((16, 16, 3), 40 * (number % 3) + number, dtype=np.uint8) for number in range(30)]
-    write_shards(Path(holder.name) / "shards", pictures, [number % 3 for number in range(30)], per_shard=8)
-    return Path(holder.name)
-
-
-webdataset.vitkit_example = _example  # type: ignore[attr-defined]
