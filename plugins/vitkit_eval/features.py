@@ -1,5 +1,6 @@
 """Frozen features of a dataset's images, and how predictions on them are counted."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -142,7 +143,7 @@ def frozen_features(
     return features(dataset.train, train_size), features(dataset.test, test_size)
 
 
-class FrozenProbe:
+class FrozenProbe(ABC):
     """An evaluator of frozen features: called with `(model, dataset)` it extracts them, and its `score` looks at nothing else.
 
     `train_size` and `test_size` cap the images, chosen by `seed`, as `frozen_features` does.
@@ -155,9 +156,9 @@ class FrozenProbe:
         train, test = frozen_features(model, dataset, train_size=self.train_size, test_size=self.test_size, seed=self.seed)
         return self.score(train, test, dataset.classes)
 
+    @abstractmethod
     def score(self, train: Features, test: Features, classes: list[str]) -> Scores:
         """The scores of features that were extracted before: several evaluators can share them."""
-        raise NotImplementedError
 
 
 def check_labels(found: Features, classes: list[str]) -> None:
