@@ -116,11 +116,11 @@ def equalize(images: Tensor) -> Tensor:
     """Each channel's histogram over 256 levels evened out, as Pillow does it; one of nearly a single value stays."""
     levels = (images * 255.999).int().flatten(2).flatten(0, 1)  # (n·c h·w)
     places = torch.arange(0, 256 * len(levels), 256, device=images.device, dtype=torch.int32)[:, None]
-    brightest = places + levels.amax(dim=1, keepdim=True)
+    brightest = places[:, 0] + levels.amax(dim=1)
     places = levels.add_(places).flatten()  # in tables of 256 levels, one a channel
     # Whole numbers as floats, which are divided several times as fast; a half more keeps rounding off whole quotients.
     count = torch.bincount(places, minlength=256 * len(levels)).float()
-    step = ((levels.shape[1] - count[brightest] + 0.5) / 255).floor_()
+    step = ((levels.shape[1] - count.index_select(0, brightest) + 0.5) / 255).floor_()[:, None]
     count = count.view(-1, 256)
     below = count.cumsum(dim=1).sub_(count)
     table = below.add_((step / 2).floor_() + 0.5).div_(step.clamp(min=1)).floor_().clamp_(0, 255)
