@@ -155,7 +155,8 @@ def test_patches_are_drawn_for_each_view_of_each_image_and_none_comes_twice() ->
     kept = model._kept(torch.zeros(500, dtype=torch.int64), 2).sort(dim=1).values
     assert kept.shape == (1000, 2)
     ways, counts = kept.unique(dim=0, return_counts=True)
-    assert len(ways) == 6 and (ways[:, 0] != ways[:, 1]).all()
+    assert len(ways) == 6
+    assert (ways[:, 0] != ways[:, 1]).all()
     assert counts.float().std() < 4 * 1000**0.5 / 6  # evenly, as far as chance lets
     assert (kept[:500] == kept[500:]).all(dim=1).float().mean().item() == pytest.approx(1 / 6, abs=0.07)
 
