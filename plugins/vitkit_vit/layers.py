@@ -23,8 +23,13 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
-        q, k, v = self._heads(x) if queries is None else self._some_heads(x, queries)
-        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        if queries is None:
+            mixed = F.scaled_dot_product_attention(*self._heads(x), dropout_p=dropout)
+        else:  # few weights, and torch's flash attention takes as long on a CPU as for all
+            q, k, v = self._some_heads(x, queries)
+            weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1, dtype=v.dtype)
+            mixed = F.dropout(weights, dropout) @ v
         return self.proj(rearrange(mixed, "b h n d -> b n (h d)"))
 
     def maps(self, x: Tensor) -> Tensor:
