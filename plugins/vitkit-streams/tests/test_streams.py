@@ -58,6 +58,10 @@ def numbers(data, batch, split="train"):
     return [round(float(value) * 255) for value in values]
 
 
+def ordered(images, seed, size):
+    return images.order(torch.Generator().manual_seed(seed), size)
+
+
 def flat(lists):
     return [item for items in lists for item in items]
 
@@ -100,7 +104,7 @@ def test_epochs_are_shuffled_and_depend_on_seed_and_number_alone(shards):
 
 def test_shards_are_read_one_after_another_or_side_by_side(shards):
     calm = build(shards, shuffle_buffer=0, open_shards=1).train.images
-    order = calm.order(7, 1)
+    order = ordered(calm, 7, 1)
     assert sorted(order.tolist()) == list(range(len(calm)))
     rows = calm.rows[order].tolist()
     turns = [shard for shard, _ in groupby(row // 10 for row in rows)]
@@ -109,12 +113,12 @@ def test_shards_are_read_one_after_another_or_side_by_side(shards):
     for _, within in groupby(rows, lambda row: row // 10):
         assert (found := list(within)) == sorted(found)
     wide = build(shards, test_urls=str(shards), open_shards=8).train.images
-    for batch in wide.rows[wide.order(7, 8)].split(8):
+    for batch in wide.rows[ordered(wide, 7, 8)].split(8):
         assert len({int(row) // 10 for row in batch}) == 8  # a batch of eight takes from every shard
 
 
 def test_a_sample_moves_by_less_than_the_buffer(shards):
-    calm, mixed = (build(shards, shuffle_buffer=size, open_shards=1).train.images.order(5, 1).tolist() for size in (0, 12))
+    calm, mixed = (ordered(build(shards, shuffle_buffer=size, open_shards=1).train.images, 5, 1).tolist() for size in (0, 12))
     place = {row: place for place, row in enumerate(calm)}
     moved = [place[row] - now for now, row in enumerate(mixed)]
     assert sorted(calm) == sorted(mixed)
@@ -367,9 +371,9 @@ def test_two_processes_see_every_sample_once(shards, tmp_path):
 def test_an_image_split_of_tensors_reads_as_before():
     images, labels = torch.arange(12, dtype=torch.uint8).view(6, 1, 1, 2), torch.arange(6)
     split = ImageSplit(images, labels, Preparation((1, 1, 2), (0.0,), (1.0,)))
-    ((found, own),) = split.read([torch.tensor([4, 1])])
+    ((found, rows),) = split.read([torch.tensor([4, 1])])
     assert torch.equal(found, images[[4, 1]])
-    assert own.tolist() == [4, 1]
+    assert rows.tolist() == [4, 1]
     assert split.skipped == []
 
 

@@ -45,9 +45,13 @@ class ArrowSamples:
     def name(self, number: int) -> str:
         return f"{self.title}: row {number}"
 
-    def order(self, numbers: Tensor, seed: int, size: int) -> Tensor:
-        """A permutation of all: rows of a mapped file are as near as one another."""
-        return torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed))
+    @property
+    def reach(self) -> int:
+        """All: rows of a mapped file are as near as one another."""
+        return len(self)
+
+    def order(self, numbers: Tensor, generator: torch.Generator, size: int) -> Tensor:
+        return torch.randperm(len(numbers), generator=generator)
 
 
 def _example(samples: int) -> tuple[dict[str, Any], dict[str, Any]]:
