@@ -1,7 +1,6 @@
 """What streams out of the splits: every sample once, shuffled, the same for any number of ranks, from any batch on."""
 
 import io
-import json
 import os
 import re
 import signal
@@ -21,27 +20,16 @@ from PIL import Image
 
 from vitkit import datasets
 from vitkit.batches import ImageSplit, Preparation
-from vitkit.cli_run import run
 from vitkit.contracts import LazyImages
 from vitkit.errors import DatasetError, UsageError
 from vitkit_streams.images import decode
 from vitkit_streams.writing import write_shards
-
-RECIPES = Path(__file__).parents[3] / "recipes"
 
 
 def png(value: int = 0, side: int = 8) -> bytes:
     body = io.BytesIO()
     Image.fromarray(np.full((side, side), value, dtype=np.uint8)).save(body, "PNG")
     return body.getvalue()
-
-
-@pytest.fixture
-def shards(tmp_path):
-    """80 pictures whose grey value is their number, in 8 shards."""
-    pictures = [np.full((8, 8), number, dtype=np.uint8) for number in range(80)]
-    write_shards(tmp_path / "shards", pictures, [number % 4 for number in range(80)], per_shard=10)
-    return tmp_path / "shards"
 
 
 def build(shards, **options):
@@ -290,29 +278,8 @@ FLAGS = ("--eval-every", "2", "--device", "cpu", "--precision", "fp32", "--batch
          "--patch-size", "4", "--emb-dim", "16", "--depth", "1", "--num-heads", "2", "--eval-size", "100")  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    """300 of scikit-learn's digits as shards with a damaged picture among them, and the flags that name them."""
-    folder = tmp_path_factory.mktemp("digits")
-    some = datasets.build("digits").train.take(300)
-    pictures, labels = some.images[:, 0].numpy(), some.labels.tolist()
-    paths = write_shards(folder / "shards", pictures[:240], labels[:240], per_shard=40)
-    write_shards(folder / "test", pictures[240:], labels[240:])
-    body = paths[0].read_bytes()
-    paths[0].write_bytes(body.replace(b"IHDR", b"JUNK", 1))
-    words = {"urls": folder / "shards", "test_urls": folder / "test", "img_size": 16, "channels": 1, "cache": folder / "cache"}
-    return [word for name, value in words.items() for word in ("--dataset-arg", f"{name}={value}")]
-
-
-def train(recipe, directory, *flags, code=0):
-    with pytest.raises(SystemExit) as leaving:
-        run(RECIPES / recipe, [*flags, "--out", str(directory)])
-    assert leaving.value.code == code
-    return json.loads((directory / "summary.json").read_text())
-
-
 @pytest.mark.slow
-def test_a_recipe_trains_on_shards_and_goes_on_bit_for_bit(digits, tmp_path, monkeypatch):
+def test_a_recipe_trains_on_shards_and_goes_on_bit_for_bit(digits, train, tmp_path, monkeypatch):
     import vitkit_streams.images as images
 
     flags = ("--dataset", "webdataset", *digits, *FLAGS, "--epochs", "2")
@@ -338,7 +305,7 @@ def test_a_recipe_trains_on_shards_and_goes_on_bit_for_bit(digits, tmp_path, mon
 
 
 @pytest.mark.slow
-def test_the_vae_trains_and_is_evaluated_on_shards(digits, tmp_path):
+def test_the_vae_trains_and_is_evaluated_on_shards(digits, train, tmp_path):
     summary = train("vae_mnist.py", tmp_path / "run", "--dataset", "webdataset", *digits, *FLAGS, "--epochs", "1")
     assert summary["dataset"]["train"] == 240
     assert summary["protocols"]["knn_top1"]["samples"] == 60
