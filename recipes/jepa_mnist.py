@@ -42,6 +42,7 @@ def main(
     objective: Annotated[Literal["joint", "seed"], "views with and without label, or all with (the seed's)"] = "joint",
     views: Annotated[int, "augmented views of an image, the last one beside a label"] = 2,
     swap: Annotated[float, "share of labels shown that are wrong ones"] = 0.5,
+    keep: Annotated[float, "share of the patches that each view shows in training"] = 1.0,
     label_fraction: Annotated[float, "share of the training labels that is ever shown"] = 1.0,
     train_size: Annotated[int | None, "train on so many images only, for a quick trial"] = None,
     eval_every: Annotated[int, "epochs between evaluations"] = 5,
@@ -72,7 +73,7 @@ def main(
     own = {"hidden": 256, "norm": "batch"} if projector == "mlp" else {}
     head = heads.build(projector, in_dim=width, out_dim=proj_dim, **{**own, **parse_arguments(projector_arg)})
     loss = losses.build("lejepa", lamda=lamda)
-    model = JEPA(backbone, head, loss, objective=objective if multimodal else "images", swap=swap)
+    model = JEPA(backbone, head, loss, objective=objective if multimodal else "images", swap=swap, keep=keep)
     optimizer = muon_adamw(model, lr=lr)
     schedule = warmup_cosine(optimizer, epochs * len(batches), warmup=min(100, len(batches)))
 

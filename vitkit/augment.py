@@ -46,6 +46,8 @@ class Geometric(ABC):
 
     stays_inside: ClassVar[bool] = False
     """Whether it never reads beyond the image: then half-pixels at the edge need no black to be mixed in."""
+    whole_pixels: ClassVar[bool] = False
+    """Whether it only mirrors and moves by whole pixels: then pixels are copied, and need no interpolation."""
 
     @abstractmethod
     def matrices(self, images: Tensor, generator: Generator) -> Tensor: ...
@@ -77,7 +79,11 @@ def _moved(moves: Sequence[Geometric], images: Tensor, generator: Generator) -> 
     total = moves[0].matrices(images, generator)
     for move in moves[1:]:
         total = chain(total, move.matrices(images, generator))
-    return sample(images, total, outside="border" if all(move.stays_inside for move in moves) else "zeros")
+    return sample(
+        images, total,
+        outside="border" if all(move.stays_inside for move in moves) else "zeros",
+        mode="nearest" if all(move.whole_pixels for move in moves) else "bilinear",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -134,6 +140,7 @@ class RandomCrop(Geometric):
     """The image moved by whole pixels, up to `padding` each way, black outside: a crop of the padded image."""
 
     padding: int = 4
+    whole_pixels: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.padding < 0:
@@ -152,6 +159,7 @@ class HorizontalFlip(Geometric):
 
     p: float = 0.5
     stays_inside: ClassVar[bool] = True
+    whole_pixels: ClassVar[bool] = True
 
     def matrices(self, images: Tensor, generator: Generator) -> Tensor:
         flip = uniform(images, generator, 0, 1) < self.p

@@ -41,7 +41,7 @@ class Preparation:
     def normalise(self, images: Tensor) -> Tensor:
         """(x − mean)/std per channel; images `(… c h w)` in [0, 1]."""
         mean, std = (_column(values, images.device) for values in (self.mean, self.std))
-        return torch.addcmul(-mean / std, images, 1 / std)  # in one pass over the images
+        return (images * (1 / std)).sub_(mean / std)
 
     def to_json(self) -> dict[str, Any]:
         """As `config.json` keeps it."""

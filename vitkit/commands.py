@@ -4,6 +4,7 @@
 typer reads them, and whose docstring is its help. `vitkit --help` lists it without importing its plugin.
 """
 
+from functools import cached_property
 from typing import Any
 
 import typer
@@ -18,19 +19,24 @@ commands = Registry("command")
 class Commands(TyperGroup):
     """vitkit's own commands and those of installed plugins; an own command always wins over a plugin's."""
 
+    @cached_property
+    def _added(self) -> dict[str, Entry]:
+        """What plugins add, by name: one look through all installed distributions for one command line."""
+        return {entry.name: entry for entry in reversed(commands.entries())}  # of two of a name the first is shown
+
     def own_commands(self, ctx: Any) -> list[str]:
         """vitkit's own alone."""
         return super().list_commands(ctx)
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return list(dict.fromkeys([*super().list_commands(ctx), *commands.names()]))
+        return list(dict.fromkeys([*super().list_commands(ctx), *sorted(self._added)]))
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """An own command, or for listing alone a stand-in with a plugin's first line of help."""
         own = super().get_command(ctx, cmd_name)
-        if own is not None or cmd_name not in commands:
+        if own is not None or cmd_name not in self._added:
             return own
-        return _stand_in(next(entry for entry in commands.entries() if entry.name == cmd_name))
+        return _stand_in(self._added[cmd_name])
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name = args[0]

@@ -43,17 +43,19 @@ def chain(first: Tensor, then: Tensor) -> Tensor:
     return (first[:, :, :, None] * then[:, None]).sum(2)  # autocast would round a matrix product to bfloat16
 
 
-def sample(images: Tensor, matrices: Tensor, *, outside: str = "zeros") -> Tensor:
-    """Images read bilinearly at the places that matrices `(n 3 3)` send the output's pixels to.
+def sample(images: Tensor, matrices: Tensor, *, outside: str = "zeros", mode: str = "bilinear") -> Tensor:
+    """Images read at the places that matrices `(n 3 3)` send the output's pixels to, bilinearly or the "nearest" pixel.
 
     Beyond the edge there is black (`outside="zeros"`) or the edge itself ("border").
     """
     height, width = images.shape[2:]
     x, y = (_centres(size, images) for size in (width, height))
-    # Sums of products, for affine_grid's matrix product takes several times as long.
-    across = matrices[:, None, None, :2, 0] * x[:, None]  # (n 1 w 2)
-    down = matrices[:, None, None, :2, 1] * y[:, None, None] + matrices[:, None, None, :2, 2]  # (n h 1 2)
-    return F.grid_sample(images, across + down, mode="bilinear", padding_mode=outside, align_corners=False)
+    rows = matrices[:, :2]
+    # Sums of products, for affine_grid's matrix product takes several times as long, and x and y each as a plane.
+    across = rows[:, :, None, None, 0] * x  # (n 2 1 w)
+    down = (rows[:, :, None, 1] * y + rows[:, :, None, 2])[..., None]  # (n 2 h 1)
+    grid = (across + down).permute(0, 2, 3, 1)
+    return F.grid_sample(images, grid, mode=mode, padding_mode=outside, align_corners=False)
 
 
 def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
@@ -63,8 +65,9 @@ def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
 
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
     """clamp(m + factor · (x − m)) with the mean m of the grey image, factor ≥ 0."""
+    factor = _each(factor)
     mean = grey(images).mean(dim=(1, 2, 3), keepdim=True)
-    return torch.lerp(mean, images, _each(factor)).clamp_(0, 1)
+    return (images * factor).add_(mean * (1 - factor)).clamp_(0, 1)
 
 
 def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
@@ -76,42 +79,53 @@ def adjust_sharpness(images: Tensor, factor: Tensor) -> Tensor:
     """clamp(s + factor · (x − s)), factor ≥ 0, with s smoothed by (1 1 1, 1 5 1, 1 1 1)/13; the rim stays as it is."""
     if min(images.shape[2:]) <= 2:
         return images
-    rows = images[:, :, :-2] + images[:, :, 1:-1] + images[:, :, 2:]
-    sums = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
-    inner = images[:, :, 1:-1, 1:-1]
-    found = images.clone()
-    found[:, :, 1:-1, 1:-1] = torch.lerp((sums + 4 * inner) / 13, inner, _each(factor))
+    # Rows are laid end to end, which takes half the time: sums that run from one into the next are of the rim alone.
+    width, flat = images.shape[3], images.flatten(2)
+    sums = (flat[..., :-2] + flat[..., 1:-1]).add_(flat[..., 2:])
+    sums = (sums[..., : -2 * width] + sums[..., width:-width]).add_(sums[..., 2 * width :])
+    inside = slice(width + 1, -width - 1)
+    found = flat.clone()
+    smooth = sums.add_(flat[..., inside], alpha=4).div_(13)
+    torch.lerp(smooth, flat[..., inside], factor[:, None, None], out=found[..., inside])
+    found = found.view_as(images)
+    for edge in (0, -1):
+        found[..., edge] = images[..., edge]
     return found.clamp_(0, 1)
 
 
 def posterize(images: Tensor, bits: Tensor) -> Tensor:
     """The nearest lower one of 2ᵇ levels k/2ᵇ, k < 2ᵇ, with `bits` b ≥ 0."""
     levels = _each(bits.to(images.dtype).exp2())
-    return torch.minimum((images * levels).floor(), levels - 1) / levels
+    return torch.minimum((images * levels).floor_(), levels - 1).div_(levels)
 
 
 def solarize(images: Tensor, threshold: Tensor) -> Tensor:
     """1 − x where x ≥ threshold."""
-    return torch.where(images >= _each(threshold), 1 - images, images)
+    return (images - images.clone().ge_(_each(threshold))).abs_()  # |x − [x ≥ threshold]|: `where` takes six times as long
 
 
 def autocontrast(images: Tensor) -> Tensor:
     """Each channel stretched so that its darkest pixel is 0 and its brightest 1; one of a single value stays."""
     darkest, brightest = (extreme(images, dim=(2, 3), keepdim=True) for extreme in (torch.amin, torch.amax))
-    return torch.where(brightest > darkest, (images - darkest) / (brightest - darkest), images).clamp_(0, 1)
+    single = brightest == darkest
+    darkest = darkest.masked_fill(single, 0.0)
+    return (images - darkest).div_((brightest - darkest).masked_fill_(single, 1.0)).clamp_(0, 1)
 
 
 def equalize(images: Tensor) -> Tensor:
     """Each channel's histogram over 256 levels evened out, as Pillow does it; one of nearly a single value stays."""
-    levels = (images * 255.999).long().flatten(2).flatten(0, 1)  # (n·c h·w)
-    rows = torch.arange(len(levels), device=images.device)[:, None]
-    count = torch.bincount((levels + 256 * rows).flatten(), minlength=256 * len(levels)).view(-1, 256)
-    brightest = count.gather(1, levels.amax(dim=1, keepdim=True))
-    step = (levels.shape[1] - brightest) // 255
-    below = count.cumsum(dim=1) - count
-    table = ((below + step // 2) // step.clamp(min=1)).clamp_(0, 255)
-    found = torch.where(step > 0, table.gather(1, levels), levels)
-    return (found.float() / 255).view_as(images)
+    levels = (images * 255.999).int().flatten(2).flatten(0, 1)  # (n·c h·w)
+    places = torch.arange(0, 256 * len(levels), 256, device=images.device, dtype=torch.int32)[:, None]
+    brightest = places[:, 0] + levels.amax(dim=1)
+    places = levels.add_(places).flatten()  # in tables of 256 levels, one a channel
+    # Whole numbers as floats, which are divided several times as fast; a half more keeps rounding off whole quotients.
+    count = torch.bincount(places, minlength=256 * len(levels)).float()
+    step = ((levels.shape[1] - count.index_select(0, brightest) + 0.5) / 255).floor_()[:, None]
+    count = count.view(-1, 256)
+    below = count.cumsum(dim=1).sub_(count)
+    table = below.add_((step / 2).floor_() + 0.5).div_(step.clamp(min=1)).floor_().clamp_(0, 255)
+    table = torch.where(step > 0, table, torch.arange(256.0, device=images.device)).div_(255)
+    return table.flatten().index_select(0, places).view_as(images)
 
 
 def adjust_hue(images: Tensor, turn: Tensor) -> Tensor:
@@ -143,7 +157,7 @@ def grey(images: Tensor) -> Tensor:
         return images
     _require_colours(images)
     red, green, blue = images.split(1, dim=1)
-    return 0.2989 * red + 0.587 * green + 0.114 * blue
+    return (0.2989 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor, *, kernel_size: int) -> Tensor:

@@ -1,5 +1,6 @@
 """RandAugment of whole batches: operations, their order and their signs drawn for each image."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,10 +13,10 @@ from vitkit.pixels import (
     adjust_contrast,
     adjust_saturation,
     adjust_sharpness,
-    affine_matrices,
     autocontrast,
     chain,
     equalize,
+    matrices_of,
     posterize,
     sample,
     solarize,
@@ -82,29 +83,36 @@ class RandAugment:
 def apply(images: Tensor, chosen: Tensor, strength: Tensor) -> Tensor:
     """The operations numbered `chosen` in `OPERATIONS`, with `strength` in [−1, 1]: both `(r n)`, r rounds of one an image."""
     first_colour = 1 + len(MOVES)
-    images, still = images.clone(), torch.eye(3, device=images.device)
+    still = torch.eye(3, device=images.device)
     moves = still.expand(len(images), 3, 3)
     moved = torch.zeros(len(images), dtype=torch.bool, device=images.device)
-    for operation, level in zip(chosen, strength, strict=True):
-        colour = operation >= first_colour
-        # What an image has been moved by is sampled before its colours change, and before the end.
-        images = _sampled(images, moves, moved & colour)
-        moves = torch.where(colour[:, None, None], still, chain(moves, _matrices(images, operation, level)))
-        moved = ~colour & (moved | (operation > 0))
+    places = torch.arange(len(images), device=images.device)  # where each image lies
+    steps = _matrices(images, chosen.flatten(), strength.flatten()).view(*chosen.shape, 3, 3)
+    for operation, level, step in zip(chosen, strength, steps, strict=True):
+        # Images of one operation are brought together and changed in place, which takes half the time of picking them.
         order = operation.argsort(stable=True)
+        images = images.index_select(0, places.index_select(0, order))
+        places = order.argsort()
         counts = torch.bincount(operation, minlength=len(OPERATIONS)).tolist()
-        groups = order.split(counts)[first_colour:]
-        for change, group in zip(COLOURS.values(), groups, strict=True):
+        # What an image has been moved by is sampled before its colours change, and before the end.
+        colour = operation >= first_colour
+        _sample(images, places, moves, moved & colour)
+        moves = torch.where(colour[:, None, None], still, chain(moves, step))
+        moved = ~colour & (moved | (operation > 0))
+        groups, levels = (whole.split(counts)[first_colour:] for whole in (images, level.index_select(0, order)))
+        for change, group, own in zip(COLOURS.values(), groups, levels, strict=True):
             if len(group):
-                images[group] = change(images[group], level[group])
-    return _sampled(images, moves, moved)
+                group.copy_(change(group, own))
+    _sample(images, places, moves, moved)
+    return images.index_select(0, places)
 
 
-def _sampled(images: Tensor, matrices: Tensor, which: Tensor) -> Tensor:
+def _sample(images: Tensor, places: Tensor, matrices: Tensor, which: Tensor) -> None:
+    """Sample those images, in place, for which `which` `(n,)` is true; the i-th lies at `places[i]`."""
     group = which.nonzero()[:, 0]
     if len(group):
-        images[group] = sample(images[group], matrices[group])
-    return images
+        place = places.index_select(0, group)
+        images.index_copy_(0, place, sample(images.index_select(0, place), matrices.index_select(0, group)))
 
 
 def _matrices(images: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
@@ -113,20 +121,17 @@ def _matrices(images: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
     Shears keep the upper and the left edge, and translations are by whole pixels, as torchvision's.
     """
     height, width = images.shape[2:]
-    numbers = range(1, 1 + len(MOVES))
-    slope_x, slope_y, right, down, angle = (
-        torch.where(operation == number, reach * strength, 0.0)
-        for number, reach in zip(numbers, MOVES.values(), strict=True)
-    )
-    right, down = ((share * side).trunc() / side for share, side in ((right, width), (down, height)))
+    reach = torch.tensor(list(MOVES.values()), device=images.device)[:, None]
+    numbers = torch.arange(1, 1 + len(MOVES), device=images.device)[:, None]
+    slope_x, slope_y, right, down, angle = (operation == numbers) * reach * strength
     slope_x, slope_y = slope_x * (height / width), slope_y * (width / height)
-    nothing = torch.zeros_like(angle)
-    found = affine_matrices(images, angle=-angle, translate=(right, down), scale=nothing + 1, shear=nothing)
-    found[:, 0, 1] += slope_x
-    found[:, 0, 2] += slope_x
-    found[:, 1, 0] += slope_y
-    found[:, 1, 2] += slope_y
-    return found
+    x, y = ((share * side).trunc() * (2 / side) for share, side in ((right, width), (down, height)))
+    cos, sin = (angle * (math.pi / 180)).cos(), (angle * (math.pi / 180)).sin()
+    # Each image is moved in one way alone: in the sums every term but one is nothing.
+    return matrices_of(
+        cos, slope_x - sin * (height / width), slope_x - x,
+        slope_y + sin * (width / height), cos, slope_y - y,
+    )  # fmt: skip
 
 
 __all__ = ["COLOURS", "MOVES", "OPERATIONS", "RandAugment", "apply"]

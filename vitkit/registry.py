@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
-from importlib.metadata import Distribution, PackageNotFoundError, distributions, version
+from importlib.metadata import PackageNotFoundError, distributions, version
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -223,21 +223,24 @@ def _claims(entry: Entry, name: str) -> bool:
 def _installed(kind: str, group: str) -> Iterator[Entry]:
     """The entries that installed distributions declare; one with unreadable metadata costs only its own."""
     seen: set[str] = set()
-    for distribution, points in _distributions():
-        if distribution.name in seen:  # the first on sys.path is the one that would be imported
+    for name, number, points in _distributions():
+        if name in seen:  # the first on sys.path is the one that would be imported
             continue
-        seen.add(distribution.name)
+        seen.add(name)
         for point in points:
             if point.group == group:
-                yield Entry(kind, point.name, distribution.name, distribution.version, point.value)
+                yield Entry(kind, point.name, name, number, point.value)
 
 
-def _distributions() -> Iterator[tuple[Distribution, list[Any]]]:
+def _distributions() -> Iterator[tuple[str, str, list[Any]]]:
+    """Name, version and entry points of each distribution that declares any of vitkit's."""
     for distribution in distributions():
         try:
             points = [point for point in distribution.entry_points if point.group.startswith("vitkit.")]
-            if points and distribution.name:
-                yield distribution, points
+            if points:
+                about = distribution.metadata  # parsed each time that it is asked for, a README with it
+                if about["Name"]:
+                    yield about["Name"], about["Version"], points
         except Exception:
             continue  # `vitkit doctor` names distributions with unreadable metadata
 

@@ -21,10 +21,12 @@ class JEPA(nn.Module):
       label alone. A share `swap` of the images are told a wrong label k in place of their own y. Such a view
       stands for what the image would be as a k: z(image, k) − ℓ_k + ℓ_y is what must agree with the other
       views, where ℓ are the labels' own projections, held fixed there. So the label is what a view with a
-      label gets its class from, and an image agrees with itself under its own label alone. The view is shown
-      a share `keep` of its patches.
-    - "seed": every image with its own label, all patches.
+      label gets its class from, and an image agrees with itself under its own label alone.
+    - "seed": every image with its own label.
     - "images": every image alone: the baseline without labels. The backbone's label embedding is frozen.
+
+    Each view shows a share `keep` of its patches, drawn anew for each image (as in FLIP, Li et al., arXiv 2212.00794): a step
+    costs about that share, and views have less in common. Evaluators show all.
 
     A hidden label's token names no class, and its sample has no view of the label alone. SIGReg looks at all
     views but that one, which has as many values as there are classes and cannot be Gaussian.
@@ -78,10 +80,11 @@ class JEPA(nn.Module):
         views, rows = images.shape[1], images.transpose(0, 1).flatten(0, 1)  # (v·b c h w)
         if self.objective == "joint":
             return self._embed_joint(rows, labels, max(views - 1, 1))
+        keep = self._kept(labels, views)
         if self.objective == "seed":
-            features = self.backbone.encode_multimodal(rows, labels.repeat(views))
+            features = self.backbone.encode_multimodal(rows, labels.repeat(views), keep=keep)
         else:
-            features = self.backbone.encode_image(rows)
+            features = self.backbone.encode_image(rows, keep=keep)
         return {"features": features.unflatten(0, (views, len(labels))).transpose(0, 1)}
 
     def loss_of(self, embedded: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -99,11 +102,12 @@ class JEPA(nn.Module):
     def _embed_joint(self, rows: Tensor, labels: Tensor, alone: int) -> dict[str, Tensor]:
         """`rows` (v·b c h w), of which the first `alone`·b are seen without a label, and the last b with one."""
         self.backbone.check_labels(labels)
-        batch, told, keep = len(labels), self._tell(labels.clamp(min=0)), self._kept(labels)
+        batch, told, keep = len(labels), self._tell(labels.clamp(min=0)), self._kept(labels, alone + 1)
         shown = torch.where(labels >= 0, told, labels)
+        apart, beside = (None, None) if keep is None else keep.split([alone * batch, batch])
         features = [
-            self.backbone.encode_image(rows[: alone * batch]),
-            self.backbone.encode_multimodal(rows[len(rows) - batch :], shown, keep=keep),
+            self.backbone.encode_image(rows[: alone * batch], keep=apart),
+            self.backbone.encode_multimodal(rows[len(rows) - batch :], shown, keep=beside),
         ]
         views = torch.cat(features).unflatten(0, (alone + 1, batch))  # (v b d)
         return {"features": views.transpose(0, 1), "labels": labels, "told": told}
@@ -131,11 +135,11 @@ class JEPA(nn.Module):
         swapped = draw_rows(lambda n: torch.rand(n, device=device), labels) < self.swap
         return torch.where(swapped, (labels + steps) % classes, labels)
 
-    def _kept(self, labels: Tensor) -> Tensor | None:
-        """The patches `(b k)` that go beside a label, drawn for each sample; None for all."""
+    def _kept(self, labels: Tensor, views: int) -> Tensor | None:
+        """The patches `(v·b k)` that the views show, drawn for each; None for all."""
         patches = self.backbone.num_patches
         count = max(1, round(self.keep * patches))
         if count == patches:
             return None
-        drawn = draw_rows(lambda n: torch.rand(n, patches, device=labels.device), labels)
-        return drawn.argsort(dim=1)[:, :count]
+        drawn = draw_rows(lambda n: torch.rand(n, views, patches, device=labels.device), labels)
+        return drawn.argsort(dim=-1)[..., :count].transpose(0, 1).flatten(0, 1)

@@ -10,7 +10,10 @@ LAYER_NORM_EPS = 1e-6  # as in the published ViT and timm; torch's own default i
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over all tokens, softmax(Q·Kᵀ/√d_k)·V, projected back: `(b n d)` → `(b n d)`."""
+    """Multi-head self-attention over all tokens, softmax(Q·Kᵀ/√d_k)·V, projected back: `(b n d)` → `(b n d)`.
+
+    With `queries` for the first tokens alone, `(b queries d)`: the others are keys and values only.
+    """
 
     def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
         super().__init__()
@@ -19,8 +22,8 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self._heads(x)
+    def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
+        q, k, v = self._heads(x) if queries is None else self._some_heads(x, queries)
         mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         return self.proj(rearrange(mixed, "b h n d -> b n (h d)"))
 
@@ -32,6 +35,12 @@ class Attention(nn.Module):
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
         return q, k, v
+
+    def _some_heads(self, x: Tensor, queries: int) -> tuple[Tensor, Tensor, Tensor]:
+        weight, bias, dim = self.qkv.weight, self.qkv.bias, x.shape[-1]
+        q = F.linear(x[:, :queries], weight[:dim], bias[:dim])
+        k, v = rearrange(F.linear(x, weight[dim:], bias[dim:]), "b n (two h d) -> two b h n d", two=2, h=self.num_heads)
+        return rearrange(q, "b n (h d) -> b h n d", h=self.num_heads), k, v
 
 
 class MLP(nn.Module):
@@ -54,6 +63,9 @@ class Block(nn.Module):
     In training each sample skips either branch with probability `drop_path`, and what is kept is scaled by
     1/(1 − drop_path) (stochastic depth, arXiv 1603.09382). On a CPU the work is done by `cpu_block`, except with
     stochastic depth, which it does not know.
+
+    With `queries` the output is that of the first tokens alone, `(b queries d)`, at a sixth of the block's cost where they
+    are few: what a last block is asked for whose CLS token alone is looked at.
     """
 
     def __init__(
@@ -73,10 +85,10 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = MLP(dim, int(dim * mlp_ratio), dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if cpu_block.suits(x) and not (self.training and self.drop_path):
+    def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
+        if queries is None and cpu_block.suits(x) and not (self.training and self.drop_path):
             return self._on_cpu(x)
-        x = x + self._skip(self.attn(self.norm1(x)))
+        x = x[:, :queries] + self._skip(self.attn(self.norm1(x), queries))
         return x + self._skip(self.mlp(self.norm2(x)))
 
     def _skip(self, branch: Tensor) -> Tensor:

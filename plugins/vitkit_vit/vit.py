@@ -146,8 +146,15 @@ class ViT(nn.Module):
     def encode_image(
         self, x: Tensor | None, *, extra_tokens: Tensor | None = None, keep: Tensor | None = None
     ) -> Tensor:
-        """Images `(b c h w)` → pooled features `(b d)`; arguments as for `forward`."""
-        return self.pool(self(x, extra_tokens=extra_tokens, keep=keep))
+        """Images `(b c h w)` → pooled features `(b d)`; arguments as for `forward`.
+
+        With pool="cls" the last block gives the CLS token alone, which saves five sixths of it.
+        """
+        tokens = self._embed(x, extra_tokens, keep)
+        for block in self.blocks[:-1]:
+            tokens = self._step(block, tokens)
+        tokens = self._step(self.blocks[-1], tokens, 1 if self.cls_token is not None else None)
+        return self.pool(self._normed(tokens))
 
     def pool(self, tokens: Tensor) -> Tensor:
         """Tokens `(b n d)` → `(b d)`: the CLS token, or the mean over patches and extra tokens."""
@@ -245,10 +252,10 @@ class ViT(nn.Module):
             )
         return patches.gather(1, keep[:, :, None].expand(-1, -1, self.embed_dim))
 
-    def _step(self, block: nn.Module, tokens: Tensor) -> Tensor:
+    def _step(self, block: nn.Module, tokens: Tensor, queries: int | None = None) -> Tensor:
         if self.checkpoint and torch.is_grad_enabled():
-            return recompute(block, tokens, use_reentrant=False)
-        return block(tokens)
+            return recompute(block, tokens, queries, use_reentrant=False)
+        return block(tokens, queries)
 
     def _normed(self, tokens: Tensor) -> Tensor:
         return self.norm(tokens.to(self.norm.weight.dtype))  # blocks may leave them in autocast's dtype

@@ -3,8 +3,13 @@
 A step takes CLS and 64 patches a view through the encoder and a projection to 64 dimensions, the loss with 256 directions,
 the backward pass and AdamW. All sides start from the same weights. Tuned by hand is bf16 autocast, torch.compile, AdamW
 fused, and attention as batched products, which train faster on CPUs than torch's flash attention at this length.
-stable-pretraining's LeJEPA is not a side of its own: its encoder is timm's ViT, too, and thirty packages come with it.
+
+A second row sets stable-pretraining's LeJEPA beside it where that is installed (`pip install stable-pretraining`; it is not in the
+extra `bench`, as fifty packages come with it): the same ViT of timm's, of which it asks one view in each of two calls, with its own
+loss of one global and one local view.
 """
+
+import importlib.util
 
 import torch
 from lightly.loss import LeJEPALoss as LightlyLeJEPALoss
@@ -41,14 +46,7 @@ def vitkit_step(images: Tensor) -> Call:
 
 
 def peer_step(images: Tensor, *, tuned: bool, compiled: bool) -> Call:
-    vit = VisionTransformer(
-        img_size=32, patch_size=4, embed_dim=192, depth=6, num_heads=3, num_classes=0, global_pool="token"
-    )
-    torch.manual_seed(0)
-    vit.load_state_dict(ViT(depth=6, dropout=0.0).state_dict())
-    if tuned:
-        unfused(vit)
-    model = nn.Sequential(vit, nn.Linear(192, 64))
+    model = nn.Sequential(peer_vit(tuned=tuned), nn.Linear(192, 64))
     objective = LightlyLeJEPALoss(sigreg_num_vectors=DIRECTIONS)
 
     def loss() -> Tensor:
@@ -58,6 +56,32 @@ def peer_step(images: Tensor, *, tuned: bool, compiled: bool) -> Call:
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=tuned)
     return training_step(model, loss, optimizer, bf16=tuned, compiled=tuned and compiled)
+
+
+def stable_pretraining_step(images: Tensor, *, tuned: bool, compiled: bool) -> Call:
+    from stable_pretraining.methods.lejepa import LeJEPA  # it takes long and sets up logging
+
+    model = LeJEPA("vit_tiny_patch16_224", projector=nn.Linear(192, 64), n_slices=DIRECTIONS, drop_path_rate=0.0)
+    model.backbone = peer_vit(tuned=tuned)
+
+    def loss() -> Tensor:
+        first, second = images.chunk(VIEWS)
+        return model(global_views=[first], local_views=[second]).loss
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=tuned)
+    return training_step(model.backbone, loss, optimizer, bf16=tuned, compiled=tuned and compiled)
+
+
+def peer_vit(*, tuned: bool) -> VisionTransformer:
+    """timm's, from vitkit's weights; tuned, with attention as batched products."""
+    vit = VisionTransformer(
+        img_size=32, patch_size=4, embed_dim=192, depth=6, num_heads=3, num_classes=0, global_pool="token"
+    )
+    torch.manual_seed(0)
+    vit.load_state_dict(ViT(depth=6, dropout=0.0).state_dict())
+    if tuned:
+        unfused(vit)
+    return vit
 
 
 def unfused(vit: VisionTransformer) -> None:
@@ -70,11 +94,16 @@ def rows(options: Options) -> list[Row]:
     samples = 16 if options.quick else 64
     torch.manual_seed(0)
     images = torch.randn(VIEWS * samples, 3, 32, 32)
-    steps = {
-        "vitkit": vitkit_step(images),
-        "documented": peer_step(images, tuned=False, compiled=False),
-        "tuned": peer_step(images, tuned=True, compiled=options.compiled),
-    }
-    wanted = "≥ 3.2, ≥ 2.6, ≥ 50 %"
-    what, peer = f"training step, {samples} samples", "timm's ViT, lightly's LeJEPALoss"
-    return [compare_steps("JEPA", what, "views", VIEWS * samples, steps, options, wanted=wanted, peer=peer)]
+    peers = {"timm's ViT, lightly's LeJEPALoss": peer_step}
+    if importlib.util.find_spec("stable_pretraining") is not None:
+        peers["stable-pretraining's LeJEPA"] = stable_pretraining_step
+    wanted, what = "≥ 3.2, ≥ 2.6, ≥ 50 %", f"training step, {samples} samples"
+    found = []
+    for peer, make in peers.items():
+        steps = {
+            "vitkit": vitkit_step(images),
+            "documented": make(images, tuned=False, compiled=False),
+            "tuned": make(images, tuned=True, compiled=options.compiled),
+        }
+        found.append(compare_steps("JEPA", what, "views", VIEWS * samples, steps, options, wanted=wanted, peer=peer))
+    return found

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from importlib.metadata import distributions
 
 import pytest
 
@@ -211,6 +212,16 @@ def test_a_plugin_adds_a_command(vitkit, install):
     near = vitkit("gret")
     assert near.returncode == 2
     assert "no command named 'gret'; did you mean 'greet'?" in near.stderr
+
+
+def test_help_looks_through_what_is_installed_once(vitkit, install, monkeypatch):
+    for number in range(3):
+        install(f"greeter{number}", "1.0", {"commands": {f"greet{number}": "greeter:greet"}})
+    looks = []
+    monkeypatch.setattr("vitkit.registry.distributions", lambda: looks.append(1) or distributions())
+    shown = vitkit("--help").stdout
+    assert all(f"greet{number}" in shown for number in range(3))
+    assert len(looks) == 1
 
 
 def test_a_broken_command_costs_itself_alone(vitkit, install):

@@ -105,7 +105,7 @@ def test_a_swapped_view_agrees_where_the_label_alone_moves_it() -> None:
 
         num_classes, num_patches = 3, 4
 
-        def encode_image(self, x: Tensor) -> Tensor:
+        def encode_image(self, x: Tensor, *, keep: Tensor | None = None) -> Tensor:
             return x.flatten(1)[:, :8]
 
         def encode_label(self, labels: Tensor) -> Tensor:
@@ -134,11 +134,31 @@ def test_swap_is_the_share_of_wrong_labels() -> None:
         assert ((told >= 0) & (told < 3)).all()
 
 
-def test_fewer_patches_enter_with_the_label() -> None:
-    model, seen = jepa("joint", keep=0.5), []
+@pytest.mark.parametrize(
+    ("objective", "expected"),
+    [
+        ("joint", [(4, 2), (2, 3), (3, 1)]),  # two views of two images; two patches and a label; three labels
+        ("seed", [(6, 3)]),
+        ("images", [(6, 2)]),
+    ],
+)
+def test_every_view_shows_a_share_of_its_patches(objective: str, expected: list[tuple[int, int]]) -> None:
+    model, seen = jepa(objective, keep=0.5), []
     model.backbone.vit.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:2]))
-    run(model, batch([0, 1]))
-    assert seen == [(2, 4), (2, 3), (3, 1)]  # two images; two of their patches and a label; three labels
+    run(model, batch([0, 1], views=3))
+    assert seen == expected
+
+
+def test_patches_are_drawn_for_each_view_of_each_image_and_none_comes_twice() -> None:
+    torch.manual_seed(0)
+    model = jepa(keep=0.5)  # two of four patches: six ways
+    kept = model._kept(torch.zeros(500, dtype=torch.int64), 2).sort(dim=1).values
+    assert kept.shape == (1000, 2)
+    ways, counts = kept.unique(dim=0, return_counts=True)
+    assert len(ways) == 6
+    assert (ways[:, 0] != ways[:, 1]).all()
+    assert counts.float().std() < 4 * 1000**0.5 / 6  # evenly, as far as chance lets
+    assert (kept[:500] == kept[500:]).all(dim=1).float().mean().item() == pytest.approx(1 / 6, abs=0.07)
 
 
 def test_a_single_view_needs_no_axis_of_its_own() -> None:

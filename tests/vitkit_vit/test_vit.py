@@ -5,6 +5,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from vitkit import backbones
 from vitkit.errors import UsageError
@@ -179,6 +180,32 @@ def test_one_extra_token_serves_every_sample() -> None:
     expected = model(images, extra_tokens=extra.repeat(3, 1, 1))
     torch.testing.assert_close(model(images, extra_tokens=extra), expected)
     torch.testing.assert_close(model(images, extra_tokens=extra.expand(3, -1, -1)), expected)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"depth": 1}, {"registers": 2}, {"pool": "mean"}, {"checkpoint": True}], ids=str)
+def test_pooled_features_are_those_of_all_tokens_pooled_gradients_included(arguments: dict[str, object], path: str) -> None:
+    """The CLS token alone goes through the last block; what it says is the same."""
+    model = randomised(vit(**arguments))
+    images, extra = torch.randn(3, 3, 16, 16), torch.randn(3, 2, 32)
+    keep = torch.arange(10).expand(3, -1)
+    found = []
+    for call in (model.encode_image, lambda *args, **kwargs: model.pool(model(*args, **kwargs))):
+        model.zero_grad()
+        features = call(images, extra_tokens=extra, keep=keep)
+        features.square().sum().backward()
+        found.append((features.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+def test_pooling_one_token_spares_most_of_the_last_block(path: str) -> None:
+    model, images = vit(depth=1), torch.randn(2, 3, 16, 16)
+    flops = []
+    for call in (model.encode_image, model):
+        with FlopCounterMode(display=False) as counter:
+            call(images)
+        flops.append(counter.get_total_flops())
+    patches = 2 * 2 * 16 * 3 * 16 * 32
+    assert flops[0] - patches < 0.25 * (flops[1] - patches)
 
 
 @pytest.mark.parametrize(("pool", "prefix"), [("cls", 1), ("mean", 0)])
