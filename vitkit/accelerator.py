@@ -53,15 +53,20 @@ def resolve_precision(precision: str, device: str) -> str:
     return precision
 
 
-def make_accelerator(device: str, precision: str, report_to: list[str], directory: Path) -> Accelerator:
-    """An accelerator for resolved `device` and `precision`, with accelerate's trackers beside vitkit's own CSV."""
-    trackers = [name for name in report_to if name != "csv"]
+def resolve_trackers(report_to: list[str]) -> list[str]:
+    """Accelerate's trackers among `report_to`, beside vitkit's own CSV; `UsageError` for one that is not there."""
+    trackers = [name for name in report_to if name not in ("", "csv")]
     there = {str(tracker) for tracker in get_available_trackers()}
     for name in trackers:
         if name not in TRACKERS:
             raise UsageError(f"--report-to {name}: no such tracker{nearest(name, TRACKERS)}; csv, {', '.join(TRACKERS)}")
         if name not in there:
             raise UsageError(f"--report-to {name} needs the package: pip install {name.replace('_', '-')}")
+    return trackers
+
+
+def make_accelerator(device: str, precision: str, trackers: list[str], directory: Path) -> Accelerator:
+    """An accelerator for resolved `device`, `precision` and `trackers`."""
     # accelerate keeps one state a process; a second run, in a notebook say, may want another precision, or device
     alone = PartialState._shared_state == {} or PartialState().num_processes == 1
     AcceleratorState._reset_state(reset_partial_state=alone)
@@ -94,4 +99,7 @@ def shards(accelerator: Accelerator) -> bool:
     return bool(getattr(accelerator, "is_fsdp2", False))
 
 
-__all__ = ["DeviceName", "Precision", "has_fast_bf16", "make_accelerator", "resolve_device", "resolve_precision", "shards"]
+__all__ = [
+    "DeviceName", "Precision", "has_fast_bf16", "make_accelerator", "resolve_device", "resolve_precision", "resolve_trackers",
+    "shards",
+]  # fmt: skip

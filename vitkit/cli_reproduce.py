@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 def reproduce(
     run: Annotated[str, typer.Argument(metavar="RUN", help="a finished run: its directory, or OWNER/NAME on the Hub")],
     out: Annotated[Path | None, typer.Option(help="the new run's directory; default runs/RECIPE/TIME")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the one in --out that was stopped")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="run the recipe's code without asking")] = False,
 ) -> None:
     """Run a run's recipe again with its arguments and seed, and give a verdict for each metric.
@@ -36,7 +37,7 @@ def reproduce(
             raise UsageError("nobody is there to be asked whether that code may run; give --yes if you trust it")
         return typer.confirm("Run it?", err=True)
 
-    done = again(run, out=out, confirm=confirm, console=err)
+    done = again(run, out=out, resume=resume, confirm=confirm, console=err)
     if done is None:
         raise typer.Exit(130)
     _show(done, run)

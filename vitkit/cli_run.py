@@ -27,6 +27,8 @@ SETTINGS: dict[str, tuple[Any, Any, str]] = {
     "devices": (int | None, None, "with --dry-run: memory, FLOPs and time of a run on so many devices"),
 }
 ONE_WAY = ("resume", "overwrite", "dry_run")
+FREE = ("device", "compile", "report_to")
+"""Settings that a run may go on with other ones of."""
 PANEL = "Every run"
 
 
@@ -50,12 +52,13 @@ def _command(recipe: Recipe) -> Any:
         given = {name for name in values if _is_given(context, name)}
         settings = {name: values[name] for name in SETTINGS}
         flags = {name: values[name] for name in recipe.flags}
-        if settings["resume"]:
-            settings, flags = _recorded(recipe, settings, flags, given)
+        console = Console(stderr=True, highlight=False)
+        if settings["resume"] and not settings["overwrite"]:
+            settings, flags = _recorded(recipe, settings, flags, given, console)
         from vitkit.run import execute  # torch
 
-        line = _command_line(recipe, values, given)
-        raise typer.Exit(execute(recipe, {**settings, "command": line}, flags, Console(stderr=True, highlight=False)))
+        line = _command_line(recipe, {**flags, **settings}, given)
+        raise typer.Exit(execute(recipe, {**settings, "command": line}, flags, console))
 
     kind = inspect.Parameter.KEYWORD_ONLY
     parameters = [inspect.Parameter("context", kind, annotation=typer.Context)]
@@ -89,35 +92,64 @@ def _is_given(context: typer.Context, name: str) -> bool:
 
 
 def _recorded(
-    recipe: Recipe, settings: dict[str, Any], flags: dict[str, Any], given: set[str]
+    recipe: Recipe, settings: dict[str, Any], flags: dict[str, Any], given: set[str], console: Console
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """On `--resume`, the flags that the run was started with; one that is given and differs is refused."""
+    """On `--resume`, the flags that the run was started with; one that is given and would change its numbers is refused."""
     from vitkit.rundir import newest_unfinished
 
     directory = settings["out"] or newest_unfinished(recipe.name)
     summary = read_summary(directory)
     if not summary:
         return {**settings, "out": directory}, flags
+    if _is_copy(recipe.path, directory):
+        recipe.name = str(summary.get("recipe"))
     if summary.get("recipe") != recipe.name:
         raise RunDirectoryError(f"{directory} holds a run of {summary.get('recipe')!r}, not of {recipe.name!r}")
-    earlier: Mapping[str, Any] = {**summary.get("arguments", {}), **_requested(summary)}
-    for name in (*flags, "seed", "precision", "grad_accum", "device"):
+    resolved: Mapping[str, Any] = {**summary.get("arguments", {}), **summary.get("settings", {})}
+    asked: Mapping[str, Any] = requested(summary)
+    for name in (*flags, "seed", "precision", "grad_accum", *FREE):
         values = flags if name in flags else settings
-        if name not in earlier:
+        if name not in asked or (name in FREE and name in given):
             continue
-        if name in given and plain(values[name]) != earlier[name]:
+        # Where the recipe chose for want of a flag, and where `auto` was a precision, what was chosen is the same.
+        same = [asked[name]] + ([resolved.get(name)] if asked[name] is None or name == "precision" else [])
+        if name in given and plain(values[name]) not in same:
             raise RunDirectoryError(
-                f"--{name.replace('_', '-')} was {earlier[name]!r} when {directory} was started and is now "
+                f"--{name.replace('_', '-')} was {asked[name]!r} when {directory} was started and is now "
                 f"{plain(values[name])!r}; leave the flag out to go on, or start another run with another --out"
             )
-        if name not in given:
-            values[name] = typed(recipe.flags[name].annotation, earlier[name]) if name in flags else earlier[name]
+        values[name] = typed(recipe.flags[name].annotation, asked[name]) if name in flags else asked[name]
+    if "device" not in given:
+        settings["device"] = _device(settings["device"], directory, console)
+    given |= {name for name in asked if name in settings and settings[name] != SETTINGS[name][1]}
+    given |= {name for name in flags if name in asked and flags[name] != recipe.flags[name].default}
     return {**settings, "out": directory}, flags
 
 
-def _requested(summary: Mapping[str, Any]) -> dict[str, Any]:
-    settings = summary.get("settings", {})
-    return {name: settings[name] for name in ("seed", "precision", "grad_accum") if name in settings}
+def requested(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run was asked for, by a recipe's flags and the runner's settings, before anything was resolved."""
+    found = summary.get("requested")
+    if isinstance(found, dict):
+        return dict(found)
+    settings = summary.get("settings", {})  # a run of before this was recorded
+    return {**summary.get("arguments", {}), **{name: settings[name] for name in ("seed", "precision", "grad_accum") if name in settings}}
+
+
+def _is_copy(path: Path, directory: Path) -> bool:
+    """Whether a recipe is the copy that the run in a directory keeps of its own."""
+    return path.name == "recipe.py" and path.resolve().parent == directory.resolve()
+
+
+def _device(asked: str, directory: Path, console: Console) -> str:
+    """The device that a run was started with, or `auto` and a line where this machine has none such."""
+    from vitkit.accelerator import resolve_device  # torch
+
+    try:
+        resolve_device(asked)
+    except UsageError as error:
+        console.print(f"{directory} was started with {error}; going on with --device auto", markup=False, soft_wrap=True)
+        return "auto"
+    return asked
 
 
 def _command_line(recipe: Recipe, values: Mapping[str, Any], given: set[str]) -> str:
@@ -135,4 +167,4 @@ def _command_line(recipe: Recipe, values: Mapping[str, Any], given: set[str]) ->
     return shlex.join(words)
 
 
-__all__ = ["SETTINGS", "run"]
+__all__ = ["SETTINGS", "requested", "run"]

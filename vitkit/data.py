@@ -118,12 +118,17 @@ def resolve(name: str, *, default: str, **kwargs: Any) -> ImageDataset:
     try:
         return build(default, **kwargs)
     except MissingDatasetError as error:
-        found = build("digits", **kwargs)
-        notice = (
-            f"{default} is neither in the dataset store nor could it be downloaded: training on scikit-learn's digits "
-            f"instead, {len(found.train):,} small images. These numbers are NOT {default}'s. ({error})"
-        )
-        return replace(found, fallback_for=default, notice=notice)
+        return stand_in(default, f"{default} is neither in the dataset store nor could it be downloaded", f"({error})", **kwargs)
+
+
+def stand_in(wanted: str, why: str, more: str = "", **kwargs: Any) -> ImageDataset:
+    """The embedded `digits` in place of a dataset, with a `notice` that says `why`."""
+    found = build("digits", **kwargs)
+    notice = (
+        f"{why}: training on scikit-learn's digits instead, {len(found.train):,} small images. "
+        f"These numbers are NOT {wanted}'s. {more}"
+    )
+    return replace(found, fallback_for=wanted, notice=notice.rstrip())
 
 
 def fetched(name: str, fetch: Callable[[], tuple[dict[str, Tensor], list[str]]]) -> Stored:

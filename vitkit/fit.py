@@ -181,6 +181,7 @@ class Fit:
             if self.average is not None:
                 self.average.update(self.trained)
             progress["step"] += 1
+            run.begin()
             run.peers.moved()
             for index, parts in enumerate(found, start=progress["batch"]):
                 self._pending.append((index, {name: value.detach() for name, value in parts.items()}, norm, lr))

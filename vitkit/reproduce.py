@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,8 @@ import torch
 from rich.console import Console
 
 from vitkit.accelerator import resolve_device, resolve_precision
-from vitkit.cli_run import SETTINGS
-from vitkit.errors import RunError, UsageError
+from vitkit.cli_run import SETTINGS, requested
+from vitkit.errors import RunDirectoryError, RunError, UsageError
 from vitkit.hub import resolve
 from vitkit.recipe import Recipe, typed
 from vitkit.run import execute
@@ -56,17 +57,20 @@ class Reproduction:
 
 
 def reproduce(
-    source: str, *, out: Path | None = None, confirm: Callable[[str], bool], console: Console
+    source: str, *, out: Path | None = None, resume: bool = False, confirm: Callable[[str], bool], console: Console
 ) -> Reproduction | None:
     """Run the recipe that a finished run keeps a copy of, as that run did, in a new directory, and compare the metrics.
 
-    `source` is a run's directory or a Hub repository. `confirm` is asked before any of its code runs, with a sentence
-    that says whose it is; None where it declines or the run is interrupted. Where processor, versions, threads and
+    `source` is a run's directory or a Hub repository; `resume` goes on with a reproduction of it in `out`. `confirm` is asked
+    before any of its code runs, with a sentence that says whose it is; None where it declines or the run is interrupted.
+    Where processor, versions, threads and
     settings are those recorded, on a CPU, the numbers have to be the same. Elsewhere an accuracy p of n samples may
     differ by 1.96·√(2·p̃·(1 − p̃)/n) with p̃ = (n·p + 2)/(n + 4) (Agresti and Coull, 1998), another metric by 5 % of
-    its value. Raises `UsageError` for a directory without a finished run or its recipe and `RecipeError` for a recipe
-    that takes other flags than were recorded.
+    its value. Raises `UsageError` for a directory without a finished run or its recipe, `RunDirectoryError` where there is
+    nothing in `out` to resume, and `RecipeError` for a recipe that takes other flags than were recorded.
     """
+    if resume and out is None:
+        raise UsageError("--resume goes on with a reproduction that was stopped: give its directory with --out")
     directory = resolve(source, model_alone=False)
     summary = read_summary(directory)
     if summary.get("status") != "finished" or not isinstance(summary.get("final"), dict):
@@ -83,11 +87,14 @@ def reproduce(
         return None
     recipe = Recipe(path, reserved=frozenset(SETTINGS), name=str(summary.get("recipe", "")))
     flags, settings = _flags(recipe, summary), _settings(summary)
+    command = shlex.join(["vitkit", "reproduce", source])
+    if resume and out is not None and read_summary(out).get("command") != command:
+        raise RunDirectoryError(f"{out} holds no reproduction of {source} that was stopped; leave out --resume to start one")
     out = out or fresh(recipe.name)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(max(1, int(summary.get("settings", {}).get("threads", threads))))
-        code = execute(recipe, {**settings, "out": out, "command": f"vitkit reproduce {source}"}, flags, console)
+        code = execute(recipe, {**settings, "out": out, "resume": resume, "command": command}, flags, console)
     finally:
         torch.set_num_threads(threads)
     return None if code else _compared(out, summary, read_summary(out))
@@ -103,8 +110,8 @@ def tolerance(value: float, protocol: Mapping[str, Any] | None) -> tuple[float, 
 
 
 def _flags(recipe: Recipe, summary: Mapping[str, Any]) -> dict[str, Any]:
-    """The recorded arguments as the recipe's flags; what it resolved besides is no flag."""
-    recorded = summary.get("arguments", {})
+    """What was asked for as the recipe's flags; what it made of that is its own to find again."""
+    recorded = requested(summary)
     missing = [name for name in recipe.flags if name not in recorded]
     if missing:
         raise RunError(f"{recipe.path} takes {', '.join(missing)}, which the run's summary does not record")

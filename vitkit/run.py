@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-import shutil
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -19,17 +19,17 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from vitkit import checkpoint, data
-from vitkit.accelerator import make_accelerator, resolve_device, resolve_precision, shards
+from vitkit.accelerator import make_accelerator, resolve_device, resolve_precision, resolve_trackers, shards
 from vitkit.contracts import Picture, Scores
 from vitkit.distributed import broadcast_text
-from vitkit.errors import UsageError, VitkitError, at_least
+from vitkit.errors import RunDirectoryError, UsageError, VitkitError, at_least
 from vitkit.files import atomic_write, write_json
 from vitkit.fit import Epoch, Fit, check_arguments
 from vitkit.peers import Peers, is_collective
 from vitkit.preview import preview
 from vitkit.progress import Progress
 from vitkit.recipe import plain
-from vitkit.rundir import BEST, claim, remove_run
+from vitkit.rundir import BEST, TRACKERS, Claim, claim, read_summary, remove_run, trackers_aside
 from vitkit.signals import ignore_termination
 from vitkit.state import load_state
 from vitkit.summary import best_of, processor, versions, write_csv
@@ -43,10 +43,11 @@ class Run:
     """A run directory, a device setup and a log of metrics.
 
     `out` is the directory (default `runs/<name>/<time>`), `seed` fixes every random choice, `device` is auto, cpu,
-    cuda or mps, `precision` is auto, fp32, bf16 or fp16 (auto: bf16 where the hardware computes in it), `compile` is
-    auto, on or off, `resume` goes on with the run in `out`, `overwrite` replaces it, `grad_accum` takes the
-    gradient of so many batches together before a step, `report_to` names accelerate's trackers beside the CSV files,
-    `dry_run` shows what would be trained and, with `devices`, what so many devices would need for it.
+    cuda or mps, `precision` is auto, fp32, bf16 or fp16 (auto: bf16 where the hardware computes in it, or what a run
+    that is resumed began with), `compile` is auto, on or off, `resume` goes on with the run in `out`, `overwrite` replaces it
+    once the first step is taken, `grad_accum` takes the gradient of so many batches together before a step, `report_to` names
+    accelerate's trackers beside the CSV files, `dry_run` shows what would be trained and, with `devices`, what so many devices
+    would need for it. Nothing is written before the first step, so that what is refused leaves the directory as it was.
     Raises `UsageError` for a setting that this machine cannot give, `RunDirectoryError` for a directory in use.
     """
 
@@ -81,18 +82,36 @@ class Run:
             raise UsageError(f"--devices {devices}: expected at least 1")
         if not 0 <= seed < 2**63:
             raise UsageError(f"--seed {seed}: expected a whole number from 0 to 2**63 - 1")
+        if resume and overwrite:
+            raise RunDirectoryError("--resume goes on with a run and --overwrite discards it; give one of the two")
         self.name, self.seed, self.grad_accum, self.dry_run, self.compile = name, seed, grad_accum, dry_run, compile
         self.arguments = {key: plain(value) for key, value in (arguments or {}).items()}
+        reports = report_to if isinstance(report_to, str) else ",".join(report_to)
+        self._requested = {
+            **self.arguments, "seed": seed, "device": device, "precision": precision, "compile": compile,
+            "grad_accum": grad_accum, "report_to": reports,
+        }  # fmt: skip
         self.command, self.recipe, self.devices = command, recipe, devices
         self.console = console or Console(stderr=True, highlight=False)
-        reports = report_to.split(",") if isinstance(report_to, str) else list(report_to)
+        self._trackers = resolve_trackers(reports.split(","))
         kind = resolve_device(device)
-        self.precision = resolve_precision(precision, kind)
-        self.directory, self._lock = Path(out or "runs"), None
+        resolve_precision(precision, kind)
+        self._source = recipe.read_bytes() if recipe is not None else None  # it may lie in the directory that is replaced
+        self.directory = Path(out or "runs")
+        self._claim: Claim | None = None
         if not dry_run and os.environ.get("RANK", "0") == "0":  # the others are told below; launchers set RANK
-            self.directory, self._lock = claim(Path(out) if out else None, name, resume=resume, overwrite=overwrite)
-        self.resuming = resume and not dry_run
-        self.accelerator = make_accelerator(kind, self.precision, [r for r in reports if r], self.directory)
+            self._claim = claim(Path(out) if out else None, name, resume=resume, overwrite=overwrite)
+            self.directory = self._claim.directory
+        try:
+            self.resuming = resume and not dry_run
+            self._earlier = read_summary(self.directory) if resume else {}
+            if precision == "auto":
+                precision = str(self._earlier.get("settings", {}).get("precision", "auto"))
+            self.precision = resolve_precision(precision, kind)
+            self.accelerator = make_accelerator(kind, self.precision, self._trackers, self.directory)
+        except BaseException:
+            self._let_go(undo=True)
+            raise
         self.device: torch.device = self.accelerator.device
         self.sharded = shards(self.accelerator)
         self.is_main = self.accelerator.is_main_process
@@ -111,13 +130,7 @@ class Run:
         self._progress: Progress | None = None
         self._fit: dict[str, Any] = {}
         self._parameters = 0
-        if self.is_main and not dry_run:
-            if recipe is not None:
-                with atomic_write(self.directory / "recipe.py") as temporary:
-                    shutil.copyfile(recipe, temporary)
-            self._write_summary("running")
-        if not dry_run and set(reports) - {"csv"}:
-            self.accelerator.init_trackers(name, config={k: v for k, v in self.arguments.items() if v is not None})
+        self._begun, self._opened, self._noted = False, False, list[str]()
 
     # -- what a recipe calls ------------------------------------------------------------------------------------
 
@@ -125,14 +138,28 @@ class Run:
         """The dataset of a recipe: `auto` is `default`, or else the embedded `digits` with a warning.
 
         A dataset named by hand never falls back. What was really used stands in the summary, the report and the
-        saved model. Raises `UnknownNameError` and `DatasetError`.
+        saved model. A run that goes on does so with the dataset that it began with. Raises `UnknownNameError`, `DatasetError`
+        and, where that dataset is not what it was, `RunDirectoryError`.
         """
-        found = data.resolve(name, default=default, **kwargs)
+        earlier = self._earlier.get("dataset") or {}
+        earlier = earlier if earlier.get("asked") == name else {}
+        wanted = earlier.get("fallback_for")
+        if wanted:
+            found = data.stand_in(wanted, f"this run began without {wanted} and goes on without it", **kwargs)
+        else:  # once `auto` has been had there is no falling back
+            found = data.resolve(default if earlier and name == "auto" else name, default=default, **kwargs)
+        counts = {"train": len(found.train), "test": len(found.test)}
+        if earlier and counts != {split: earlier.get(split) for split in counts}:
+            before, now = (" + ".join(f"{of.get(split)} {split}" for split in counts) for of in (earlier, counts))
+            raise RunDirectoryError(
+                f"the run in {self.directory} began with {before} images of {earlier.get('name')}, and now there are {now} of "
+                f"{found.name}; put that dataset back to go on, or start another run with another --out"
+            )
         if found.notice and self.is_main:
             self.console.print("[bold yellow]WARNING[/]", Text(found.notice), soft_wrap=True)
         self._dataset = {
             "name": found.name, "asked": name, "fallback_for": found.fallback_for, "notice": found.notice,
-            "classes": list(found.classes), "train": len(found.train), "test": len(found.test),
+            "classes": list(found.classes), **counts,
             "source": found.source, "licence": found.licence, "hub_id": found.hub_id,
         }  # fmt: skip
         return found
@@ -240,6 +267,7 @@ class Run:
 
     def save(self, **modules: nn.Module) -> Path:
         """Write `model.safetensors` and `config.json`: modules by name, each built through a registry."""
+        self._open()
         if self.is_main:
             checkpoint.save(
                 self.directory,
@@ -252,7 +280,10 @@ class Run:
         return self.directory
 
     def resolved(self, **arguments: Any) -> None:
-        """Arguments as the recipe resolved them: what a preset or the dataset decided, for the record."""
+        """Arguments as the recipe resolved them: what a preset or the dataset decided, for the record.
+
+        They are shown; what was asked for is kept beside them, and is what `--resume` and `vitkit reproduce` go by.
+        """
         self.arguments |= {name: plain(value) for name, value in arguments.items()}
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -279,25 +310,39 @@ class Run:
 
     def note(self, text: str) -> None:
         """One line to `log.txt` alone."""
-        if self.is_main and not self.dry_run:
-            with contextlib.suppress(OSError), (self.directory / "log.txt").open("a", encoding="utf-8") as log:
-                log.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+        if not self.is_main or self.dry_run:
+            return
+        line = f"{time.strftime('%H:%M:%S')} {text}\n"
+        if not self._opened and not self.resuming:
+            self._noted.append(line)
+            return
+        with contextlib.suppress(OSError), (self.directory / "log.txt").open("a", encoding="utf-8") as log:
+            log.write(line)
+
+    def way_on(self) -> str:
+        """How a run that was stopped goes on."""
+        if self._keeps_earlier and not self.resuming:
+            return f"no step was taken, and {self.directory} holds the earlier run as it was"
+        command = f"{self.command} --out {shlex.quote(str(self.directory))} --resume"
+        if "RANK" not in os.environ:
+            return f"go on with: {command}"
+        return f"go on with the launcher and its own flags in front, as before: torchrun ... -m {command}"
 
     def alarm(self, text: str) -> None:
         """What ends this rank, and how to go on, to its terminal and to `log.txt`; the summary says that the run failed."""
-        text = f"{text}; go on with: {self.command} --out {self.directory} --resume"
+        text = f"{text}; {self.way_on()}"
         print(f"rank {self.accelerator.process_index}: {text}", file=sys.stderr, flush=True)
         self.note(text)
-        if self.is_main and not self.dry_run:
-            with contextlib.suppress(VitkitError):
-                write_json(self.directory / "summary.json", self._summary("failed"))
+        with contextlib.suppress(VitkitError):
+            self._write_summary("failed")
 
     def finish(self, status: Literal["finished", "interrupted", "failed"] = "finished") -> None:
         """Write the summary and the report, and let the directory go. Called for a recipe by `vitkit run`."""
         self.peers.close()
-        if self.is_main and not self.dry_run:
+        if self.is_main and not self.dry_run and (status == "finished" or not self._keeps_earlier):
             from vitkit.report import write_report  # matplotlib takes a second to import, and only this needs it
 
+            self._open()
             summary = self._summary(status)
             if self._losses:
                 write_report(self.directory, self._pictures, summary)
@@ -309,23 +354,21 @@ class Run:
         self.close()
 
     def discard(self) -> None:
-        """Remove the directory of a run that was refused before its first step; one that has trained is finished."""
-        if self.resuming or self._fit.get("step") or self.dry_run:
+        """Leave the directory of a run that was refused before its first step as it was; one that has trained is finished."""
+        if self._opened:
             self.finish("failed")
-            return
-        if self.is_main:
-            remove_run(self.directory)
-        self.close()
-        with contextlib.suppress(OSError):  # something else is in there, or another rank was faster
-            (self.directory / ".lock").unlink()
-            self.directory.rmdir()
+        else:
+            self.close()
 
     def close(self) -> None:
-        """Let the directory go to another process."""
+        """Let the directory go to another process; where nothing was written it is as it was found."""
         self.peers.close()
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+        self._let_go(undo=not self._opened)
+
+    def _let_go(self, *, undo: bool) -> None:
+        if self._claim is not None:
+            held, self._claim = self._claim, None
+            (held.undo if undo else held.release)()
 
     # -- what the loop calls ------------------------------------------------------------------------------------
 
@@ -353,8 +396,41 @@ class Run:
         self._protocols |= {name: asdict(protocol) for name, protocol in scores.protocols.items()}
         self._pictures |= scores.pictures
 
+    def begin(self) -> None:
+        """The first step has been taken: trackers start, and the directory becomes this run's. Later calls do nothing."""
+        if self._begun or self.dry_run:
+            return
+        self._begun, started = True, bool(self._trackers)
+        if started:
+            replaces = self._claim is not None and self._claim.replaces
+            with trackers_aside(self.directory) if replaces else contextlib.nullcontext():
+                config = {name: value for name, value in self.arguments.items() if value is not None}
+                self.accelerator.init_trackers(self.name, config=config)
+        self._open(keep=(TRACKERS,) if started else ())
+
+    def _open(self, keep: tuple[str, ...] = ()) -> None:
+        """From here on the directory is this run's: an earlier one that it replaces goes, and the first files are written."""
+        if self._opened or self.dry_run or not self.is_main:
+            return
+        if self._claim is not None and self._claim.replaces:
+            remove_run(self.directory, keep=("summary.json", *keep, *(("recipe.py",) if self._source is not None else ())))
+        self._opened = True
+        self._write_summary("running")
+        if self._source is not None:
+            with atomic_write(self.directory / "recipe.py") as temporary:
+                temporary.write_bytes(self._source)
+        noted, self._noted = self._noted, []
+        with contextlib.suppress(OSError), (self.directory / "log.txt").open("a", encoding="utf-8") as log:
+            log.writelines(noted)
+
+    @property
+    def _keeps_earlier(self) -> bool:
+        """Whether the directory still holds an earlier run, or an earlier sitting, that this one has added nothing to."""
+        return not self._opened and (self.resuming or (self._claim is not None and self._claim.replaces))
+
     def log_losses(self, epoch: Epoch, *, lr: float, fit: Mapping[str, Any]) -> None:
         """Write an epoch's row of `losses.csv`, a line of the log, and what trackers want."""
+        self.begin()  # one that was stopped after its last step takes no other
         row = {"epoch": epoch.number, "step": epoch.step, **epoch.losses, "lr": lr}
         row["images_per_second"] = round(fit["images"] / max(fit["train_seconds"], 1e-9), 1)
         row["seconds"] = round(self.seconds, 2)
@@ -373,7 +449,7 @@ class Run:
         self.say("  " + " | ".join(f"{name} {value:.4f}" for name, value in epoch.logged.items()))
         if self.is_main:
             write_csv(self.directory / "metrics.csv", self._metrics)
-            self._write_summary("running")
+        self._write_summary("running")
         if self.accelerator.trackers:
             self.accelerator.log(epoch.logged, step=epoch.step)
 
@@ -406,9 +482,9 @@ class Run:
         }  # fmt: skip
 
     def _write_summary(self, status: str) -> None:
-        if status == "running" and not self._metrics and self.resuming:
-            return  # the earlier sitting's summary says more
-        write_json(self.directory / "summary.json", self._summary(status))
+        if self.is_main and not self.dry_run and not self._keeps_earlier:
+            self._open()
+            write_json(self.directory / "summary.json", self._summary(status))
 
     def _summary(self, status: str) -> dict[str, Any]:
         final = {k: v for k, v in (self._metrics[-1] if self._metrics else {}).items() if k not in ("epoch", "step")}
@@ -419,6 +495,7 @@ class Run:
             "dataset": self._dataset,
             "seed": self.seed,
             "arguments": self.arguments,
+            "requested": self._requested,
             "settings": self.settings(),
             "final": final,
             "best": best_of(self._metrics),
@@ -452,7 +529,7 @@ def execute(recipe: Any, run_arguments: Mapping[str, Any], arguments: Mapping[st
         told = run.peers.failure(wait=1.0)
         if told:  # the launcher stops a job's other ranks when one has failed
             return _stopped_by_another(run, told)
-        run.say(f"stopped; go on with: {run.command} --out {run.directory} --resume")
+        run.say(f"stopped; {run.way_on()}")
         run.finish("interrupted")
         return 130
     except UsageError as error:

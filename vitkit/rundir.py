@@ -1,8 +1,11 @@
 """A run's directory: claimed by one process at a time, and never overwritten silently."""
 
+import contextlib
 import json
 import shutil
 import time
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +17,46 @@ from vitkit.files import is_leftover, remove_leftovers
 FILES = (
     "metrics.csv", "losses.csv", "summary.json", "model.safetensors", "config.json", "report.html", "recipe.py", "log.txt",
 )  # fmt: skip
-FOLDERS = ("checkpoints", "plots", "trackers")
+TRACKERS, ASIDE = "trackers", ".trackers"
+FOLDERS = ("checkpoints", "plots", TRACKERS)
 LAST = Path("checkpoints/last.safetensors")
 BEST = Path("checkpoints/best.safetensors")
 
 
-def claim(out: Path | None, recipe: str, *, resume: bool, overwrite: bool) -> tuple[Path, FileLock]:
-    """The directory of a run and the lock that holds it until the process ends.
+@dataclass
+class Claim:
+    """A run's directory, held until the process ends; nothing in it is touched before `open`.
+
+    `replaces` says that it holds an earlier run, which stays as it is until the new one takes its place.
+    """
+
+    directory: Path
+    replaces: bool
+    lock: FileLock
+    made: list[Path]
+
+    def release(self) -> None:
+        """Let the directory go to another process."""
+        self.lock.release()
+
+    def undo(self) -> None:
+        """Let it go as it was found: without the lock's file, and gone where it was made for this run."""
+        _undo(self.lock, self.made)
+
+
+def claim(out: Path | None, recipe: str, *, resume: bool, overwrite: bool) -> Claim:
+    """The directory of a run, held by this process; what is refused leaves it as it was.
 
     Without `out` it is `runs/<recipe>/<time>`, or with `resume` the newest unfinished run there. Raises
     `RunDirectoryError` where another process holds it, where it holds a run and neither `resume` nor `overwrite`
     says what to do, or where there is nothing to resume; `RunError` where it cannot be written.
     """
-    if resume and overwrite:
-        raise RunDirectoryError("--resume goes on with a run and --overwrite discards it; give one of the two")
     directory = out or (newest_unfinished(recipe) if resume else fresh(recipe))
     if directory.exists() and not directory.is_dir():
         raise RunDirectoryError(f"--out {directory} is a file; a run needs a directory")
+    made: list[Path] = []
     try:
+        made = [path for path in (directory / ".lock", directory, *directory.parents) if not path.exists()]
         directory.mkdir(parents=True, exist_ok=True)
         lock = FileLock(directory / ".lock")
         lock.acquire(timeout=0)
@@ -44,15 +69,29 @@ def claim(out: Path | None, recipe: str, *, resume: bool, overwrite: bool) -> tu
     except OSError as error:
         raise RunError(f"cannot write to {directory}: {error.strerror or error}; choose another --out") from None
     try:
-        _settle(directory, resume=resume, overwrite=overwrite)
+        _put_back_trackers(directory)
+        replaces = _settle(directory, resume=resume, overwrite=overwrite)
         remove_leftovers(directory)
     except BaseException:
-        lock.release()
+        _undo(lock, made)
         raise
-    return directory, lock
+    return Claim(directory, replaces, lock, made)
 
 
-def _settle(directory: Path, *, resume: bool, overwrite: bool) -> None:
+def _undo(lock: FileLock, made: list[Path]) -> None:
+    with contextlib.suppress(OSError):  # Windows removes it as it is released
+        for path in made:
+            if path.name == ".lock":
+                path.unlink()
+    lock.release()
+    with contextlib.suppress(OSError):  # something else has come in there meanwhile
+        for path in made:
+            if path.name != ".lock":
+                path.rmdir()
+
+
+def _settle(directory: Path, *, resume: bool, overwrite: bool) -> bool:
+    """Whether the directory holds a run that is to be replaced; raises where it holds what a run may not touch."""
     summary = read_summary(directory)
     status = summary.get("status")
     if resume:
@@ -63,11 +102,12 @@ def _settle(directory: Path, *, resume: bool, overwrite: bool) -> None:
             )
         if not (directory / LAST).exists() and not summary:
             raise RunDirectoryError(f"{directory} holds no run to resume; leave out --resume to start one there")
-        return
+        return False
     present = {path.name for path in directory.iterdir() if not is_leftover(path)} - {".lock"}
-    if present <= {"recipe.py", "log.txt"}:  # killed before it had written down its flags: there is nothing to go on with
-        return
-    if not summary and not present <= {*FILES, *FOLDERS}:
+    if not present:
+        return False
+    # A run writes its summary first and removes it last: without one, files of such names are somebody's own.
+    if not summary and ("summary.json" not in present or not present <= {*FILES, *FOLDERS}) and not (directory / LAST).exists():
         raise RunDirectoryError(f"{directory} is not empty and holds no run; choose another --out")
     if not overwrite:
         if status == "finished":
@@ -78,15 +118,36 @@ def _settle(directory: Path, *, resume: bool, overwrite: bool) -> None:
             f"{directory} already holds an unfinished run; go on with --resume, choose another --out, "
             f"or give --overwrite to replace it"
         )
-    remove_run(directory)
+    return True
 
 
-def remove_run(directory: Path) -> None:
-    """Remove what a run has written, and nothing else; its summary last, so that half of it is never taken for a run."""
-    for name in FOLDERS:
+def remove_run(directory: Path, *, keep: Collection[str] = ()) -> None:
+    """Remove what a run has written but `keep`, and nothing else; its summary last, so that half of it is never taken for a run."""
+    for name in set(FOLDERS) - set(keep):
         shutil.rmtree(directory / name, ignore_errors=True)
     for name in (*(name for name in FILES if name != "summary.json"), "summary.json"):
-        (directory / name).unlink(missing_ok=True)
+        if name not in keep:
+            (directory / name).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def trackers_aside(directory: Path) -> Iterator[None]:
+    """While new trackers start, those of the earlier run stand aside; they come back where the block raises."""
+    if (directory / TRACKERS).exists():
+        (directory / TRACKERS).rename(directory / ASIDE)
+    try:
+        yield
+    except BaseException:
+        _put_back_trackers(directory)
+        raise
+    shutil.rmtree(directory / ASIDE, ignore_errors=True)
+
+
+def _put_back_trackers(directory: Path) -> None:
+    """Where trackers have not started, for they raised or their process was killed, the earlier run keeps its own."""
+    if (directory / ASIDE).exists():
+        shutil.rmtree(directory / TRACKERS, ignore_errors=True)
+        (directory / ASIDE).rename(directory / TRACKERS)
 
 
 def read_summary(directory: Path) -> dict[str, Any]:

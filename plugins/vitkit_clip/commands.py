@@ -53,6 +53,8 @@ def search(
 
     # Whatever is wrong with the query is said before a model is loaded and a gallery encoded.
     picture = read_picture(query) if _is_picture(query) else None
+    if picture is not None and path.exists() and path.samefile(query):
+        raise UsageError(f"--out {path} is the picture that is searched for; give another name")
     model = vitkit.load(run)
     check_towers(model)
     half = half_of(model)

@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 
 import vitkit
 from vitkit.cli_run import run
 from vitkit.data import build
 from vitkit.errors import UsageError, VitkitError
-from vitkit_clip import Pairs, captions
+from vitkit.reproduce import reproduce
+from vitkit_clip import CLIP, Pairs, captions
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "clip_cifar100.py"
 
@@ -91,6 +93,34 @@ def test_its_flags_make_what_they_say(tmp_path):
     loss = vitkit.load(tmp_path / "two").loss
     assert loss.spec.kwargs["contrastive"] == "focal_nce"
     assert loss.contrastive.learned
+
+
+@pytest.mark.slow
+def test_with_the_default_preset_it_goes_on_after_a_stop_and_is_reproduced(tmp_path, monkeypatch):
+    """`auto` is best, but of a small tower where the images are digits: what was asked for counts, not what it became."""
+    flags = ("--epochs", "2", "--eval-every", "2", "--warmup", "1", "--train-size", "64")
+    loss, calls = CLIP.loss_of, []
+
+    def stopping(self, embedded):
+        calls.append(1)
+        if len(calls) == 2:  # the one step of the second epoch
+            raise KeyboardInterrupt
+        return loss(self, embedded)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CLIP, "loss_of", stopping)
+        with pytest.raises(SystemExit) as leaving:
+            run(RECIPE, ["--dataset", "digits", *flags, "--out", str(tmp_path / "cut")])
+        assert leaving.value.code == 130
+    stopped = json.loads((tmp_path / "cut" / "summary.json").read_text())
+    assert (stopped["requested"]["preset"], stopped["arguments"]["preset"]) == ("auto", "best")
+    resumed = train(tmp_path / "cut", "--resume", "--preset", "auto", "--precision", "auto")
+    assert resumed["final"]["i2t_top1"] >= 0.0
+    again = reproduce(str(tmp_path / "cut"), out=tmp_path / "again", confirm=lambda _: True, console=Console(stderr=True))
+    assert again is not None
+    assert again.agrees, again
+    assert not again.differences
+    assert vitkit.load(tmp_path / "again").backbone.spec == vitkit.load(tmp_path / "cut").backbone.spec
 
 
 @pytest.mark.slow

@@ -90,3 +90,18 @@ def test_readers_never_see_half_a_file(tmp_path):
     done.set()
     reader.join()
     assert seen <= texts
+
+
+def test_what_is_flushed_may_be_written_to(tmp_path, monkeypatch):
+    """Windows refuses to flush a file that was opened for reading."""
+    fcntl = pytest.importorskip("fcntl")
+    modes, sync = [], os.fsync
+
+    def noting(descriptor):
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            modes.append(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE)
+        sync(descriptor)
+
+    monkeypatch.setattr("vitkit.files.os.fsync", noting)
+    write_text(tmp_path / "file.txt", "x")
+    assert modes == [os.O_RDWR]

@@ -317,7 +317,7 @@ def test_a_directory_is_held_by_one_run_and_never_overwritten_silently(tmp_path)
     held = Run(tmp_path / "run", device="cpu")
     with pytest.raises(RunDirectoryError, match="is in use by another process; wait until it ends, or choose another"):
         Run(tmp_path / "run", device="cpu")
-    held.close()
+    held.finish("interrupted")
     with pytest.raises(RunDirectoryError, match="already holds an unfinished run; go on with --resume, choose"):
         Run(tmp_path / "run", device="cpu")
     train(tmp_path / "done")

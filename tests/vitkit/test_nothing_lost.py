@@ -152,4 +152,4 @@ def test_a_directory_belongs_to_one_process_until_it_ends_even_by_a_kill(tmp_pat
                 Run(out, device="cpu", **options)
         other.kill()
         other.wait()
-    Run(out, device="cpu", resume=True).close()
+    Run(out, device="cpu").close()

@@ -116,8 +116,9 @@ def test_nothing_runs_without_consent(vitkit, done, monkeypatch, tmp_path):
         (lambda run: change(run, status="interrupted"), "holds no finished run: there are no metrics to compare with"),
         (lambda run: (run / "summary.json").write_text("{"), "holds no finished run"),
         (lambda run: (run / "recipe.py").unlink(), "holds no recipe.py: its run was not started with `vitkit run`"),
-        (lambda run: change(run, arguments={}), "takes epochs, kind, note, rates, which the run's summary does not record"),
-        (lambda run: change(run, arguments={"epochs": 1, "kind": "x", "note": ".", "rates": [1.0]}), "'x' is no Kind"),
+        (lambda run: change(run, requested={}), "takes epochs, kind, note, rates, which the run's summary does not record"),
+        (lambda run: change(run, requested={"epochs": 1, "kind": "x", "note": ".", "rates": [1.0]}), "'x' is no Kind"),
+        (lambda run: change(run, requested=None, arguments={}), "takes epochs, kind, note, rates, which the run's summary does"),
     ],
 )
 def test_what_cannot_be_reproduced(vitkit, done, spoil, text):

@@ -186,6 +186,16 @@ def test_pictures_that_cannot_be_read_are_refused(saved, pictures, tmp_path):
         run("search", saved(), "3", "--folder", pictures)
 
 
+def test_the_picture_that_is_searched_for_is_never_written_over(saved, tmp_path, monkeypatch):
+    query = tmp_path / "query.png"
+    Image.new("RGB", (12, 6), (9, 90, 200)).save(query)
+    before = query.read_bytes()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"--out query\.png is the picture that is searched for; give another name"):
+        run("search", saved(), query, "--out", "query.png")
+    assert query.read_bytes() == before
+
+
 def test_models_that_cannot_search_are_named(saved):
     with pytest.raises(
         UsageError, match="needs a model with a 'backbone' and a 'text' that offers encode_text; Model has no text"
