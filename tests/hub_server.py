@@ -1,20 +1,30 @@
-"""A small Hub on loopback for the real client: repositories in memory, LFS, revisions, pull requests, and faults."""
+"""A small Hub on loopback for the real client: repositories in memory, LFS, revisions, pull requests, and faults.
+
+The name of a dataset's repository begins with `datasets/`, as its page's does.
+"""
 
 import base64
 import hashlib
 import json
 import re
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
 import yaml
+from huggingface_hub import constants
 
 Files = dict[str, bytes]
+TOKEN = "hf_" + "Sec7retToken" * 3
 REVISION = r"(?:/revision/(?P<revision>[^/]+))?"
-REPO = r"(?P<repo>[^/]+/[^/]+)"
+REPO = r"(?P<repo>(?:datasets/)?[^/]+/[^/]+)"
+API = rf"/api/(?:models/|(?=datasets/)){REPO}"
 
 
 @dataclass
@@ -91,6 +101,27 @@ class HubServer:
         return found.commits[found.refs[revision]]
 
 
+@contextmanager
+def serving(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A Hub that the client of this process talks to, where the token in HF_TOKEN belongs to `me`; its cache is `folder/cache`."""
+    server = HubServer()
+    server.tokens[TOKEN] = ("me", True)
+    home = folder / "home"
+    for name, value in {
+        "ENDPOINT": server.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(folder / "cache"),
+        "HF_TOKEN_PATH": str(home / "token"),
+        "HF_STORED_TOKENS_PATH": str(home / "stored_tokens"),
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_DISABLE_PROGRESS_BARS": True,
+    }.items():
+        monkeypatch.setattr(constants, name, value, raising=False)  # older clients know no Xet
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    yield server
+    server.close()
+
+
 class _Handler(BaseHTTPRequestHandler):
     hub: HubServer
     protocol_version = "HTTP/1.1"
@@ -160,15 +191,19 @@ class _Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": name, "size": len(data)} for name, data in found.commits[sha].items()]
         self.answer({"id": repo, "sha": sha, "private": found.private, "siblings": siblings, "tags": []})
 
-    def tree(self, repo: str, revision: str) -> None:
+    def tree(self, repo: str, revision: str, folder: str | None) -> None:
         found, sha = self.find(repo, revision)
         if found is None or sha is None:
             return
+        start = f"{folder}/" if folder else ""
+        below = {name: data for name, data in found.commits[sha].items() if name.startswith(start)}
+        if folder and not below:
+            return self.refuse(404, f"{folder} does not exist on {revision!r}", "EntryNotFound")
+        deep = "recursive=true" in urlsplit(self.path).query.lower()
         entries = [
-            {"type": "file", "path": name, "size": len(data), "oid": _oid(name, data)}
-            for name, data in found.commits[sha].items()
-        ]
-        self.answer(entries)
+            {"type": "file", "path": name, "size": len(data), "oid": _oid(name, data)} for name, data in below.items()
+        ] + [{"type": "directory", "path": name, "oid": _oid(name, b"")} for name in _folders(below) if name.startswith(start)]
+        self.answer([entry for entry in entries if deep or "/" not in entry["path"].removeprefix(start)])
 
     def branch(self, repo: str, branch: str) -> None:
         found, _ = self.find(repo, None, writing=True)
@@ -267,7 +302,7 @@ class _Handler(BaseHTTPRequestHandler):
     # -- how it is said -----------------------------------------------------------------------------------------
 
     def may_write(self, repo: str) -> bool:
-        return self.writes and repo.split("/")[0] == self.user
+        return self.writes and _owner(repo) == self.user
 
     def asks_pr(self) -> bool:
         return "create_pr=1" in urlsplit(self.path).query
@@ -275,9 +310,9 @@ class _Handler(BaseHTTPRequestHandler):
     def find(self, repo: str, revision: str | None, *, writing: bool = False) -> tuple[Repo | None, str | None]:
         """The repository and the commit, or the refusal that the Hub sends."""
         found = self.hub.repos.get(repo)
-        if found is None or (found.private and repo.split("/")[0] != self.user):
+        if found is None or (found.private and _owner(repo) != self.user):
             self.refuse(404 if self.user else 401, "Repository not found", "RepoNotFound")
-        elif found.gated and repo.split("/")[0] != self.user:
+        elif found.gated and _owner(repo) != self.user:
             self.refuse(403, f"Access to model {repo} is restricted", "GatedRepo")
         elif writing and not self.may_write(repo):
             self.refuse(403, "You have no right to write to this repository")
@@ -317,12 +352,12 @@ ROUTES = [
     ("GET", r"/api/whoami-v2", _Handler.whoami),
     ("POST", r"/api/repos/create", _Handler.create),
     ("POST", r"/api/validate-yaml", _Handler.validate),
-    ("GET", rf"/api/models/{REPO}{REVISION}", _Handler.info),
-    ("GET", rf"/api/models/{REPO}/tree/(?P<revision>[^/]+)", _Handler.tree),
-    ("POST", rf"/api/models/{REPO}/branch/(?P<branch>[^/]+)", _Handler.branch),
-    ("POST", rf"/api/models/{REPO}/preupload/(?P<revision>[^/]+)", _Handler.preupload),
+    ("GET", rf"{API}{REVISION}", _Handler.info),
+    ("GET", rf"{API}/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?", _Handler.tree),
+    ("POST", rf"{API}/branch/(?P<branch>[^/]+)", _Handler.branch),
+    ("POST", rf"{API}/preupload/(?P<revision>[^/]+)", _Handler.preupload),
     ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", _Handler.batch),
-    ("POST", rf"/api/models/{REPO}/commit/(?P<revision>[^/]+)", _Handler.commit),
+    ("POST", rf"{API}/commit/(?P<revision>[^/]+)", _Handler.commit),
     ("GET HEAD", rf"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<name>.+)", _Handler.file),
 ]
 
@@ -332,6 +367,14 @@ def _is_lfs(name: str, sample: bytes) -> bool:
     return name.endswith((".safetensors", ".png")) or b"\0" in sample
 
 
+def _folders(files: Files) -> set[str]:
+    return {str(folder) for name in files for folder in PurePosixPath(name).parents[:-1]}
+
+
+def _owner(repo: str) -> str:
+    return repo.removeprefix("datasets/").split("/")[0]
+
+
 def _oid(name: str, data: bytes) -> str:
     """What the client compares with its own file: the SHA-256 of an LFS object, Git's hash of any other."""
     if _is_lfs(name, data):
@@ -339,4 +382,4 @@ def _oid(name: str, data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-__all__ = ["Fault", "HubServer", "Repo"]
+__all__ = ["TOKEN", "Fault", "HubServer", "Repo", "serving"]

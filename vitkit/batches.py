@@ -87,17 +87,31 @@ class ImageSplit:
             return self
         parts = list(self.read(torch.arange(len(self)).split(256)))
         images = [images for images, _ in parts] or [torch.empty((0, *self.images.shape[1:]), dtype=torch.uint8)]
-        return replace(self, images=torch.cat(images), labels=torch.cat([self.labels[:0], *(labels for _, labels in parts)]))
+        rows = [rows for _, rows in parts] or [torch.arange(0)]
+        return replace(self, images=torch.cat(images), labels=self.labels[torch.cat(rows)])
 
     def read(self, shares: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images uint8 `(m c h w)` and labels `(m,)` for each index tensor `(m,)`; lazy images may be fewer: `skipped`."""
+        """For each index tensor `(m,)` its images uint8 `(k c h w)` and their indices `(k,)`.
+
+        These are all m, or of lazy images those that can be read; the others are named in `skipped`.
+        """
         if isinstance(self.images, LazyImages):
-            for images, rows in self.images.read(shares):
-                yield images, self.labels[rows]
+            yield from self.images.read(shares)
             return
         for share in shares:
             # Advanced indexing, images[indices], takes several times as long as index_select.
-            yield self.images.index_select(0, share), self.labels[share]
+            yield self.images.index_select(0, share), share
+
+    def order(self, generator: torch.Generator, size: int) -> Tensor:
+        """A permutation of all indices, for batches of `size` over all ranks; lazy images are read as suits them."""
+        if isinstance(self.images, LazyImages):
+            return self.images.order(generator, size)
+        return torch.randperm(len(self), generator=generator)
+
+    @property
+    def reach(self) -> int:
+        """How many places of `order` apart images may lie that are read at the same time: all, but for lazy images."""
+        return self.images.reach if isinstance(self.images, LazyImages) else len(self)
 
     @property
     def skipped(self) -> list[str]:
@@ -206,14 +220,12 @@ class ImageBatches:
         shares = (order[index * size : (index + 1) * size].tensor_split(world)[rank] for index in indices)
         # Sorted indices read a memory-mapped file in one direction; the order within a shuffled batch means nothing.
         shares = (share.sort().values if self.shuffle else share for share in shares)
-        for index, (images, labels) in zip(indices, self.split.read(shares), strict=True):
-            yield self._make(images, labels, mix(seed, number, index, rank), torch.device(device))
+        for index, (images, rows) in zip(indices, self.split.read(shares), strict=True):
+            yield self._make(images, self.split.labels[rows], mix(seed, number, index, rank), torch.device(device))
 
     def _order(self, seed: int, size: int) -> Tensor:
-        if self.shuffle and isinstance(self.split.images, LazyImages):
-            return self.split.images.order(seed, size)
         if self.shuffle:
-            return torch.randperm(len(self.split), generator=torch.Generator().manual_seed(seed))
+            return self.split.order(torch.Generator().manual_seed(seed), size)
         return torch.arange(len(self.split))
 
     def _make(self, images: Tensor, labels: Tensor, seed: int, device: torch.device) -> dict[str, Tensor]:

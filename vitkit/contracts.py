@@ -101,11 +101,12 @@ class LazyImages(Protocol):
     """Images that are read when a batch takes them: a split may hold these in the place of a tensor uint8 `(n c h w)`.
 
     Rows, int64 `(m,)`, count the images from 0. `read` gives for each of several index tensors in turn, reading ahead, the
-    images uint8 `(k c h w)` of those rows that can be read, and these rows `(k,)`; `index_select` the images of all rows,
-    and raises `DatasetError` for one that cannot be read; `subset` the same images, fewer or repeated, still unread.
-    `order` is a permutation of all rows `(n,)` that depends on `seed` alone and suits batches of `size` images over all
-    ranks, each of which takes a consecutive part of a batch. `skipped` has a line for each image that could not be read so
-    far.
+    images uint8 `(k c h w)` of those rows that can be read, and these rows `(k,)`, still in their order; `index_select` the
+    images of all rows, and raises `DatasetError` for one that cannot be read; `subset` the same images, fewer or repeated,
+    still unread. `order` is a permutation of all rows `(n,)` that depends on the state of `generator` alone and suits batches
+    of `size` images over all ranks, each of which takes a consecutive part of a batch. `reach` is how many places of that
+    order apart images may lie and still be read at the same time at little cost: n or more where any may. `skipped` has a line
+    for each image that could not be read so far.
     """
 
     @property
@@ -120,6 +121,9 @@ class LazyImages(Protocol):
     @property
     def skipped(self) -> list[str]: ...
 
+    @property
+    def reach(self) -> int: ...
+
     def __len__(self) -> int: ...
 
     def read(self, shares: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]: ...
@@ -128,7 +132,7 @@ class LazyImages(Protocol):
 
     def subset(self, rows: Tensor) -> "LazyImages": ...
 
-    def order(self, seed: int, size: int) -> Tensor: ...
+    def order(self, generator: torch.Generator, size: int) -> Tensor: ...
 
 
 @runtime_checkable

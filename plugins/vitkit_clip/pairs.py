@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -41,6 +40,11 @@ class Pairs:
     stands on the left once; on the right stands one of another class with probability `different`, else another one of the
     same class: a class is drawn evenly, then one of its images. Pairs are drawn anew each epoch from (seed, epoch), the
     augmentation of a batch from (seed, epoch, index, rank), so an epoch can be entered anywhere.
+
+    Of lazily read images (`contracts.LazyImages`) those on the left come in the order that suits what they lie in. The class
+    on the right is drawn in the same way, then one of its images among those within `reach` places of the left one in that
+    order, or within a batch where that is more; where it has none there, one of all. A pair with an image that cannot be
+    read is left out, and the image named in `skipped`.
 
     `augment` sees halves `(2b c h w)`, each with parameters of its own; with `augment_pair="stacked"` it sees pairs
     `(b c h 2w)`, where a flip exchanges left and right and makes the caption wrong: for comparison alone. `mixing` mixes
@@ -89,6 +93,11 @@ class Pairs:
         return self._count(world_size())
 
     @property
+    def skipped(self) -> list[str]:
+        """A line for each image that could not be read so far."""
+        return self.split.skipped
+
+    @property
     def prepare(self) -> Preparation:
         """What a model that is trained on these pairs must be given: pairs `(c h 2w)`, normalised as here."""
         channels, height, width = self.split.prepare.shape
@@ -97,46 +106,47 @@ class Pairs:
     def fixed(self, seed: int = 0, count: int = FIXED) -> "Pairs":
         """`count` pairs drawn by `seed` alone, the same in every epoch, in one order, not augmented: to evaluate on.
 
-        Every image stands on the left as often as any other, give or take one. Raises `UsageError` for a count below 1.
+        Every image stands on the left as often as any other, give or take one. Lazily read images are read into memory,
+        those that can be. Raises `UsageError` for a count below 1.
         """
         if count < 1:
             raise UsageError(f"fixed(count={count}): expected at least 1 pair")
-        return replace(self, augment=None, mixing=None, drop_last=False, frozen=(seed, count))
+        split = self.split.in_memory()
+        return replace(self, split=split, augment=None, mixing=None, drop_last=False, frozen=(seed, count))
 
-    def drawn(self, number: int = 0, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    def drawn(self, number: int = 0, *, seed: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
         """The indices `(n,)` of an epoch's left and right images in the split, in order."""
         if self.frozen is not None:
             number, (seed, count) = 0, self.frozen
         else:
             count = len(self.split)
         generator = torch.Generator().manual_seed(mix(seed, number))
-        rounds = -(-count // len(self.split))
-        left = torch.cat([torch.randperm(len(self.split), generator=generator) for _ in range(rounds)])[:count]
-        return left, self._partners(left, generator)
+        rounds, size = -(-count // len(self.split)), self.batch_size * world
+        left = torch.cat([self.split.order(generator, size) for _ in range(rounds)])[:count]
+        return left, self._partners(left, max(self.split.reach, size), generator)
 
     def epoch(
         self, number: int, *, seed: int = 0, start: int = 0, device: Any = "cpu", rank: int = 0, world: int = 1
     ) -> Iterator[dict[str, Tensor]]:
         """The batches of one epoch from index `start` on, on `device`."""
-        left, right = self.drawn(number, seed=seed)
-        size = self.batch_size * world
-        for index in range(start, self._count(world)):
-            part = slice(index * size, (index + 1) * size)
-            pair = torch.stack([left[part].tensor_split(world)[rank], right[part].tensor_split(world)[rank]], dim=1)
-            yield self._make(pair, mix(seed, number, index, rank), torch.device(device))
+        drawn = torch.stack(self.drawn(number, seed=seed, world=world), dim=1)  # (n 2)
+        size, indices = self.batch_size * world, range(start, self._count(world))
+        pairs = [drawn[index * size : (index + 1) * size].tensor_split(world)[rank] for index in indices]
+        # Each image once, and sorted: a memory-mapped file is read in one direction.
+        read = self.split.read(pair.unique() for pair in pairs)
+        for index, pair, (images, rows) in zip(indices, pairs, read, strict=True):
+            yield self._make(pair, images, rows, mix(seed, number, index, rank), torch.device(device))
 
     def _count(self, world: int) -> int:
         pairs = len(self.split) if self.frozen is None else self.frozen[1]
         whole, rest = divmod(pairs, self.batch_size * world)
         return whole + (rest > 0 and not self.drop_last)
 
-    def _make(self, pair: Tensor, seed: int, device: torch.device) -> dict[str, Tensor]:
+    def _make(self, pair: Tensor, images: Tensor, rows: Tensor, seed: int, device: torch.device) -> dict[str, Tensor]:
+        """A batch of the pairs `(b 2)` of whose images both are among `rows`, which are sorted."""
+        pair = pair[torch.isin(pair, rows).all(1)]
         split, flat = self.split, pair.flatten()  # (b 2) → left, right, left, right, …
-        # Sorted indices read a memory-mapped file in one direction.
-        order = flat.argsort()
-        stored = torch.empty((len(flat), *split.images.shape[1:]), dtype=split.images.dtype)
-        stored[order] = split.images.index_select(0, flat[order])
-        halves = split.prepare.pixels(stored.to(device))  # (2b c h w)
+        halves = split.prepare.pixels(images.index_select(0, torch.searchsorted(rows, flat)).to(device))  # (2b c h w)
         generator = torch.Generator(halves.device).manual_seed(seed)
         if self.augment is not None and self.augment_pair == "half":
             halves = self.augment(halves, generator)
@@ -151,29 +161,33 @@ class Pairs:
             "labels": left * len(self.classes) + right,
         }  # fmt: skip
 
-    def _partners(self, left: Tensor, generator: torch.Generator) -> Tensor:
-        """For each image on the left the index of the one on its right."""
-        order, starts, counts = self._by_class
+    def _partners(self, left: Tensor, reach: int, generator: torch.Generator) -> Tensor:
+        """For each image on the left the index of the one on its right, which is read within `reach` places of it."""
+        labels, n = self.split.labels, len(self.split)
+        place = torch.arange(n)
+        if reach < n:  # else any image is as near as another, and `left` need not hold each of them once
+            place[left] = torch.arange(n)
+        keys = labels * n + place
+        order = keys.argsort()  # by class, and within a class by place
+        counts = torch.bincount(labels, minlength=len(self.classes))
+        starts = counts.cumsum(0) - counts
         present = counts.nonzero().squeeze(1)  # classes that have images
-        own = self.split.labels[left]
-        place = torch.searchsorted(present, own)
+        own = labels[left]
+        which = torch.searchsorted(present, own)
         step = torch.randint(1, len(present), own.shape, generator=generator)
         other = torch.rand(own.shape, generator=generator) < self.different
-        chosen = torch.where(other, present[(place + step) % len(present)], own)
-        # Of the same class any but the image itself, where there is another.
-        among = torch.where(other, counts[chosen], (counts[chosen] - 1).clamp(min=1))
+        chosen = torch.where(other, present[(which + step) % len(present)], own)
+        # Those of a class within reach stand together in `order`. Of its own class any but the image itself.
+        first = torch.searchsorted(keys[order], chosen * n + (place[left] - reach).clamp(min=0))
+        last = torch.searchsorted(keys[order], chosen * n + (place[left] + reach).clamp(max=n - 1), right=True)
+        among = last - first - (~other).long()
+        first = torch.where(among > 0, first, starts[chosen])
+        among = torch.where(among > 0, among, counts[chosen] - (~other).long()).clamp(min=1)
         drawn = (torch.rand(own.shape, generator=generator, dtype=torch.float64) * among).long().minimum(among - 1)
         inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(len(order))
-        skipped = ~other & (counts[own] > 1) & (drawn >= inverse[left] - starts[own])
-        return order[starts[chosen] + drawn + skipped.long()]
-
-    @cached_property
-    def _by_class(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Image indices ordered by class, where each class begins in that order, and how many images it has."""
-        labels = self.split.labels
-        counts = torch.bincount(labels, minlength=len(self.classes))
-        return labels.argsort(stable=True), counts.cumsum(0) - counts, counts
+        inverse[order] = torch.arange(n)
+        skipped = ~other & (counts[own] > 1) & (drawn >= inverse[left] - first)
+        return order[first + drawn + skipped.long()]
 
 
 def _check_classes(count: int) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import tee
 from typing import Any, Literal, get_args
 
 import torch
@@ -23,6 +24,10 @@ class TripletBatches:
     with `positives` "augmented" always itself, augmented anew; its negative is drawn evenly from all other classes. All is
     drawn from (seed, epoch, index, rank). A step takes three forward passes where mining among the images of a batch takes
     one. The rest of an epoch that does not fill a batch is left out.
+
+    Of lazily read images (`contracts.LazyImages`) anchors come in the order that suits what they lie in, the others from
+    anywhere, which takes long where that is far away; mining in the batch does not. A triplet with an image that cannot be
+    read is left out, and the image named in `skipped`.
 
     Raises `UsageError` for a `batch_size` below 1, an unknown kind of positives, hidden labels and a single class.
     """
@@ -46,6 +51,11 @@ class TripletBatches:
         """How the images are prepared: what a model that is trained on them must be given."""
         return self.split.prepare
 
+    @property
+    def skipped(self) -> list[str]:
+        """A line for each image that could not be read so far."""
+        return self.split.skipped
+
     def __len__(self) -> int:
         return self._count(world_size())
 
@@ -56,21 +66,32 @@ class TripletBatches:
         self, number: int, *, seed: int = 0, start: int = 0, device: Any = "cpu", rank: int = 0, world: int = 1
     ) -> Iterator[dict[str, Tensor]]:
         """The batches of one epoch from index `start` on, on `device`."""
-        order = torch.randperm(len(self.split), generator=torch.Generator().manual_seed(mix(seed, number)))
-        size = self.batch_size * world
-        for index in range(start, self._count(world)):
-            anchors = order[index * size : (index + 1) * size].tensor_split(world)[rank]
-            key = mix(seed, number, index, rank)
-            positives, negatives = self._draw(anchors, torch.Generator().manual_seed(key))
-            made = [
-                next(self.split.subset(one).batches(len(one), augment=self.augment).epoch(role, seed=key, device=device))
-                for role, one in enumerate((anchors, positives, negatives))
-            ]
-            images = dict(zip(("images", "positives", "negatives"), (batch["images"] for batch in made), strict=True))
-            yield {**images, "labels": made[0]["labels"]}
+        drawn = self._drawn(mix(seed, number), rank, world)
+        keys = [mix(seed, number, index, rank) for index in range(start, self._count(world))]
+        triplets, ahead = tee(self._triplets(anchors, key) for anchors, key in zip(drawn[start:], keys, strict=True))
+        # Each image once, and sorted: a memory-mapped file is read in one direction.
+        read = self.split.read(triplet.unique() for triplet in ahead)
+        for triplet, key, (images, rows) in zip(triplets, keys, read, strict=True):
+            yield self._make(triplet, images, rows, key, torch.device(device))
 
-    def _draw(self, anchors: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The indices of a positive and of a negative for each anchor's."""
+    def _drawn(self, seed: int, rank: int, world: int) -> list[Tensor]:
+        """This rank's anchors of every batch of an epoch."""
+        size = self.batch_size * world
+        order = self.split.order(torch.Generator().manual_seed(seed), size)
+        return [part.tensor_split(world)[rank] for part in order.split(size)[: self._count(world)]]
+
+    def _make(self, triplet: Tensor, images: Tensor, rows: Tensor, seed: int, device: torch.device) -> dict[str, Tensor]:
+        """A batch of the triplets `(3 b)` of whose images all are among `rows`, which are sorted."""
+        triplet = triplet[:, torch.isin(triplet, rows).all(0)]
+        prepare, generator = self.split.prepare, torch.Generator(device).manual_seed(seed)
+        made = {}
+        for role, one in zip(("images", "positives", "negatives"), triplet, strict=True):
+            pixels = prepare.pixels(images.index_select(0, torch.searchsorted(rows, one)).to(device))
+            made[role] = prepare.normalise(pixels if self.augment is None else self.augment(pixels, generator))
+        return {**made, "labels": self.split.labels[triplet[0]].to(device)}
+
+    def _triplets(self, anchors: Tensor, seed: int) -> Tensor:
+        """The indices `(3 b)` of anchors, of a positive and of a negative for each."""
         labels = self.split.labels
         by_class = labels.argsort(stable=True)
         counts = labels.bincount()
@@ -78,9 +99,9 @@ class TripletBatches:
         count, first = counts[own], (counts.cumsum(0) - counts)[own]
         place = by_class.argsort()[anchors] - first  # within the class
         # In the circle of a class, and of what lies beyond it, all but the anchor's own are so many steps away.
+        generator = torch.Generator().manual_seed(seed)
         step, jump = torch.rand(2, len(anchors), generator=generator, dtype=torch.float64)
         step = 1 + (step * (count - 1)).long()
         negatives = by_class[(first + count + (jump * (total - count)).long()) % total]
-        if self.positives == "augmented":
-            return anchors, negatives
-        return by_class[first + (place + step) % count], negatives
+        positives = anchors if self.positives == "augmented" else by_class[first + (place + step) % count]
+        return torch.stack([anchors, positives, negatives])

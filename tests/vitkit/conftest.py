@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_server import HubServer
-from huggingface_hub import constants
+from hub_server import HubServer, serving
 from PIL import Image
 
 from vitkit import backbones, heads
 from vitkit.checkpoint import save
 
-TOKEN = "hf_" + "Sec7retToken" * 3
 RECIPE = '"""A tiny model of digits.\n\nIt is here to be published.\n"""\n\n\ndef main(run):\n    raise SystemExit("never run")\n'
 
 
@@ -102,19 +100,5 @@ def model_run(make_run: Callable[..., Path]) -> Path:
 @pytest.fixture
 def hub_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """A Hub where the token in HF_TOKEN belongs to `me`; its cache is `tmp_path/cache`."""
-    server = HubServer()
-    server.tokens[TOKEN] = ("me", True)
-    home = tmp_path / "home"
-    for name, value in {
-        "ENDPOINT": server.url,
-        "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
-        "HF_HUB_CACHE": str(tmp_path / "cache"),
-        "HF_TOKEN_PATH": str(home / "token"),
-        "HF_STORED_TOKENS_PATH": str(home / "stored_tokens"),
-        "HF_HUB_DISABLE_XET": True,
-        "HF_HUB_DISABLE_PROGRESS_BARS": True,
-    }.items():
-        monkeypatch.setattr(constants, name, value, raising=False)  # older clients know no Xet
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    yield server
-    server.close()
+    with serving(tmp_path, monkeypatch) as server:
+        yield server

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from lazy_images import Lazy
 from torchvision.transforms import v2
 
 from vitkit.augment import Compose, HorizontalFlip, Noise, RandomAffine
@@ -225,32 +226,6 @@ def test_labels_that_are_shown_are_repeated_to_a_share_of_the_whole():
     assert whole.repeat_shown(0.25) is whole
     with pytest.raises(UsageError, match="expected a share in"):
         hidden.repeat_shown(1.0)
-
-
-class Lazy:
-    """Images of a tensor that are read one by one; those of `broken` rows cannot be."""
-
-    def __init__(self, images, broken=(), skipped=None):
-        self.images, self.broken, self.skipped = images, set(broken), [] if skipped is None else skipped
-        self.shape, self.dtype, self.ndim = tuple(images.shape), images.dtype, images.ndim
-
-    def __len__(self):
-        return len(self.images)
-
-    def read(self, shares):
-        for share in shares:
-            self.skipped += [f"row {row}" for row in share.tolist() if row in self.broken and f"row {row}" not in self.skipped]
-            kept = share[torch.tensor([row not in self.broken for row in share.tolist()], dtype=torch.bool)]
-            yield self.images[kept], kept
-
-    def index_select(self, dim, index):
-        return self.images.index_select(dim, index)
-
-    def subset(self, rows):
-        return Lazy(self.images[rows], [place for place, row in enumerate(rows.tolist()) if row in self.broken], self.skipped)
-
-    def order(self, seed, size):
-        return torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
 
 
 def lazy_split(broken=()):

@@ -1,10 +1,12 @@
 """Pairs: what a batch holds, how partners are drawn, augmentation of halves, ranks, entering anywhere."""
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from lazy_images import Lazy
 from torch import Tensor
 
 from vitkit import Run
@@ -165,6 +167,98 @@ def test_run_fit_records_how_pairs_are_prepared(split: ImageSplit, tmp_path: Any
         pass
     assert run._preprocessing == {"shape": [1, 4, 8], "mean": [0.0], "std": [1.0], "fit": "resize"}
     run.close()
+
+
+def lazily(split: ImageSplit, **options: Any) -> ImageSplit:
+    return replace(split, images=Lazy(split.images, **options))
+
+
+def test_images_that_are_read_lazily_make_the_pairs_of_a_tensor(split: ImageSplit) -> None:
+    for options in ({}, {"rank": 1, "world": 2, "start": 1}):
+        one, other = (list(Pairs(some, CLASSES, 16).epoch(2, seed=5, **options)) for some in (split, lazily(split)))
+        assert len(one) == len(other) > 0
+        for a, b in zip(one, other, strict=True):
+            assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_partners_of_lazy_images_are_near_in_the_order_of_reading(split: ImageSplit) -> None:
+    reach, labels = 12, split.labels
+    near = far = 0
+    for number in range(60):
+        left, right = Pairs(lazily(split, reach=reach), CLASSES, 4).drawn(number)
+        assert left.sort().values.tolist() == list(range(len(labels)))
+        assert (left != right).all()
+        # The classes are those of images in memory, whose order is the same.
+        assert torch.equal(labels[right], labels[Pairs(split, CLASSES, 4).drawn(number)[1]])
+        place = left.argsort()
+        for one, partner in zip(left.tolist(), right.tolist(), strict=True):
+            around = left[max(place[one] - reach, 0) : place[one] + reach + 1]
+            fitting = set(around[labels[around] == labels[partner]].tolist()) - {one}
+            assert partner in fitting or not fitting
+            near, far = near + bool(fitting), far + (not fitting)
+    assert far > 20  # the smallest class is often out of reach; then one of all its images
+    assert near > 10 * far
+
+
+def test_within_reach_every_image_of_a_class_is_as_likely(split: ImageSplit) -> None:
+    apart: Counter[int] = Counter()
+    for number in range(700):
+        left, right = Pairs(lazily(split, reach=20), CLASSES, 4).drawn(number)
+        chosen = (split.labels[left] == 0) & (split.labels[right] == 1)
+        chosen[:20] = chosen[52:] = False  # twenty places to either side
+        apart.update((left.argsort()[right] - torch.arange(72))[chosen].tolist())
+    assert sorted(apart) == [places for places in range(-20, 21) if places]
+    assert apart.total() > 40 * 60
+    assert max(apart.values()) < 2 * min(apart.values())
+
+
+def test_a_batch_is_within_reach_of_itself_for_any_number_of_ranks(split: ImageSplit) -> None:
+    pairs, whole = Pairs(lazily(split, reach=0), CLASSES, 12), Pairs(lazily(split, reach=0), CLASSES, 24)
+    left, right = pairs.drawn(3, world=2)
+    place = left.argsort()
+    assert ((place[right] - torch.arange(len(left))).abs() <= 24).float().mean() > 0.9
+    for one, other in zip((left, right), whole.drawn(3), strict=True):
+        assert torch.equal(one, other)
+    ranks = [list(pairs.epoch(3, rank=rank, world=2)) for rank in range(2)]
+    for index, batch in enumerate(whole.epoch(3)):
+        for name in ("images", "left", "right", "labels"):
+            assert torch.equal(torch.cat([rank[index][name] for rank in ranks]), batch[name])
+
+
+def test_a_pair_with_an_image_that_cannot_be_read_is_left_out(split: ImageSplit) -> None:
+    broken = {3, 50, 71}
+    pairs = Pairs(lazily(split, broken=broken), CLASSES, 16)
+    left, right = (side.tolist() for side in pairs.drawn(1))
+    batches = list(pairs.epoch(1))
+    kept = [(a, b) for a, b in zip(left, right, strict=True) if not {a, b} & broken]
+    assert len(kept) < len(left) - len(broken)  # on the right, too
+    seen = [tuple(row) for batch in batches for row in pixels(batch)[:, 0, 0, [0, 4]].tolist()]
+    assert seen == kept
+    assert all(torch.equal(pixels(batch)[:, 0, 3, 4], batch["right"] * 50) for batch in batches)
+    assert sorted(pairs.skipped) == ["row 3", "row 50", "row 71"]
+
+
+def test_each_image_of_a_batch_is_read_once(split: ImageSplit) -> None:
+    asked: list[Tensor] = []
+
+    class Watched(Lazy):
+        def read(self, shares: Any) -> Any:
+            return super().read(asked.append(share) or share for share in shares)  # type: ignore[func-returns-value]
+
+    pairs = Pairs(replace(split, images=Watched(split.images)), CLASSES, 30)
+    left, right = pairs.drawn()
+    list(pairs.epoch(0))
+    for share, start in zip(asked, (0, 30, 60), strict=True):
+        both = torch.cat([left[start : start + 30], right[start : start + 30]])
+        assert torch.equal(share, both.unique())
+
+
+def test_fixed_pairs_of_lazy_images_are_of_those_that_can_be_read(split: ImageSplit) -> None:
+    fixed = Pairs(lazily(split, broken=[3, 50]), CLASSES, 50).fixed(7, count=150)
+    whole = split.subset(torch.tensor([n for n in range(72) if n not in (3, 50)]))
+    for one, other in zip(fixed.epoch(0), Pairs(whole, CLASSES, 50).fixed(7, count=150).epoch(0), strict=True):
+        assert torch.equal(one["images"], other["images"])
+        assert torch.equal(one["labels"], other["labels"])
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from lazy_images import Lazy
 from torch import Tensor
 
 from vitkit.augment import Compose, Noise
@@ -60,6 +62,15 @@ def test_an_epoch_can_be_entered_anywhere_and_is_shared_by_ranks() -> None:
     assert not all(map(torch.equal, drawn(batches, seed=6), whole))
     ranks = [torch.cat([part[0] for part in drawn(batches, rank=rank, world=2)]) for rank in range(2)]
     assert torch.cat(ranks).sort().values.tolist() == list(range(12))
+
+
+def test_lazily_read_images_give_the_same_triplets_without_those_of_an_unreadable_image() -> None:
+    whole, lazy = TripletBatches(split(), 3), TripletBatches(replace(split(), images=Lazy(split().images, broken=[7])), 3)
+    expected = [batch[:, (batch[:3] != 7).all(0)] for batch in drawn(whole, seed=5)]
+    found = drawn(lazy, seed=5)
+    assert all(map(torch.equal, found, expected))
+    assert sum(batch.shape[1] for batch in found) < 12
+    assert lazy.skipped == ["row 7"]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """What streams out of the splits: every sample once, shuffled, the same for any number of ranks, from any batch on."""
 
 import io
-import json
 import os
 import re
 import signal
@@ -21,27 +20,16 @@ from PIL import Image
 
 from vitkit import datasets
 from vitkit.batches import ImageSplit, Preparation
-from vitkit.cli_run import run
 from vitkit.contracts import LazyImages
 from vitkit.errors import DatasetError, UsageError
 from vitkit_streams.images import decode
 from vitkit_streams.writing import write_shards
-
-RECIPES = Path(__file__).parents[3] / "recipes"
 
 
 def png(value: int = 0, side: int = 8) -> bytes:
     body = io.BytesIO()
     Image.fromarray(np.full((side, side), value, dtype=np.uint8)).save(body, "PNG")
     return body.getvalue()
-
-
-@pytest.fixture
-def shards(tmp_path):
-    """80 pictures whose grey value is their number, in 8 shards."""
-    pictures = [np.full((8, 8), number, dtype=np.uint8) for number in range(80)]
-    write_shards(tmp_path / "shards", pictures, [number % 4 for number in range(80)], per_shard=10)
-    return tmp_path / "shards"
 
 
 def build(shards, **options):
@@ -56,6 +44,10 @@ def numbers(data, batch, split="train"):
     prepare = getattr(data, split).prepare
     values = batch["images"][:, 0, 0, 0] * prepare.std[0] + prepare.mean[0]
     return [round(float(value) * 255) for value in values]
+
+
+def ordered(images, seed, size):
+    return images.order(torch.Generator().manual_seed(seed), size)
 
 
 def flat(lists):
@@ -100,7 +92,7 @@ def test_epochs_are_shuffled_and_depend_on_seed_and_number_alone(shards):
 
 def test_shards_are_read_one_after_another_or_side_by_side(shards):
     calm = build(shards, shuffle_buffer=0, open_shards=1).train.images
-    order = calm.order(7, 1)
+    order = ordered(calm, 7, 1)
     assert sorted(order.tolist()) == list(range(len(calm)))
     rows = calm.rows[order].tolist()
     turns = [shard for shard, _ in groupby(row // 10 for row in rows)]
@@ -109,12 +101,12 @@ def test_shards_are_read_one_after_another_or_side_by_side(shards):
     for _, within in groupby(rows, lambda row: row // 10):
         assert (found := list(within)) == sorted(found)
     wide = build(shards, test_urls=str(shards), open_shards=8).train.images
-    for batch in wide.rows[wide.order(7, 8)].split(8):
+    for batch in wide.rows[ordered(wide, 7, 8)].split(8):
         assert len({int(row) // 10 for row in batch}) == 8  # a batch of eight takes from every shard
 
 
 def test_a_sample_moves_by_less_than_the_buffer(shards):
-    calm, mixed = (build(shards, shuffle_buffer=size, open_shards=1).train.images.order(5, 1).tolist() for size in (0, 12))
+    calm, mixed = (ordered(build(shards, shuffle_buffer=size, open_shards=1).train.images, 5, 1).tolist() for size in (0, 12))
     place = {row: place for place, row in enumerate(calm)}
     moved = [place[row] - now for now, row in enumerate(mixed)]
     assert sorted(calm) == sorted(mixed)
@@ -286,29 +278,8 @@ FLAGS = ("--eval-every", "2", "--device", "cpu", "--precision", "fp32", "--batch
          "--patch-size", "4", "--emb-dim", "16", "--depth", "1", "--num-heads", "2", "--eval-size", "100")  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    """300 of scikit-learn's digits as shards with a damaged picture among them, and the flags that name them."""
-    folder = tmp_path_factory.mktemp("digits")
-    some = datasets.build("digits").train.take(300)
-    pictures, labels = some.images[:, 0].numpy(), some.labels.tolist()
-    paths = write_shards(folder / "shards", pictures[:240], labels[:240], per_shard=40)
-    write_shards(folder / "test", pictures[240:], labels[240:])
-    body = paths[0].read_bytes()
-    paths[0].write_bytes(body.replace(b"IHDR", b"JUNK", 1))
-    words = {"urls": folder / "shards", "test_urls": folder / "test", "img_size": 16, "channels": 1, "cache": folder / "cache"}
-    return [word for name, value in words.items() for word in ("--dataset-arg", f"{name}={value}")]
-
-
-def train(recipe, directory, *flags, code=0):
-    with pytest.raises(SystemExit) as leaving:
-        run(RECIPES / recipe, [*flags, "--out", str(directory)])
-    assert leaving.value.code == code
-    return json.loads((directory / "summary.json").read_text())
-
-
 @pytest.mark.slow
-def test_a_recipe_trains_on_shards_and_goes_on_bit_for_bit(digits, tmp_path, monkeypatch):
+def test_a_recipe_trains_on_shards_and_goes_on_bit_for_bit(digits, train, tmp_path, monkeypatch):
     import vitkit_streams.images as images
 
     flags = ("--dataset", "webdataset", *digits, *FLAGS, "--epochs", "2")
@@ -334,7 +305,7 @@ def test_a_recipe_trains_on_shards_and_goes_on_bit_for_bit(digits, tmp_path, mon
 
 
 @pytest.mark.slow
-def test_the_vae_trains_and_is_evaluated_on_shards(digits, tmp_path):
+def test_the_vae_trains_and_is_evaluated_on_shards(digits, train, tmp_path):
     summary = train("vae_mnist.py", tmp_path / "run", "--dataset", "webdataset", *digits, *FLAGS, "--epochs", "1")
     assert summary["dataset"]["train"] == 240
     assert summary["protocols"]["knn_top1"]["samples"] == 60
@@ -367,9 +338,9 @@ def test_two_processes_see_every_sample_once(shards, tmp_path):
 def test_an_image_split_of_tensors_reads_as_before():
     images, labels = torch.arange(12, dtype=torch.uint8).view(6, 1, 1, 2), torch.arange(6)
     split = ImageSplit(images, labels, Preparation((1, 1, 2), (0.0,), (1.0,)))
-    ((found, own),) = split.read([torch.tensor([4, 1])])
+    ((found, rows),) = split.read([torch.tensor([4, 1])])
     assert torch.equal(found, images[[4, 1]])
-    assert own.tolist() == [4, 1]
+    assert rows.tolist() == [4, 1]
     assert split.skipped == []
 
 

@@ -3,6 +3,7 @@
 import atexit
 import io
 import tempfile
+from dataclasses import dataclass, replace
 from functools import cache as once
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,13 @@ class ArrowSamples:
     def name(self, number: int) -> str:
         return f"{self.title}: row {number}"
 
-    def order(self, numbers: Tensor, seed: int, size: int) -> Tensor:
-        """A permutation of all: rows of a mapped file are as near as one another."""
-        return torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed))
+    @property
+    def reach(self) -> int:
+        """All: rows of a mapped file are as near as one another."""
+        return len(self)
+
+    def order(self, numbers: Tensor, generator: torch.Generator, size: int) -> Tensor:
+        return torch.randperm(len(numbers), generator=generator)
 
 
 def _example(samples: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -92,17 +97,20 @@ def hf_dataset(
 ) -> ImageDataset:
     """A dataset of the Hugging Face Hub or of a folder, by `datasets`: memory-mapped arrow tables, larger than memory too.
 
-    `path` is a repository (`uoft-cs/cifar10`), a folder that `save_to_disk` wrote, or a loader's name (`imagefolder`,
-    `parquet`, with `data_files`). `split` is trained on; at most `test_size` pictures of `test_split`, by default `test` or
-    `validation` where there is one, else held out of `split`, are in memory. `image` and `label` are columns, by default the
-    usual names; a label is a `ClassLabel`, a number or a class name. Pictures are decoded by threads (`workers`), cropped to
-    the square in their middle, `img_size`. An epoch is one permutation of all, drawn from (seed, epoch).
+    `path` is a repository (`uoft-cs/cifar10`), of which `revision` names a branch, tag or commit, a folder that `save_to_disk`
+    wrote, or a loader's name (`imagefolder`, `parquet`, with `data_files`). `split` is trained on; at most `test_size` pictures
+    of `test_split`, by default `test` or `validation` where there is one, else held out of `split`, are in memory. `image` and
+    `label` are columns, by default the usual names; a label is a `ClassLabel`, a number or a class name. Pictures are decoded by
+    threads (`workers`), cropped to the square in their middle, `img_size`. An epoch is one permutation of all, drawn from
+    (seed, epoch).
 
-    A picture that cannot be decoded is left out and named. Raises `DatasetError` with what `datasets` said where the dataset
-    cannot be had, and for a row without a label; `UsageError` for a split or a column that is not there.
+    A picture that cannot be decoded is left out and named. Where the Hub cannot be reached the copy fetched last is taken, but
+    for a `revision` none that may be another; `source` names the commit. Raises `DatasetError` with what `datasets` said where
+    the dataset cannot be had, and for a row without a label; `UsageError` for a split or a column that is not there.
     """
     check_options(img_size, channels, workers, test_size)
-    splits = _load(path, config, revision, data_files)
+    loaded = _load(path, config, revision, data_files)
+    splits = loaded.splits
     if split not in splits:
         raise UsageError(f"{path} has no split {split!r}{nearest(split, splits) or ';'} it has {', '.join(splits)}")
     if test_split is not None and test_split not in splits:
@@ -117,30 +125,62 @@ def hf_dataset(
         other, title = splits[test_split], f"{path} ({test_split})"
         test = ArrowSamples(other, picture, title), _labels(other, target, names, title)
     info = table.info
-    return assemble(
+    found = assemble(
         path.rstrip("/").rpartition("/")[2], ArrowSamples(table, picture, f"{path} ({split})"), labels, names, test=test,
         test_size=test_size, img_size=img_size, channels=channels, workers=workers,
-        source=info.homepage or f"Hugging Face datasets: {path}", licence=info.license or "its owner's",
-        hub_id=path if path.count("/") == 1 and not Path(path).expanduser().exists() else "",
+        source=(info.homepage or f"Hugging Face datasets: {path}") + (f", commit {loaded.commit}" if loaded.commit else ""),
+        licence=info.license or "its owner's", hub_id=loaded.repo,
     )  # fmt: skip
+    return replace(found, notice="; ".join(filter(None, (loaded.notice, found.notice))))
 
 
-def _load(path: str, config: str | None, revision: str | None, data_files: str | list[str] | None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Loaded:
+    """The tables by split; of a repository also its id and the commit, and what to tell where only a copy was to be had."""
+
+    splits: dict[str, Any]
+    repo: str = ""
+    commit: str = ""
+    notice: str = ""
+
+
+def _load(path: str, config: str | None, revision: str | None, data_files: str | list[str] | None) -> Loaded:
     import datasets
+    from datasets.packaged_modules.cache.cache import Cache
 
     folder = Path(path).expanduser()
     try:
         if (folder / "dataset_dict.json").is_file():
-            return dict(datasets.load_from_disk(str(folder)))
+            return Loaded(dict(datasets.load_from_disk(str(folder))))
         if (folder / "state.json").is_file():
-            return {"train": datasets.load_from_disk(str(folder))}
-        return dict(datasets.load_dataset(str(folder) if folder.exists() else path, config, revision=revision, data_files=data_files))
+            return Loaded({"train": datasets.load_from_disk(str(folder))})
+        name = str(folder) if folder.exists() else path
+        builder = datasets.load_dataset_builder(name, config, revision=revision, data_files=data_files)
+        builder.download_and_prepare()
+        splits = dict(builder.as_dataset())
     except Exception as error:  # of the Hub, of builders and of file systems
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise DatasetError(
-            f"the dataset {path!r} cannot be had: {said:.400}; check its name, config and revision, and the network, "
-            f"or give a folder that save_to_disk wrote"
-        ) from None
+        said = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
+        raise DatasetError(f"the dataset {path!r} cannot be had: {said:.400}; {_way_out(error)}") from None
+    if builder.repo_id is None:
+        return Loaded(splits)
+    notice = ""
+    if isinstance(builder, Cache) and revision != builder.hash:  # `datasets` takes it where the Hub fails, whatever was asked for
+        copy = f"{path} cannot be had from the Hub, and the copy on this machine is of commit {builder.hash}"
+        if revision not in (None, "main"):
+            raise DatasetError(f"{copy}, not known to be {revision!r}; check the network, or give revision={builder.hash}")
+        notice = f"{copy}; that is taken, and need not be the newest"
+    return Loaded(splits, builder.repo_id, builder.hash or "", notice)
+
+
+def _way_out(error: Exception) -> str:
+    from datasets.exceptions import DatasetNotFoundError
+
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, DatasetNotFoundError) or status in (401, 403):
+        return "check its name and revision; one that is private or gated wants `hf auth login`, or HF_TOKEN, of somebody who may read it"
+    if isinstance(error, ConnectionError):
+        return "check the network, and HF_ENDPOINT where it is set, or give a folder that save_to_disk wrote"
+    return "check its name, config and revision, and the network, or give a folder that save_to_disk wrote"
 
 
 def _column(table: Any, given: str | None, usual: tuple[str, ...], what: str, path: str) -> str:

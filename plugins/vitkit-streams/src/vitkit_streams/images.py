@@ -32,7 +32,12 @@ class Samples(Protocol):
         """What a person finds it by."""
         ...
 
-    def order(self, numbers: Tensor, seed: int, size: int) -> Tensor:
+    @property
+    def reach(self) -> int:
+        """How many places of `order` apart samples may lie that are read at the same time."""
+        ...
+
+    def order(self, numbers: Tensor, generator: torch.Generator, size: int) -> Tensor:
         """A permutation of the places of `numbers` `(m,)`, for batches of `size`."""
         ...
 
@@ -68,6 +73,10 @@ class StreamedImages:
     def skipped(self) -> list[str]:
         return [f"{self.samples.name(number)}: {problem}" for number, problem in sorted(self._problems.items())]
 
+    @property
+    def reach(self) -> int:
+        return self.samples.reach
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -96,9 +105,9 @@ class StreamedImages:
         """The same pictures, fewer or repeated."""
         return replace(self, rows=self.rows[rows])
 
-    def order(self, seed: int, size: int) -> Tensor:
-        """A permutation of all rows, drawn by `seed`, that suits what the pictures lie in."""
-        return self.samples.order(self.rows, seed, size)
+    def order(self, generator: torch.Generator, size: int) -> Tensor:
+        """A permutation of all rows, drawn by `generator`, that suits what the pictures lie in."""
+        return self.samples.order(self.rows, generator, size)
 
     def _decode(self, row: int) -> Tensor | None:
         number = int(self.rows[row])

@@ -42,13 +42,17 @@ class TarSamples:
         shard, place = self._place(number)
         return f"{shard.url}: {shard.key(place)}"
 
-    def order(self, numbers: Tensor, seed: int, size: int) -> Tensor:
+    @property
+    def reach(self) -> int:
+        """The buffer: samples that lie nearer come from shards that are open at about the same time."""
+        return self.shuffle_buffer
+
+    def order(self, numbers: Tensor, generator: torch.Generator, size: int) -> Tensor:
         """Shards in a drawn order, `open_shards` of them at a time, and within each of these lanes a shuffle buffer.
 
         The lanes run side by side in proportion to their lengths, and stand in a batch one after another, so that ranks,
         which take consecutive parts of it, read different shards. The order is the same however many ranks there are.
         """
-        generator = torch.Generator().manual_seed(seed)
         at = torch.searchsorted(self.ends, numbers, right=True)
         turn = torch.randperm(len(self.shards), generator=generator)[at]  # the shard's turn, of each sample
         lanes = min(self.open_shards, len(self.shards))
