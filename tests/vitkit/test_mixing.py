@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pretending import Pretending, elsewhere
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -235,3 +236,16 @@ def test_what_makes_no_sense_is_refused(make, said):
     with pytest.raises(UsageError) as caught:
         make()
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("mix", [MixUp(0.4), CutMix(0.4), Mix()], ids=lambda mix: type(mix).__name__)
+def test_images_are_mixed_on_a_device_without_fp64(mix):
+    images, labels = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(6)
+    with Pretending():
+        mixed, partners, weights = mix(elsewhere(images), elsewhere(labels), torch.Generator().manual_seed(1))
+        again = mix(elsewhere(images), elsewhere(labels), torch.Generator().manual_seed(1))[0]
+    assert mixed.shape == images.shape
+    assert torch.equal(mixed.cpu(), again.cpu())
+    assert partners.cpu().sort().values.tolist() == list(range(6))
+    assert len(set(weights.tolist())) > 3
+    assert all(0 <= weight <= 1 for weight in weights.tolist())

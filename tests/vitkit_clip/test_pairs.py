@@ -41,6 +41,13 @@ def test_captions_are_ordered_by_left_then_right() -> None:
     assert said[1 * 3 + 2] == "the photo on the left is sea lion and the photo on the right is cat"
 
 
+@pytest.mark.parametrize("classes", [["sea_lion", "ant", "sea lion"], ["ant", "cat", "ant"]])
+def test_classes_that_no_caption_tells_apart_are_refused(classes: list[str]) -> None:
+    message = f"the classes {classes[0]!r} and {classes[2]!r} have the same captions .* give each a name of its own"
+    with pytest.raises(UsageError, match=message):
+        captions(classes)
+
+
 def test_a_batch_is_two_images_side_by_side_and_what_they_show(split: ImageSplit) -> None:
     pairs = Pairs(split, CLASSES, 16)
     assert isinstance(pairs, Batches)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pretending import Pretending, elsewhere
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchmetrics.retrieval import RetrievalHitRate, RetrievalMAP, RetrievalRecall
@@ -186,3 +187,15 @@ def test_wrong_arguments_say_what_was_expected(arguments, message):
     query, item = (torch.tensor(numbers) for numbers in (pairs or ([0], [0])))
     with pytest.raises(UsageError, match=message):
         rank_relevant(queries, items, query, item)
+
+
+def test_a_ranking_is_scored_on_a_device_without_fp64():
+    generator = torch.Generator().manual_seed(0)
+    queries, items = torch.randn(20, 6, generator=generator), torch.randn(30, 6, generator=generator)
+    query, item = torch.arange(20).repeat(2), torch.randperm(30, generator=generator).repeat(2)[:40]
+    expected = retrieval_scores("x", rank_relevant(queries, items, query, item), (1, 5), note="", recalls=True)
+    with Pretending():
+        found = rank_relevant(*map(elsewhere, (queries, items, query, item)))
+        with pytest.raises(TypeError, match="doesn't support float64"):
+            found.ranks.double()
+        assert retrieval_scores("x", found, (1, 5), note="", recalls=True) == expected
