@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from vitkit import Run, backbones, evaluators, heads, losses, parse_arguments
 from vitkit.augment import ColorJitter, Compose, HorizontalFlip, RandomAffine, RandomCrop
-from vitkit.errors import UsageError, VitkitError
+from vitkit.errors import UsageError, VitkitError, at_least
 from vitkit.mixing import CutMix, MixUp
 from vitkit.optim import adamw, muon_adamw, warmup_cosine
 from vitkit.randaugment import RandAugment
@@ -33,6 +33,7 @@ PRESETS = {
     },
 }  # fmt: skip
 LEARNING_RATES = {"muon": 4e-3, "adamw": 1e-3}
+UNTEMPERED = ("siglip", "margin_triplet")  # SigLIP always learns its temperature, a margin has none
 SMALL = {"stem": [32, 64], "depth": 2, "num_heads": 2, "mlp_dim": 128}
 AUGMENTS = {
     "none": None,
@@ -100,6 +101,11 @@ def main(
     }  # fmt: skip
     chosen = base | {key: value for key, value in given.items() if value is not None}
     lr = LEARNING_RATES[chosen["optimizer"]] if lr is None else lr
+    at_least(1, eval_every=chosen["eval_every"])
+    if not chosen["warmup"] >= 0:
+        raise UsageError(f"--warmup {chosen['warmup']}: expected epochs, 0 or more")
+    if temperature == "learned" and loss in UNTEMPERED:
+        raise UsageError(f"--temperature learned: the loss {loss} has none to learn as a flag; leave it out, or take info_nce")
     run.resolved(preset=name, **chosen, lr=lr)
     epochs, batch_size, classify, warmup = (chosen[key] for key in ("epochs", "batch_size", "classify", "warmup"))
     size = 16 if small else 32
@@ -134,9 +140,7 @@ def main(
     run.say(f"text encoder: {text}, {'frozen' if frozen else 'trained'}")
     projector = heads.build("linear", in_dim=backbone.embed_dim, out_dim=proj_dim)
     text_projector = heads.build("linear", in_dim=words.embed_dim, out_dim=proj_dim)
-    tempered = (
-        {} if loss in ("siglip", "margin_triplet") else {"temperature": 0.07, "learned": temperature == "learned"}
-    )
+    tempered = {} if loss in UNTEMPERED else {"temperature": 0.07, "learned": temperature == "learned"}
     classifier = None
     if classify:
         classifier = heads.build("linear", in_dim=backbone.embed_dim, out_dim=len(data.classes))
@@ -151,8 +155,8 @@ def main(
     trained = model if chunk is None else GradCache(model, chunk)
     matrices = muon_adamw if chosen["optimizer"] == "muon" else adamw
     stepped = matrices(trained, lr=lr, weight_decay=weight_decay)
-    steps = max(1, -(-len(pairs) // run.grad_accum))
-    schedule = warmup_cosine(stepped, epochs * steps, warmup=round(min(warmup, epochs) * steps), floor=0.01)
+    warm = round(min(warmup, epochs) * run.steps(pairs))
+    schedule = warmup_cosine(stepped, run.steps(pairs, epochs), warmup=warm, floor=0.01)
 
     if data.name == "cifar100":
         for label, lines in SEED_DOCUMENT.items():

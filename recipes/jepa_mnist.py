@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from vitkit import Run, backbones, evaluators, heads, losses, parse_arguments
 from vitkit.augment import Compose, RandomAffine
+from vitkit.errors import UsageError, at_least
 from vitkit.optim import muon_adamw, warmup_cosine
 from vitkit_eval import sharing_features
 from vitkit_jepa import JEPA
@@ -41,7 +42,7 @@ def main(
     multimodal: Annotated[bool, "show labels; without, the baseline"] = True,
     objective: Annotated[Literal["joint", "seed"], "views with and without label, or all with (the seed's)"] = "joint",
     views: Annotated[int, "augmented views of an image, the last one beside a label"] = 2,
-    swap: Annotated[float, "share of labels shown that are wrong ones"] = 0.5,
+    swap: Annotated[float | None, "share of labels shown that are wrong ones (0.5)"] = None,
     keep: Annotated[float, "share of the patches that each view shows in training"] = 1.0,
     label_fraction: Annotated[float, "share of the training labels that is ever shown"] = 1.0,
     train_size: Annotated[int | None, "train on so many images only, for a quick trial"] = None,
@@ -49,18 +50,24 @@ def main(
     eval_size: Annotated[int | None, "training images that evaluators look at (all)"] = None,
 ) -> None:
     """Train, evaluate every few epochs, save the encoder and its projector."""
+    at_least(1, eval_every=eval_every)
+    if not multimodal and (swap is not None or objective == "seed"):
+        flag = "--objective seed" if objective == "seed" else f"--swap {swap}"
+        raise UsageError(f"{flag} is about the labels that --no-multimodal leaves out; give one of the two")
     data = run.dataset(dataset, default="mnist", **parse_arguments(dataset_arg))
+    if swap is None:
+        swap = 0.5
     given = {
         "epochs": epochs, "img_size": img_size, "patch_size": patch_size, "emb_dim": emb_dim, "depth": depth,
         "num_heads": num_heads,
     }  # fmt: skip
     base = PRESETS[("digits" if data.name == "digits" else "quick") if preset == "auto" else preset]
     chosen = {name: base[name] if value is None else value for name, value in given.items()}
-    run.resolved(**chosen)
+    run.resolved(**chosen, **({"swap": swap} if multimodal else {}))
     size, epochs, width = int(chosen["img_size"]), int(chosen["epochs"]), int(chosen["emb_dim"])
     data = data.resized(size)
     train = data.train if train_size is None else data.train.take(train_size, seed=run.seed)
-    if label_fraction < 1.0:
+    if label_fraction != 1.0:
         train = train.hide_labels(label_fraction, seed=run.seed).repeat_shown(0.25)
     augment = Compose([RandomAffine(degrees=15, translate=0.1, scale=(0.85, 1.15), shear=10)])
     batches = train.batches(batch_size, shuffle=True, drop_last=True, augment=augment, views=views)
@@ -75,7 +82,7 @@ def main(
     loss = losses.build("lejepa", lamda=lamda)
     model = JEPA(backbone, head, loss, objective=objective if multimodal else "images", swap=swap, keep=keep)
     optimizer = muon_adamw(model, lr=lr)
-    schedule = warmup_cosine(optimizer, epochs * len(batches), warmup=min(100, len(batches)))
+    schedule = warmup_cosine(optimizer, run.steps(batches, epochs), warmup=min(100, run.steps(batches)))
 
     if data.name == "mnist":
         run.reference("seed document", **SEED_DOCUMENT)

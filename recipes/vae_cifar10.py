@@ -9,6 +9,7 @@ from torch.optim.lr_scheduler import StepLR
 
 from vitkit import Run, backbones, heads, losses, parse_arguments
 from vitkit.augment import Compose, HorizontalFlip, Mix, RandomCrop
+from vitkit.errors import at_least
 from vitkit.optim import muon_adamw, warmup_cosine
 from vitkit.randaugment import RandAugment
 from vitkit_vae import Evaluation, MultiTaskVAE, TripletBatches, pictures
@@ -65,6 +66,7 @@ def main(
     eval_size: Annotated[int | None, "training images that evaluators look at (all)"] = None,
 ) -> None:
     """Train, evaluate every few epochs, save the encoder with its classifier and decoder."""
+    at_least(1, eval_every=eval_every)
     data = run.dataset(dataset, default="cifar10", **parse_arguments(dataset_arg))
     base = PRESETS[("digits" if data.name == "digits" else "default") if preset == "auto" else preset]
     given = {
@@ -99,7 +101,7 @@ def main(
             "conv_decoder", in_dim=latent_dim, out_dim=channels, img_size=size,
             num_classes=classes if conditional else None,
         )  # fmt: skip
-    steps = epochs * len(batches)
+    steps = run.steps(batches, epochs)
     weights = {"classification": classification, "triplet": triplet, "reconstruction": reconstruction, "kl": kl}
     model = MultiTaskVAE(
         backbone, classifier, decoder,
@@ -111,7 +113,7 @@ def main(
     )  # fmt: skip
     chosen_optimizer = muon_adamw(model, lr=lr, only_adamw=model.parameters() if optimizer == "adamw" else ())
     if schedule == "cosine":
-        scheduler: Any = warmup_cosine(chosen_optimizer, steps, warmup=min(100, len(batches)))
+        scheduler: Any = warmup_cosine(chosen_optimizer, steps, warmup=min(100, run.steps(batches)))
     else:
         scheduler = StepLR(chosen_optimizer, step_size=max(1, steps // 3), gamma=0.3)
     evaluate = Evaluation(train_size=eval_size, transfer_to=transfer_to, transfer_features=transfer_features)

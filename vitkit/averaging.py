@@ -41,11 +41,16 @@ class Average:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state; `KeyError` and `RuntimeError` where it is another model's."""
         self.updates = int(state["n_averaged"])
-        given = {name.removeprefix("module."): value for name, value in state.items() if name != "n_averaged"}
+        given = weights_of(state)
         if given.keys() != self._values.keys():
             raise KeyError(", ".join(sorted(given.keys() ^ self._values.keys())))
         for name, value in cut(given, self._values).items():
             local(self._values[name]).copy_(local(value))
 
 
-__all__ = ["Average"]
+def weights_of(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The averaged weights in what `Average.state_dict` gave, by the model's own names."""
+    return {name.removeprefix("module."): value for name, value in state.items() if name != "n_averaged"}
+
+
+__all__ = ["Average", "weights_of"]

@@ -7,13 +7,15 @@ that goes on from a checkpoint needs no saved random state to give what an undis
 import contextlib
 import hashlib
 import math
+import random
 import statistics
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
+from itertools import count, islice
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -23,7 +25,7 @@ from vitkit.averaging import Average
 from vitkit.compiling import compile_for
 from vitkit.contracts import Batches, Scores
 from vitkit.distributed import AnyRank, all_reduce_sum, broadcast
-from vitkit.errors import RunError, UsageError
+from vitkit.errors import RunError, UsageError, at_least
 from vitkit.gradcache import Accumulated, Embedding
 from vitkit.rundir import BEST, LAST
 from vitkit.sharding import apart, local, whole
@@ -52,8 +54,7 @@ class Epoch:
 
     def due(self, every: int) -> bool:
         """Whether to evaluate now: every so many epochs, and after the last. `UsageError` below 1."""
-        if every < 1:
-            raise UsageError(f"eval_every is {every}; expected at least 1")
+        at_least(1, eval_every=every)
         return self.number % every == 0 or self.number == self.epochs
 
     def log(self, *scores: Mapping[str, float], **values: float) -> None:
@@ -66,8 +67,27 @@ class Epoch:
         self.run.log_metrics(self)
 
 
+def check_arguments(
+    *, optimizer: Optimizer, clip: float | None, ema: float | None, monitor: str | None, mode: str, patience: int | None
+) -> None:
+    """`UsageError` for an argument of `Run.fit` that is out of range; what `Run.steps` asks for aside."""
+    if clip is not None and not clip > 0:
+        raise UsageError(f"clip is {clip}; expected a positive gradient norm, or None")
+    if ema is not None and not 0.0 < ema < 1.0:
+        raise UsageError(f"ema is {ema}; expected a decay between 0 and 1, or None")
+    if mode not in ("max", "min"):
+        raise UsageError(f"mode is {mode!r}; expected 'max' or 'min', the better of the monitored metric")
+    if patience is not None and monitor is None:
+        raise UsageError("patience needs monitor='METRIC', the metric to watch")
+    if patience is not None:
+        at_least(1, patience=patience)
+    for group in optimizer.param_groups:
+        if not (math.isfinite(group["lr"]) and group["lr"] >= 0):
+            raise UsageError(f"lr is {group['lr']}; expected a finite learning rate of at least 0")
+
+
 class Fit:
-    """What `Run.fit` iterates over; its arguments are documented there."""
+    """What `Run.fit` iterates over; its arguments are documented and checked there."""
 
     def __init__(
         self,
@@ -84,23 +104,9 @@ class Fit:
         mode: Literal["max", "min"],
         patience: int | None,
     ) -> None:
-        if epochs < 1:
-            raise UsageError(f"epochs is {epochs}; expected at least 1")
-        if clip is not None and not clip > 0:
-            raise UsageError(f"clip is {clip}; expected a positive gradient norm, or None")
-        if ema is not None and not 0.0 < ema < 1.0:
-            raise UsageError(f"ema is {ema}; expected a decay between 0 and 1, or None")
-        if patience is not None and (monitor is None or patience < 1):
-            raise UsageError("patience needs monitor='METRIC', the metric to watch, and at least 1 evaluation")
-        for group in optimizer.param_groups:
-            if not (math.isfinite(group["lr"]) and group["lr"] >= 0):
-                raise UsageError(f"lr is {group['lr']}; expected a finite learning rate of at least 0")
         self.run, self.epochs, self.clip = run, epochs, clip
         self.monitor, self.mode, self.patience = monitor, mode, patience
         self.batches: Batches = batches if hasattr(batches, "epoch") else _Loader(batches)
-        if len(self.batches) == 0:
-            raise UsageError("an epoch has no batches: the batch size is larger than the training set, or it is empty")
-        steps = epochs * -(-len(self.batches) // run.grad_accum)
         self.module, self.cached = model, run.grad_accum > 1 and isinstance(model, Embedding)
         # What is sharded over ranks can be called as a whole alone: evaluators and the recipe keep a model of their own.
         self.trained = apart(model.to(run.device), optimizer) if run.sharded else model
@@ -108,7 +114,7 @@ class Fit:
             why = "its weights are sharded" if run.sharded else "--grad-accum calls this model's embed and loss_of"
             said = f"not compiled: {why}" if run.compile == "on" else ""
         else:
-            said = compile_for(model, run.compile, device=run.device.type, steps=steps)
+            said = compile_for(model, run.compile, device=run.device.type, steps=run.steps(self.batches, epochs))
         if said:
             run.say(said)
         wrapped = Accumulated(self.trained) if self.cached else self.trained
@@ -327,16 +333,15 @@ class Fit:
         if self.monitor not in epoch.logged:
             raise UsageError(f"monitor={self.monitor!r} was not logged; logged: {', '.join(epoch.logged)}")
         value, best = self._agreed(epoch.logged[self.monitor]), self.progress["best"]
-        if best is None or (value > best if self.mode == "max" else value < best):
+        better = best is None or (value > best if self.mode == "max" else value < best)
+        if better and math.isfinite(value):  # what is not finite is never best, and no improvement
             self.progress |= {"best": value, "best_epoch": epoch.number, "stale": 0}
             self._checkpoint(BEST)
             return None
         self.progress["stale"] += 1
         if self.patience is not None and self.progress["stale"] >= self.patience:
-            return (
-                f"stopping early: {self.monitor} has not improved on {best:.4f} of epoch "
-                f"{self.progress['best_epoch']} for {self.patience} evaluations"
-            )
+            reached = "was not finite" if best is None else f"has not improved on {best:.4f} of epoch {self.progress['best_epoch']}"
+            return f"stopping early: {self.monitor} {reached} for {self.patience} evaluations"
         return None
 
     def _agreed(self, value: float) -> float:
@@ -366,26 +371,49 @@ class Fit:
 
 
 class _Loader:
-    """Any sized iterable of batches, a torch DataLoader say, as `Batches`."""
+    """Any sized iterable of batches, a torch DataLoader say, as `Batches`.
+
+    It draws from (seed, epoch, index) what it draws from the global generators of torch, Python and NumPy, which are put
+    back afterwards; entered in the middle of an epoch it is run up to there, so that it gives what it would have given.
+    A DataLoader's workers are seeded by torch from the epoch, which gives the same as long as their number is, and not with
+    `persistent_workers`, whose generators run on. Nor is a generator of the loader's own put back: let it be None.
+    """
 
     def __init__(self, loader: Iterable[Any]) -> None:
         self.loader = loader
 
     def __len__(self) -> int:
-        try:
-            return len(self.loader)  # type: ignore[arg-type]
-        except TypeError:
-            raise UsageError("run.fit needs to know how many batches an epoch has: give it something with len()") from None
+        return len(self.loader)  # type: ignore[arg-type]
 
     def epoch(
         self, number: int, *, seed: int = 0, start: int = 0, device: Any = "cpu", rank: int = 0, world: int = 1
     ) -> Iterator[dict[str, Tensor]]:
         if world > 1:
             raise UsageError("on several devices give run.fit `split.batches(...)`, which divides itself over the ranks")
-        torch.manual_seed(_mix(seed, "loader", number))
-        for index, batch in enumerate(self.loader):
+        with _drawing(_mix(seed, "loader", number)):
+            batches = iter(self.loader)
+        for index in count():
+            with _drawing(_mix(seed, "loader", number, index)):
+                batch = next(batches, None)
+            if batch is None:
+                return
             if index >= start:
                 yield {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+
+
+@contextlib.contextmanager
+def _drawing(seed: int) -> Iterator[None]:
+    """Within it the CPU's global generators draw from `seed`; afterwards they go on where they were."""
+    kept = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(kept[0])
+        random.setstate(kept[1])
+        np.random.set_state(kept[2])
 
 
 def _loss_of(parts: Any) -> Tensor:

@@ -136,10 +136,14 @@ def _pairs(labels: Tensor, generator: Generator, *, same_class: bool) -> Tensor:
 
 def _beta(images: Tensor, generator: Generator, alpha: float) -> Tensor:
     """`(b,)` numbers from Beta(α, α): G/(G + H) with G and H from Gamma(α)."""
-    shape = torch.full((2, len(images)), alpha, device=images.device, dtype=torch.float64)
+    device = images.device
+    if device.type == "mps":  # it has no fp64: drawn on the CPU, from a seed that is drawn there
+        seed = torch.randint(2**31, (), device=device, generator=generator)
+        device, generator = torch.device("cpu"), torch.Generator().manual_seed(int(seed))
+    shape = torch.full((2, len(images)), alpha, device=device, dtype=torch.float64)
     one, other = torch._standard_gamma(shape, generator=generator)
     # For a tiny α both may be too small for a float: the image then stays as it is.
-    return torch.where(one + other > 0, one / (one + other), 1.0).float()
+    return torch.where(one + other > 0, one / (one + other), 1.0).float().to(images.device)
 
 
 def _boxed(images: Tensor, share: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:

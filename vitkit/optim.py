@@ -83,30 +83,48 @@ def muon_adamw(
     Muon (Jordan et al., 2024) steps along the orthogonalised momentum, scaled to AdamW's usual step so that the same
     learning rates do (arXiv 2502.16982); `muon_lr` is `lr` where not given. Matrices of `nn.Linear` go to Muon, save
     those in `only_adamw`; weight decay spares biases, norms and single vectors. Raises `UsageError` where a learning
-    rate is not positive.
+    rate is not positive, weight decay is negative or either not finite, and for a model of which nothing is trained.
     """
     muon_lr = lr if muon_lr is None else muon_lr
     if not (lr > 0 and muon_lr > 0 and math.isfinite(lr + muon_lr)):
         raise UsageError(f"lr is {lr} and muon_lr {muon_lr}; expected finite positive numbers")
-    kept = {id(parameter) for parameter in only_adamw}
-    matrices = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
-    matrices = [weight for weight in matrices if weight.requires_grad and id(weight) not in kept]
-    taken = {id(weight) for weight in matrices}
-    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
-    others = AdamW(_groups(rest, weight_decay), lr=lr, betas=betas, fused=True)
-    if not matrices:
-        return Together(others)
-    return Together(_Muon(matrices, lr=muon_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"), others)
+    _check_decay(weight_decay)
+    trained, kept = _trained(model), {id(parameter) for parameter in only_adamw}
+    inside = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} - kept  # tied ones once
+    matrices = [p for p in trained if id(p) in inside]
+    rest = [p for p in trained if id(p) not in inside]
+    found: list[Optimizer] = []
+    if matrices:
+        found.append(_Muon(matrices, lr=muon_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+    if rest:
+        found.append(AdamW(_groups(rest, weight_decay), lr=lr, betas=betas, fused=True))
+    return Together(*found)
 
 
 def adamw(model: nn.Module, *, lr: float, weight_decay: float = 0.01, betas: tuple[float, float] = (0.9, 0.999)) -> AdamW:
     """torch's AdamW for what of a network is trained; weight decay spares biases, norms and single vectors.
 
-    Raises `UsageError` where the learning rate is not a finite number of at least 0.
+    Raises `UsageError` where the learning rate or the weight decay is not a finite number of at least 0, and for a model of
+    which nothing is trained.
     """
     if not (math.isfinite(lr) and lr >= 0):
         raise UsageError(f"lr is {lr}; expected a finite learning rate of at least 0")
-    return AdamW(_groups([p for p in model.parameters() if p.requires_grad], weight_decay), lr=lr, betas=betas, fused=True)
+    _check_decay(weight_decay)
+    return AdamW(_groups(_trained(model), weight_decay), lr=lr, betas=betas, fused=True)
+
+
+def _check_decay(weight_decay: float) -> None:
+    if not (math.isfinite(weight_decay) and weight_decay >= 0):
+        raise UsageError(f"weight_decay is {weight_decay}; expected a finite number of at least 0")
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    found = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not found:
+        raise UsageError(
+            f"{type(model).__name__} has no parameter to train: all are frozen (requires_grad is False), or it has none"
+        )
+    return found
 
 
 def _groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:

@@ -39,7 +39,7 @@ def preview(
         "parameters": f"{parameters:,} ({trained:,} trained)",
         "tokens": ", ".join(f"{count} × {views * samples // measured} sequences" for count, views in tokens.items()) or "unknown",
         "FLOPs a sample": f"{counter.get_total_flops() / measured:,.0f} (forward; a training step is about three times that)",
-        "steps": f"{epochs} epochs × {-(-len(batches) // run.grad_accum)} steps",
+        "steps": f"{epochs} epochs × {run.steps(batches)} steps",
     }
     tables = [
         _table("arguments", run.arguments), _table("settings", run.settings() | {"out": str(run.directory)}),

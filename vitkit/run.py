@@ -22,15 +22,16 @@ from vitkit import checkpoint, data
 from vitkit.accelerator import make_accelerator, resolve_device, resolve_precision, resolve_trackers, shards
 from vitkit.contracts import Picture, Scores
 from vitkit.distributed import broadcast_text
-from vitkit.errors import RunDirectoryError, UsageError, VitkitError
+from vitkit.errors import RunDirectoryError, UsageError, VitkitError, at_least
 from vitkit.files import atomic_write, write_json
-from vitkit.fit import Epoch, Fit
+from vitkit.fit import Epoch, Fit, check_arguments
 from vitkit.peers import Peers, is_collective
 from vitkit.preview import preview
 from vitkit.progress import Progress
 from vitkit.recipe import plain
-from vitkit.rundir import TRACKERS, Claim, claim, read_summary, remove_run, trackers_aside
+from vitkit.rundir import BEST, TRACKERS, Claim, claim, read_summary, remove_run, trackers_aside
 from vitkit.signals import ignore_termination
+from vitkit.state import load_state
 from vitkit.summary import best_of, processor, versions, write_csv
 
 
@@ -163,6 +164,21 @@ class Run:
         }  # fmt: skip
         return found
 
+    def steps(self, batches: Any, epochs: int = 1) -> int:
+        """Optimiser steps in so many epochs, which is what a schedule counts: `grad_accum` batches make one, and so does
+        what is left of them at an epoch's end.
+
+        Raises `UsageError` for epochs below 1, `batches` without a length and those of which an epoch has none.
+        """
+        at_least(1, epochs=epochs)
+        try:
+            count = len(batches)
+        except TypeError:
+            raise UsageError("run.fit needs to know how many batches an epoch has: give it something with len()") from None
+        if count == 0:
+            raise UsageError("an epoch has no batches: the batch size is larger than the training set, or it is empty")
+        return epochs * -(-count // self.grad_accum)
+
     def fit(
         self,
         model: nn.Module,
@@ -180,10 +196,12 @@ class Run:
         """Train, yielding after each epoch; evaluate and `epoch.log(...)` in the loop's body, `break` to stop early.
 
         `model(batch)` returns a dict with a scalar `loss` and its parts. `batches` is `split.batches(...)` or any
-        sized iterable of dicts of tensors. `schedule` is stepped once an optimiser step, `clip` bounds the gradient's
-        norm, `ema` is the decay of averaged weights, which the model holds while an epoch is yielded and at the end.
+        sized iterable of dicts of tensors. `schedule` is stepped once an optimiser step, `run.steps(batches, epochs)` times
+        in all, `clip` bounds the gradient's norm, `ema` is the decay of averaged weights, which the model holds while an epoch
+        is yielded and at the end.
         With `monitor` the best checkpoint of that metric is kept, and `patience` evaluations without a better one end
-        the loop.
+        the loop; a value that is not finite is no better one. The model ends with its last weights: `run.load_best(model)`
+        gives it the best ones. An epoch in which the body leaves by `break` is not compared.
 
         With `grad_accum` k the gradient is that of k batches put together: exactly so where the loss is a mean over
         samples (each batch counts by its samples), and where the model offers `embed(batch)` and `loss_of(embedded)`,
@@ -198,7 +216,17 @@ class Run:
         Launched for FSDP2 (`accelerate launch --use_fsdp --fsdp_version 2`) what is trained is a copy of `model` that is
         sharded over the devices; `model` itself gets its weights, or their average, before an epoch is yielded and at the
         end. Checkpoints hold whole weights, so that a run may go on with another number of devices.
+
+        Raises `UsageError` before the first step for a value out of range, what `steps` refuses, and a second fit of one run.
         """
+        if self._fit:
+            raise UsageError(
+                "this run has trained already, and has one run.fit: its rows, its checkpoint and what --resume goes on from are "
+                "of one training; for stages change what is trained in the loop's body, by epoch.number, or give the second "
+                "a recipe of its own that starts from vitkit.load(the first one's directory)"
+            )
+        self.steps(batches, epochs)
+        check_arguments(optimizer=optimizer, clip=clip, ema=ema, monitor=monitor, mode=mode, patience=patience)
         self._parameters = sum(parameter.numel() for parameter in model.parameters())
         prepare = getattr(batches, "prepare", None)  # what training really sees is what a saved model must be given
         if isinstance(prepare, data.Preparation):
@@ -215,6 +243,27 @@ class Run:
         )  # fmt: skip
         self._fit = fit.progress
         return iter(fit)
+
+    def load_best(self, model: nn.Module) -> int:
+        """After the loop, put into the `model` that `fit` was given the weights that scored best in `monitor`, as they were
+        evaluated: averaged ones with `ema`. The epoch they are of.
+
+        Without it the model keeps its last weights. Ranks: all of them call it, and see the run's directory. Raises
+        `UsageError` where no best checkpoint was kept, or where it is another model's.
+        """
+        self.accelerator.wait_for_everyone()  # rank 0 may still be writing it
+        path = self.directory / BEST
+        if not path.exists():
+            raise UsageError(
+                "no best checkpoint was kept: give run.fit monitor='METRIC', and epoch.log a finite value of it in the loop"
+            )
+        state = load_state(path)
+        try:
+            model.load_state_dict(state.evaluated)
+        except RuntimeError as error:
+            said = " ".join(str(error).split())
+            raise UsageError(f"{path} is another model's: {said:.400}; give load_best the model that run.fit was given") from None
+        return int(state.progress["fit"]["best_epoch"])
 
     def save(self, **modules: nn.Module) -> Path:
         """Write `model.safetensors` and `config.json`: modules by name, each built through a registry."""

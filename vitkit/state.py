@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from vitkit.averaging import weights_of
 from vitkit.errors import CheckpointError
 from vitkit.files import atomic_write
 from vitkit.sharding import cut, cut_optimizer
@@ -30,6 +31,13 @@ class State:
     ema_state: dict[str, Any] | None
     scheduler: dict[str, Any] | None
     progress: dict[str, Any]
+
+    @property
+    def evaluated(self) -> dict[str, Tensor]:
+        """The weights that evaluations saw: the averaged ones, where there are any."""
+        if self.ema_state is None:
+            return self.model_state
+        return weights_of(self.ema_state)
 
     def restore(self, model: nn.Module, optimizer: Any, average: Any | None, schedule: Any | None) -> None:
         """Put everything but `progress` back where it came from.

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import io
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,11 +21,11 @@ def lower_is_better(name: str) -> bool:
 
 
 def best_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """The best value of each metric and the epoch it was reached in."""
+    """The best value of each metric and the epoch it was reached in; what is not finite is never best."""
     best: dict[str, dict[str, float]] = {}
     for row in rows:
         for name, value in row.items():
-            if name in ("epoch", "step") or value is None:
+            if name in ("epoch", "step") or value is None or not math.isfinite(value):
                 continue
             sign = -1.0 if lower_is_better(name) else 1.0
             if name not in best or sign * value > sign * best[name]["value"]:

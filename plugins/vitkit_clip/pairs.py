@@ -20,10 +20,14 @@ FIXED = 10_000
 def captions(classes: Sequence[str]) -> list[str]:
     """All k² captions of k classes, the one of (left, right) at left·k + right; underscores in names become spaces.
 
-    Raises `UsageError` for fewer than two classes.
+    Raises `UsageError` for fewer than two classes, and for two whose captions would be the same.
     """
     _check_classes(len(classes))
     names = [name.replace("_", " ") for name in classes]
+    same = next((number for number, name in enumerate(names) if name in names[:number]), None)
+    if same is not None:
+        one, other = classes[names.index(names[same])], classes[same]
+        raise UsageError(f"the classes {one!r} and {other!r} have the same captions ({names[same]!r}); give each a name of its own")
     return [CAPTION.format(left, right) for left in names for right in names]
 
 

@@ -134,25 +134,22 @@ class PairRetrieval:
         own, other = (
             F.cosine_similarity(seen.embeddings[two], texts[numbers[two]]) for numbers in (seen.labels, swapped)
         )
-        values = {
-            "left_top1": (chosen_left == left).double().mean(),
-            "right_top1": (chosen_right == right).double().mean(),
-        }
+        values = {"left_top1": _share(chosen_left == left), "right_top1": _share(chosen_right == right)}
         notes = {
             name: Measurement("test", n, 1 / k, frozen, f"the {side} class in the nearest of {k * k:,} captions")
             for name, side in (("left_top1", "left"), ("right_top1", "right"))
         }
         if bool(two.any()):
             of_two = int(two.sum())
-            values["swapped_top1"] = (i2t.nearest == swapped)[two].double().mean()
-            values["swapped_above"] = (other >= own).double().mean()
+            values["swapped_top1"] = _share((i2t.nearest == swapped)[two])
+            values["swapped_above"] = _share(other >= own)
             note = "of pairs of two classes: left and right exchanged in the nearest caption"
             notes["swapped_top1"] = Measurement("test", of_two, 1 / k**2, frozen, note)
             note = "of pairs of two classes: the caption with left and right exchanged is at least as near as their own"
             notes["swapped_above"] = Measurement("test", of_two, 0.5, frozen, note)
         counts = confusion_matrix(torch.cat([left, right]), torch.cat([chosen_left, chosen_right]), k)
         return Scores(
-            {name: float(value) for name, value in values.items()},
+            values,
             protocols=notes,
             pictures={"pair_confusion": Confusion(counts.cpu().numpy(), classes)},
         )
@@ -284,6 +281,10 @@ def check_embeddings(seen: Tensor, texts: Tensor) -> None:
             raise VitkitError(
                 f"the embeddings of {what} are not finite: the model has diverged, or its weights are damaged"
             )
+
+
+def _share(hits: Tensor) -> float:
+    return float(hits.cpu().double().mean())  # not every accelerator computes in fp64
 
 
 def _attention(backbone: Any, images: Tensor) -> Tensor | None:

@@ -131,26 +131,26 @@ def _equals_after(query: Tensor, own: Tensor) -> Tensor:
 
 def hit_rate(found: Ranking, k: int) -> float:
     """The share of queries with a relevant item among their first `k`; queries without one count nowhere."""
-    return float((_first(found) <= k).double().mean())
+    return float((_first(found) <= k).cpu().double().mean())  # not every accelerator computes in fp64
 
 
 def recall(found: Ranking, k: int) -> float:
     """The share of a query's relevant items among its first `k`, in the mean over queries that have one."""
     counts = _counts(found)
     hits = torch.zeros_like(counts).index_add_(0, _numbered(found), (found.ranks <= k).long())
-    return float((hits.double() / counts).mean())
+    return float((hits.cpu().double() / counts.cpu()).mean())
 
 
 def mean_average_precision(found: Ranking) -> float:
     """The mean over queries of (1/R) Σ_j j / r_j: r_1 < … < r_R are the places of a query's R relevant items."""
-    order = found.ranks.argsort()
-    order = order[found.query[order].argsort(stable=True)]
-    counts = _counts(found)
+    query, ranks, counts = found.query.cpu(), found.ranks.cpu(), _counts(found).cpu()  # not every accelerator computes in fp64
+    order = ranks.argsort()
+    order = order[query[order].argsort(stable=True)]
     starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
-    j = torch.arange(len(order), device=order.device) - starts + 1
-    precision = j.double() / found.ranks[order]
-    sums = torch.zeros(len(counts), dtype=torch.float64, device=order.device)
-    return float((sums.index_add_(0, _numbered(found), precision) / counts).mean())
+    j = torch.arange(len(order)) - starts + 1
+    precision = j.double() / ranks[order]
+    sums = torch.zeros(len(counts), dtype=torch.float64)
+    return float((sums.index_add_(0, _numbered(found).cpu(), precision) / counts).mean())
 
 
 def median_rank(found: Ranking) -> float:

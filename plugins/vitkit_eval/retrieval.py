@@ -56,7 +56,7 @@ def chance_recall(items: int, k: int) -> float:
 def chance_map(relevant: Tensor, items: int) -> float:
     """The expected mean average precision: (1/m)·(H_m + (R − 1)/(m − 1)·(m − H_m)), in the mean over queries."""
     harmonic = float((1.0 / torch.arange(1, items + 1, dtype=torch.float64)).sum())
-    others = (relevant.double() - 1) / max(items - 1, 1)
+    others = (relevant.cpu().double() - 1) / max(items - 1, 1)
     return float(((harmonic + others * (items - harmonic)) / items).mean())
 
 

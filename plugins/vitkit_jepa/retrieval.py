@@ -147,4 +147,4 @@ def topk(scores: Tensor, labels: Tensor, k: int) -> float:
     """The share of samples whose label is among the `k` highest of scores `(n c)`, ties sharing their places."""
     own = scores.gather(1, labels[:, None])
     higher, equal = (scores > own).sum(1), (scores == own).sum(1)
-    return float(((k - higher) / equal).double().clamp(0, 1).mean())
+    return float(((k - higher) / equal).cpu().double().clamp(0, 1).mean())  # not every accelerator computes in fp64

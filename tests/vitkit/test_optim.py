@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from vitkit.errors import UsageError
-from vitkit.optim import Together, muon_adamw, warmup_cosine
+from vitkit.optim import Together, adamw, muon_adamw, warmup_cosine
 
 
 def net():
@@ -81,3 +81,23 @@ def test_what_cannot_be_optimised():
         Together(*(torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2)))
     with pytest.raises(UsageError, match="lr is -1"):
         muon_adamw(model, lr=-1)
+    for build in (muon_adamw, adamw):
+        for name, value in (("lr", -1.0), ("lr", float("nan")), ("weight_decay", -1.0), ("weight_decay", float("nan"))):
+            with pytest.raises(UsageError, match=f"{name} is {value}"):
+                build(model, **{"lr": 0.1, name: value})
+        with pytest.raises(UsageError, match="Linear has no parameter to train: all are frozen"):
+            build(nn.Linear(2, 2).requires_grad_(False), lr=0.1)
+
+
+def test_a_network_of_matrices_alone_and_tied_ones():
+    bare = nn.Linear(4, 2, bias=False)
+    (muon,) = muon_adamw(bare, lr=0.01).optimizers
+    assert muon.param_groups[0]["params"][0] is bare.weight
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    muon, rest = muon_adamw(model, lr=0.01).optimizers
+    assert [id(p) for p in muon.param_groups[0]["params"]] == [id(model[0].weight)]
+    assert len(rest.param_groups[0]["params"]) == 2  # the biases
+    before = model[0].weight.detach().clone()
+    train(model, muon_adamw(model, lr=0.01), 1)
+    assert not torch.equal(model[1].weight, before)

@@ -24,6 +24,12 @@ def test_the_best_is_the_first_of_the_best_values_and_missing_ones_do_not_count(
     }
 
 
+def test_what_is_not_finite_is_never_best():
+    nan, inf = float("nan"), float("inf")
+    rows = [{"epoch": n, "top1": a, "loss": b, "lost": nan} for n, a, b in ((1, nan, inf), (2, 0.2, nan), (3, inf, 0.5), (4, 0.1, -inf))]
+    assert best_of(rows) == {"top1": {"value": 0.2, "epoch": 2}, "loss": {"value": 0.5, "epoch": 3}}
+
+
 def test_rows_are_written_under_all_their_columns(tmp_path):
     write_csv(tmp_path / "rows.csv", [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "knn": 0.25}])
     with (tmp_path / "rows.csv").open() as file:
