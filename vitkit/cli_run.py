@@ -55,7 +55,7 @@ def _command(recipe: Recipe) -> Any:
         console = Console(stderr=True, highlight=False)
         if settings["resume"] and not settings["overwrite"]:
             settings, flags = _recorded(recipe, settings, flags, given, console)
-        from vitkit.run import execute  # torch
+        from vitkit.executing import execute  # torch
 
         line = _command_line(recipe, {**flags, **settings}, given)
         raise typer.Exit(execute(recipe, {**settings, "command": line}, flags, console))

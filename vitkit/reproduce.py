@@ -14,9 +14,9 @@ from rich.console import Console
 from vitkit.accelerator import resolve_device, resolve_precision
 from vitkit.cli_run import SETTINGS, requested
 from vitkit.errors import RunDirectoryError, RunError, UsageError
+from vitkit.executing import execute
 from vitkit.hub import resolve
 from vitkit.recipe import Recipe, typed
-from vitkit.run import execute
 from vitkit.rundir import fresh, read_summary
 
 RECIPE = "recipe.py"
