@@ -51,12 +51,13 @@ def test_the_saved_model_gives_the_accuracy_that_was_reported(trained_run):
     model = vitkit.load(trained_run)
     data = build("digits").test
     images, labels = model.preprocess(data.images), data.labels
-    with torch.inference_mode():
+    summary = json.loads((trained_run / "summary.json").read_text())
+    # After so short a training many images lie between two labels: in another precision some change sides.
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=summary["settings"]["precision"] == "bf16"):
         image = model.projector(model.encode_image(images))
         label = model.projector(model.backbone.encode_label(torch.arange(10)))
-    nearest = torch.cosine_similarity(image[:, None], label[None], dim=-1).argmax(1)
-    reported = json.loads((trained_run / "summary.json").read_text())["final"]["m2_top1"]
-    assert float((nearest == labels).float().mean()) == pytest.approx(reported, abs=0.01)
+    nearest = torch.cosine_similarity(image[:, None].float(), label[None].float(), dim=-1).argmax(1)
+    assert float((nearest == labels).float().mean()) == pytest.approx(summary["final"]["m2_top1"], abs=0.01)
 
 
 def test_the_same_main_runs_without_the_command_line(tmp_path):
