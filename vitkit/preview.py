@@ -1,8 +1,10 @@
 """What `--dry-run` shows: every resolved value, and what the model is and costs, without training it."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from rich.console import Group
@@ -54,19 +56,35 @@ def preview(
 
 @contextmanager
 def _tokens(model: nn.Module) -> Iterator[dict[int, int]]:
-    """Sequence lengths that backbones put out during the block, and how many sequences had each."""
-    seen: dict[int, int] = {}
+    """Sequence lengths that backbones computed with during the block, and how many sequences had each; it is filled at its end.
 
-    def look(module: nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.ndim == 3:
-            seen[output.shape[1]] = seen.get(output.shape[1], 0) + output.shape[0]
-
-    handles = [m.register_forward_hook(look) for m in model.modules() if hasattr(m, "embed_dim") and hasattr(m, "spec")]
+    A backbone's layers are looked at, not its output alone, which may be fewer tokens than went in: those of the layer with most.
+    """
+    backbones = [m for m in model.modules() if hasattr(m, "embed_dim") and hasattr(m, "spec")]
+    inner = {part for backbone in backbones for part in backbone.modules() if part is not backbone}
+    seen: list[dict[nn.Module, Counter[int]]] = []
+    handles = []
+    for backbone in backbones:
+        if backbone not in inner:
+            layers: dict[nn.Module, Counter[int]] = {}
+            look = partial(_look, layers, cast(int, backbone.embed_dim))
+            handles += [layer.register_forward_hook(look) for layer in backbone.modules()]
+            seen.append(layers)
+    found: dict[int, int] = {}
     try:
-        yield seen
+        yield found
     finally:
         for handle in handles:
             handle.remove()
+        for layers in seen:
+            most = max(layers.values(), key=lambda counts: sum(n * sequences for n, sequences in counts.items()), default=Counter())
+            for length, sequences in most.items():
+                found[length] = found.get(length, 0) + sequences
+
+
+def _look(layers: dict[nn.Module, Counter[int]], width: int, layer: nn.Module, inputs: Any, output: Any) -> None:
+    if isinstance(output, Tensor) and output.ndim == 3 and output.shape[2] == width:
+        layers.setdefault(layer, Counter())[output.shape[1]] += output.shape[0]
 
 
 def _table(title: str, rows: dict[str, Any]) -> Table:

@@ -131,30 +131,32 @@ class ViT(nn.Module):
     def vitkit_example(samples: int) -> tuple[dict[str, Any], dict[str, Any]]:
         return {"img_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2, "registers": 2}, {}
 
-    def forward(self, x: Tensor | None, *, extra_tokens: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor | None,
+        *,
+        extra_tokens: Tensor | None = None,
+        keep: Tensor | None = None,
+        queries: int | None = None,
+    ) -> Tensor:
         """Images `(b c h w)` → tokens `(b n d)` behind the last norm, in the order that the class describes.
 
         With `x` None there are no patches: CLS, registers and `extra_tokens` alone. `extra_tokens` `(b m d)`, or
         `(1 m d)` for every sample, go behind the patches. `keep` `(b k)` int64 names patches in [0, num_patches); the
-        others never enter the blocks. Raises `UsageError` where shapes do not fit.
-        """
-        tokens = self._embed(x, extra_tokens, keep)
-        for block in self.blocks:
-            tokens = self._step(block, tokens)
-        return self._normed(tokens)
-
-    def encode_image(
-        self, x: Tensor | None, *, extra_tokens: Tensor | None = None, keep: Tensor | None = None
-    ) -> Tensor:
-        """Images `(b c h w)` → pooled features `(b d)`; arguments as for `forward`.
-
-        With pool="cls" the last block gives the CLS token alone, which saves five sixths of it.
+        others never enter the blocks. With `queries` there are that many tokens alone, the first, which spares most of
+        the last block. Raises `UsageError` where shapes do not fit.
         """
         tokens = self._embed(x, extra_tokens, keep)
         for block in self.blocks[:-1]:
             tokens = self._step(block, tokens)
-        tokens = self._step(self.blocks[-1], tokens, 1 if self.cls_token is not None else None)
-        return self.pool(self._normed(tokens))
+        return self._normed(self._step(self.blocks[-1], tokens, queries))
+
+    def encode_image(
+        self, x: Tensor | None, *, extra_tokens: Tensor | None = None, keep: Tensor | None = None
+    ) -> Tensor:
+        """Images `(b c h w)` → pooled features `(b d)`; arguments as for `forward`."""
+        queries = None if self.cls_token is None else 1
+        return self.pool(self(x, extra_tokens=extra_tokens, keep=keep, queries=queries))
 
     def pool(self, tokens: Tensor) -> Tensor:
         """Tokens `(b n d)` → `(b d)`: the CLS token, or the mean over patches and extra tokens."""
