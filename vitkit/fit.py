@@ -324,7 +324,9 @@ class Fit:
         state.restore(self.trained, self.optimizer, self.average, self.schedule)
         self.progress |= state.progress["fit"]
         self.run.restore_progress(state.progress["run"], self.progress["epoch"])
-        self.run.say(f"resuming at epoch {self.progress['epoch'] + 1}, batch {self.progress['batch'] + 1}")
+        whole = self.progress["batch"] >= len(self.batches)
+        where = "behind its last batch" if whole else f"batch {self.progress['batch'] + 1}"
+        self.run.say(f"resuming at epoch {self.progress['epoch'] + 1}, {where}")
 
     def _judge(self, epoch: Epoch) -> str | None:
         """Keep the best checkpoint of the monitored metric; a sentence where it has not improved for too long."""

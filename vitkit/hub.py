@@ -32,7 +32,7 @@ from huggingface_hub.utils import validate_repo_id
 from vitkit import checkpoint
 from vitkit.card import Card, is_unedited, sealed
 from vitkit.checkpoint import CONFIG, WEIGHTS, Model
-from vitkit.errors import CheckpointError, HubError, UsageError, VitkitError
+from vitkit.errors import CheckpointError, HubError, UsageError, VitkitError, nearest
 from vitkit.foreign import read_json
 from vitkit.hub_files import CARD, check_fetched, copy_into, most_bytes, of_run, require_free, to_fetch
 from vitkit.registry import version_of
@@ -151,7 +151,10 @@ def resolve(source: str | Path, *, revision: str | None = None, model_alone: boo
     try:
         return _snapshot(str(source), revision, model_alone=model_alone)[0]
     except HubError as error:
-        raise HubError(f"there is no directory {source}, so it was looked for on the Hub: {error}") from None
+        beside = [str(path) for path in Path(source).parent.glob("*") if path.is_dir()]  # a directory was meant, perhaps
+        hint = nearest(str(source), beside)
+        looked = f"{hint} It" if hint else ", so it"
+        raise HubError(f"there is no directory {source}{looked} was looked for on the Hub: {error}") from None
 
 
 def load(source: str | Path, *, revision: str | None = None, device: str | torch.device = "cpu") -> Model:

@@ -114,6 +114,15 @@ def test_names_that_no_repository_has(model_run, name):
         hub.push(model_run, name)
 
 
+def test_a_mistyped_directory_is_answered_with_the_one_beside_it(hub_server, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs/small").mkdir(parents=True)
+    with pytest.raises(HubError, match=r"no directory runs/smal; did you mean 'runs/small'\? It was looked for on the Hub: there is no"):
+        vitkit.load("runs/smal")
+    with pytest.raises(HubError, match=r"no directory runs/other, so it was looked for on the Hub: there is no"):
+        vitkit.load("runs/other")
+
+
 def test_directories_that_hold_no_run_or_no_model(tmp_path, model_run):
     with pytest.raises(UsageError, match="holds no summary.json; give the directory of a run, such as runs/jepa"):
         hub.push(tmp_path / "nowhere", "tiny")
