@@ -62,9 +62,9 @@ def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capture
 def real_data() -> Path:
     """The store of real images; tests that need it skip where VITKIT_DATA names none."""
     folder = Path(os.environ.get("VITKIT_DATA", ""))
-    missing = [name for name in ("mnist", "cifar100") if not (folder / f"{name}.safetensors").exists()]
+    missing = [name for name in ("mnist", "fashion_mnist", "cifar10", "cifar100") if not (folder / f"{name}.safetensors").exists()]
     if not os.environ.get("VITKIT_DATA") or missing:
-        pytest.skip("needs the real images: set VITKIT_DATA to a store that holds mnist and cifar100")
+        pytest.skip("needs the real images: set VITKIT_DATA to a store that holds all four datasets")
     return folder
 
 

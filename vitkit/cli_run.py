@@ -74,7 +74,7 @@ def _command(recipe: Recipe) -> Any:
         names = (f"--{name.replace('_', '-')}",) if name in ONE_WAY else ()
         option = typer.Option(*names, help=text, rich_help_panel=PANEL)
         parameters.append(_parameter(name, Annotated[hint, option], default))
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__dict__["__signature__"] = inspect.Signature(parameters)
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
 

@@ -11,9 +11,9 @@ import random
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import count, islice
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -372,6 +372,12 @@ class Fit:
         self.module.load_state_dict(whole(found))
 
 
+class _Sized(Protocol):
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
 class _Loader:
     """Any sized iterable of batches, a torch DataLoader say, as `Batches`.
 
@@ -381,11 +387,11 @@ class _Loader:
     `persistent_workers`, whose generators run on. Nor is a generator of the loader's own put back: let it be None.
     """
 
-    def __init__(self, loader: Iterable[Any]) -> None:
+    def __init__(self, loader: _Sized) -> None:
         self.loader = loader
 
     def __len__(self) -> int:
-        return len(self.loader)  # type: ignore[arg-type]
+        return len(self.loader)
 
     def epoch(
         self, number: int, *, seed: int = 0, start: int = 0, device: Any = "cpu", rank: int = 0, world: int = 1

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ class Together(Optimizer):
         super().__init__(parameters, {})
         self.param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         loss = None if closure is None else closure()
         for optimizer in self.optimizers:
             optimizer.step()
@@ -50,7 +50,7 @@ class _Muon(Muon):
     """torch's Muon, for weights that are sharded over ranks too: each matrix is gathered, stepped as a whole, and cut again."""
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         if not any(is_sharded(p) for group in self.param_groups for p in group["params"]):
             return super().step(closure)
         loss = None if closure is None else torch.enable_grad()(closure)()

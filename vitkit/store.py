@@ -114,7 +114,8 @@ def read_store(path: str | Path) -> Stored:
     try:
         with safe_open(path, framework="pt") as file:
             metadata: dict[str, str] = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
         classes = json.loads(metadata.get("classes", "null"))
         skipped = json.loads(metadata.get("skipped", "[]"))
     except OSError as error:

@@ -135,9 +135,9 @@ def test_trackers_that_do_not_start_leave_those_of_the_earlier_run(tmp_path):
             (tmp_path / "trackers").mkdir()
             (tmp_path / "trackers" / "new").write_text("new")
             if error:
-                raise ValueError
+                raise ValueError("no login")
 
-    with pytest.raises(ValueError):  # noqa: PT011
+    with pytest.raises(ValueError, match="no login"):
         start(error=True)
     assert [path.name for path in (tmp_path / "trackers").iterdir()] == ["events"]
     start(error=False)

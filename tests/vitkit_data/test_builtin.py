@@ -98,8 +98,6 @@ def test_a_failed_download_says_what_was_tried_and_what_to_do(empty_store, reach
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_the_real_images_are_as_described(name, real_data):
-    if not store_path(name).exists():
-        pytest.skip(f"needs the real {name}: {store_path(name)} is not there")
     _, channels, side, count, each = BUILT_IN[name]
     found = datasets.build(name)
     assert found.train.images.shape == ((60_000 if channels == 1 else 50_000), channels, side, side)

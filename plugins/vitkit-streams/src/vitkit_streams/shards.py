@@ -176,17 +176,18 @@ class Cache:
                 raise DatasetError(f"the shard {url} cannot be had: {said:.400}; {way}") from None
 
     def _evict(self, keep: Path) -> None:
-        """Remove the shards that were used longest ago; not one that is held, and who is reading one keeps it open."""
+        """Remove the shards that were used longest ago, `keep` never, though it counts; not one that is held, and who is reading
+        one keeps it open.
+        """
         shards = []
         for path in self.folder.glob("*.tar"):
-            try:
-                shards.append((path.stat().st_mtime, path.stat().st_size, path))
-            except FileNotFoundError:
-                continue  # another process was faster
+            with suppress(FileNotFoundError):  # another process was faster
+                stat = path.stat()
+                shards.append((path == keep, stat.st_mtime_ns, stat.st_size, path))
         room = self.gigabytes * 1e9
-        for _, size, path in sorted(shards, reverse=True):
+        for kept, _, size, path in sorted(shards, reverse=True):
             room -= size
-            if room < 0 and path != keep:
+            if room < 0 and not kept:
                 with suppress(Timeout), FileLock(f"{path}.lock", timeout=0):
                     path.unlink(missing_ok=True)
 
@@ -282,7 +283,7 @@ def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarI
     """Each sample's key and its files by their extensions in lower case."""
     current, members = "", dict[str, tarfile.TarInfo]()
     for member in iter(tar.next, None):
-        tar.members.clear()  # type: ignore[attr-defined]  # all it has seen, which grows with the shard
+        vars(tar)["members"].clear()  # all it has seen, which grows with the shard
         key, extension = base_plus_ext(member.name)
         if not member.isfile() or key is None or ("/" not in key and key.startswith("__")):
             continue
