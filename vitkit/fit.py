@@ -62,7 +62,7 @@ class Epoch:
         for score in scores:
             self.logged |= {name: float(value) for name, value in score.items()}
             if isinstance(score, Scores):
-                self.run.keep(score)
+                self.run.records.add_scores(score)
         self.logged |= {name: float(value) for name, value in values.items()}
         self.run.log_metrics(self)
 
@@ -306,7 +306,7 @@ class Fit:
             optimizer=optimizer,
             ema_state=average,
             scheduler=self.schedule.state_dict() if self.schedule is not None else None,
-            progress={"fit": self.progress, "run": self.run.progress_to_keep()},
+            progress={"fit": self.progress, "run": self.run.records.to_keep()},
         )
 
     def _restore(self) -> None:
@@ -323,7 +323,7 @@ class Fit:
         state = load_state(path)
         state.restore(self.trained, self.optimizer, self.average, self.schedule)
         self.progress |= state.progress["fit"]
-        self.run.restore_progress(state.progress["run"], self.progress["epoch"])
+        self.run.records.restore(state.progress["run"], self.progress["epoch"])
         whole = self.progress["batch"] >= len(self.batches)
         where = "behind its last batch" if whole else f"batch {self.progress['batch'] + 1}"
         self.run.say(f"resuming at epoch {self.progress['epoch'] + 1}, {where}")

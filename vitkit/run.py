@@ -4,10 +4,8 @@ import contextlib
 import os
 import shlex
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,18 +18,19 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from vitkit import checkpoint, data
 from vitkit.accelerator import make_accelerator, resolve_device, resolve_precision, resolve_trackers, shards
-from vitkit.contracts import Picture, Scores
+from vitkit.contracts import Picture
 from vitkit.distributed import broadcast_text
 from vitkit.errors import RunDirectoryError, UsageError, VitkitError, at_least
-from vitkit.files import atomic_write, write_json
+from vitkit.files import write_json
 from vitkit.fit import Epoch, Fit, check_arguments
 from vitkit.peers import Peers
 from vitkit.preview import preview
 from vitkit.progress import Progress
 from vitkit.recipe import plain
-from vitkit.rundir import BEST, TRACKERS, Claim, claim, read_summary, remove_run, trackers_aside
+from vitkit.records import Records
+from vitkit.rundir import BEST, TRACKERS, Claim, claim, read_summary, trackers_aside
 from vitkit.state import load_state
-from vitkit.summary import best_of, processor, versions, write_csv
+from vitkit.summary import processor, versions
 
 
 class DryRun(Exception):
@@ -95,11 +94,11 @@ class Run:
         self._trackers = resolve_trackers(reports.split(","))
         kind = resolve_device(device)
         resolve_precision(precision, kind)
-        self._source = recipe.read_bytes() if recipe is not None else None  # it may lie in the directory that is replaced
         self.directory = Path(out or "runs")
         self._claim: Claim | None = None
         if not dry_run and os.environ.get("RANK", "0") == "0":  # the others are told below; launchers set RANK
-            self._claim = claim(Path(out) if out else None, name, resume=resume, overwrite=overwrite)
+            source = recipe.read_bytes() if recipe is not None else None  # it may lie in the directory that is replaced
+            self._claim = claim(Path(out) if out else None, name, recipe=source, resume=resume, overwrite=overwrite)
             self.directory = self._claim.directory
         try:
             self.resuming = resume and not dry_run
@@ -109,7 +108,8 @@ class Run:
             self.precision = resolve_precision(precision, kind)
             self.accelerator = make_accelerator(kind, self.precision, self._trackers, self.directory)
         except BaseException:
-            self._let_go(undo=True)
+            if self._claim is not None:
+                self._claim.release()
             raise
         self.device: torch.device = self.accelerator.device
         self.sharded = shards(self.accelerator)
@@ -117,19 +117,13 @@ class Run:
         self.directory = Path(broadcast_text(str(self.directory), device=self.device))
         self.peers = Peers(self.alarm)
         torch.manual_seed(seed)
-        self._began, self._earlier_seconds = time.monotonic(), 0.0
-        self._started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        self.records = Records()
         self._dataset: dict[str, Any] = {}
         self._preprocessing: dict[str, Any] = {}
-        self._losses: list[dict[str, Any]] = []
-        self._metrics: list[dict[str, Any]] = []
-        self._protocols: dict[str, dict[str, Any]] = {}
-        self._references: dict[str, dict[str, float]] = {}
-        self._pictures: dict[str, Picture] = {}
         self._progress: Progress | None = None
         self._fit: dict[str, Any] = {}
         self._parameters = 0
-        self._begun, self._opened, self._noted = False, False, list[str]()
+        self._begun = False
 
     # -- what a recipe calls ------------------------------------------------------------------------------------
 
@@ -291,11 +285,11 @@ class Run:
 
     def reference(self, label: str, **lines: float) -> None:
         """Horizontal lines for the report's plots: `run.reference("seed document", linear_top1=0.95)`."""
-        self._references.setdefault(label, {}).update({name: float(value) for name, value in lines.items()})
+        self.records.references.setdefault(label, {}).update({name: float(value) for name, value in lines.items()})
 
     def picture(self, name: str, picture: Picture) -> None:
         """A picture for the report: a confusion matrix, a map of embeddings, an attention sheet, a sheet of images."""
-        self._pictures[name] = picture
+        self.records.pictures[name] = picture
 
     def say(self, text: str) -> None:
         """One line to the terminal and to `log.txt`."""
@@ -309,18 +303,12 @@ class Run:
 
     def note(self, text: str) -> None:
         """One line to `log.txt` alone."""
-        if not self.is_main or self.dry_run:
-            return
-        line = f"{time.strftime('%H:%M:%S')} {text}\n"
-        if not self._opened and not self.resuming:
-            self._noted.append(line)
-            return
-        with contextlib.suppress(OSError), (self.directory / "log.txt").open("a", encoding="utf-8") as log:
-            log.write(line)
+        if self._claim is not None:
+            self._claim.note(text)
 
     def way_on(self) -> str:
         """How a run that was stopped goes on."""
-        if self._keeps_earlier and not self.resuming:
+        if not self.resuming and self._claim is not None and self._claim.keeps_earlier:
             return f"no step was taken, and {self.directory} holds the earlier run as it was"
         command = f"{self.command} --out {shlex.quote(str(self.directory))} --resume"
         if "RANK" not in os.environ:
@@ -338,23 +326,23 @@ class Run:
     def finish(self, status: Literal["finished", "interrupted", "failed"] = "finished") -> None:
         """Write the summary and the report, and let the directory go. Called for a recipe by `vitkit run`."""
         self.peers.close()
-        if self.is_main and not self.dry_run and (status == "finished" or not self._keeps_earlier):
+        if self._claim is not None and (status == "finished" or not self._claim.keeps_earlier):
             from vitkit.report import write_report  # matplotlib takes a second to import, and only this needs it
 
             self._open()
             summary = self._summary(status)
-            if self._losses:
-                write_report(self.directory, self._pictures, summary)
+            if self.records.losses:
+                write_report(self.directory, self.records.pictures, summary)
             write_json(self.directory / "summary.json", summary)  # the last file: a run that says it has finished has all
-            if self._losses and status == "finished":
-                self.say(self._closing_line())
+            if self.records.losses and status == "finished":
+                self.say(f"{self.records.closing_line()}\nreport: {self.directory / 'report.html'}")
         if self.accelerator.trackers:
             self.accelerator.end_training()
         self.close()
 
     def discard(self) -> None:
         """Leave the directory of a run that was refused before its first step as it was; one that has trained is finished."""
-        if self._opened:
+        if self._claim is not None and self._claim.opened:
             self.finish("failed")
         else:
             self.close()
@@ -362,12 +350,8 @@ class Run:
     def close(self) -> None:
         """Let the directory go to another process; where nothing was written it is as it was found."""
         self.peers.close()
-        self._let_go(undo=not self._opened)
-
-    def _let_go(self, *, undo: bool) -> None:
         if self._claim is not None:
-            held, self._claim = self._claim, None
-            (held.undo if undo else held.release)()
+            self._claim.release()
 
     # -- what the loop calls ------------------------------------------------------------------------------------
 
@@ -390,11 +374,6 @@ class Run:
             parts = {name: total / count for name, total in fit["sums"].items()}
             self._progress.step(fit["epoch"] + 1, fit["batch"], parts, rate)
 
-    def keep(self, scores: Scores) -> None:
-        """Keep the protocols and pictures that came with scores."""
-        self._protocols |= {name: asdict(protocol) for name, protocol in scores.protocols.items()}
-        self._pictures |= scores.pictures
-
     def begin(self) -> None:
         """The first step has been taken: trackers start, and the directory becomes this run's. Later calls do nothing."""
         if self._begun or self.dry_run:
@@ -407,69 +386,30 @@ class Run:
                 self.accelerator.init_trackers(self.name, config=config)
         self._open(keep=(TRACKERS,) if started else ())
 
-    def _open(self, keep: tuple[str, ...] = ()) -> None:
-        """From here on the directory is this run's: an earlier one that it replaces goes, and the first files are written."""
-        if self._opened or self.dry_run or not self.is_main:
-            return
-        if self._claim is not None and self._claim.replaces:
-            remove_run(self.directory, keep=("summary.json", *keep, *(("recipe.py",) if self._source is not None else ())))
-        self._opened = True
-        self._write_summary("running")
-        if self._source is not None:
-            with atomic_write(self.directory / "recipe.py") as temporary:
-                temporary.write_bytes(self._source)
-        noted, self._noted = self._noted, []
-        with contextlib.suppress(OSError), (self.directory / "log.txt").open("a", encoding="utf-8") as log:
-            log.writelines(noted)
-
-    @property
-    def _keeps_earlier(self) -> bool:
-        """Whether the directory still holds an earlier run, or an earlier sitting, that this one has added nothing to."""
-        return not self._opened and (self.resuming or (self._claim is not None and self._claim.replaces))
-
     def log_losses(self, epoch: Epoch, *, lr: float, fit: Mapping[str, Any]) -> None:
         """Write an epoch's row of `losses.csv`, a line of the log, and what trackers want."""
         self.begin()  # one that was stopped after its last step takes no other
         row = {"epoch": epoch.number, "step": epoch.step, **epoch.losses, "lr": lr}
         row["images_per_second"] = round(fit["images"] / max(fit["train_seconds"], 1e-9), 1)
-        row["seconds"] = round(self.seconds, 2)
-        self._losses = [*(old for old in self._losses if old["epoch"] < epoch.number), row]
+        row["seconds"] = round(self.records.seconds, 2)
+        self.records.add_losses(row)
         parts = " | ".join(f"{name} {value:.4f}" for name, value in epoch.losses.items())
         self.say(f"epoch {epoch.number}/{epoch.epochs} | {parts} | {row['images_per_second']:.0f} images/s")
         if self.is_main:
-            write_csv(self.directory / "losses.csv", self._losses)
+            self.records.write_losses(self.directory)
         if self.accelerator.trackers:
             self.accelerator.log({**epoch.losses, "lr": lr}, step=epoch.step)
 
     def log_metrics(self, epoch: Epoch) -> None:
         """Write an evaluated epoch's row of `metrics.csv`."""
         row = {"epoch": epoch.number, "step": epoch.step, "loss": epoch.losses.get("loss"), **epoch.logged}
-        self._metrics = [*(old for old in self._metrics if old["epoch"] < epoch.number), row]
+        self.records.add_metrics(row)
         self.say("  " + " | ".join(f"{name} {value:.4f}" for name, value in epoch.logged.items()))
         if self.is_main:
-            write_csv(self.directory / "metrics.csv", self._metrics)
+            self.records.write_metrics(self.directory)
         self._write_summary("running")
         if self.accelerator.trackers:
             self.accelerator.log(epoch.logged, step=epoch.step)
-
-    def progress_to_keep(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the run besides the weights."""
-        return {
-            "losses": self._losses, "metrics": self._metrics, "protocols": self._protocols, "seconds": self.seconds,
-            "started": self._started,
-        }  # fmt: skip
-
-    def restore_progress(self, kept: Mapping[str, Any], epochs: int) -> None:
-        """Take back what a checkpoint kept; rows of epochs that will be trained again are dropped."""
-        self._losses = [row for row in kept["losses"] if row["epoch"] <= epochs]
-        self._metrics = [row for row in kept["metrics"] if row["epoch"] <= epochs]
-        self._protocols = dict(kept["protocols"])
-        self._earlier_seconds, self._started = kept["seconds"], kept["started"]
-
-    @property
-    def seconds(self) -> float:
-        """Wall time of this run, earlier sittings included."""
-        return self._earlier_seconds + time.monotonic() - self._began
 
     def settings(self) -> dict[str, Any]:
         """What the runner resolved: device, precision, compile, seed, gradient accumulation, processes."""
@@ -480,14 +420,16 @@ class Run:
             "threads": torch.get_num_threads(),
         }  # fmt: skip
 
+    def _open(self, keep: tuple[str, ...] = ()) -> None:
+        if self._claim is not None:
+            self._claim.open(self._summary("running"), keep=keep)
+
     def _write_summary(self, status: str) -> None:
-        if self.is_main and not self.dry_run and not self._keeps_earlier:
+        if self._claim is not None and not self._claim.keeps_earlier:
             self._open()
             write_json(self.directory / "summary.json", self._summary(status))
 
     def _summary(self, status: str) -> dict[str, Any]:
-        final = {k: v for k, v in (self._metrics[-1] if self._metrics else {}).items() if k not in ("epoch", "step")}
-        fit = self._fit
         return {
             "recipe": self.name,
             "status": status,
@@ -496,25 +438,13 @@ class Run:
             "arguments": self.arguments,
             "requested": self._requested,
             "settings": self.settings(),
-            "final": final,
-            "best": best_of(self._metrics),
-            "protocols": self._protocols,
-            "references": self._references,
+            **self.records.summary(),
             "parameters": self._parameters,
-            "epochs": self._losses[-1]["epoch"] if self._losses else 0,
-            "steps": fit.get("step", 0),
-            "seconds": round(self.seconds, 2),
-            "images_per_second": self._losses[-1]["images_per_second"] if self._losses else 0.0,
+            "steps": self._fit.get("step", 0),
             "versions": versions(),
             "machine": f"{processor()}, {os.cpu_count()} cores",
-            "started": self._started,
             "command": self.command,
         }
-
-    def _closing_line(self) -> str:
-        final = self._metrics[-1] if self._metrics else self._losses[-1]
-        shown = ", ".join(f"{k} {v:.4f}" for k, v in final.items() if isinstance(v, float) and k not in ("lr", "seconds"))
-        return f"done in {self.seconds:.0f} s: {shown}\nreport: {self.directory / 'report.html'}"
 
 
 __all__ = ["DryRun", "Epoch", "Run"]

@@ -4,15 +4,15 @@ import contextlib
 import json
 import shutil
 import time
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from vitkit.errors import RunDirectoryError, RunError
-from vitkit.files import is_leftover, remove_leftovers
+from vitkit.files import atomic_write, is_leftover, remove_leftovers, write_json
 
 FILES = (
     "metrics.csv", "losses.csv", "summary.json", "model.safetensors", "config.json", "report.html", "recipe.py", "log.txt",
@@ -27,31 +27,72 @@ BEST = Path("checkpoints/best.safetensors")
 class Claim:
     """A run's directory, held until the process ends; nothing in it is touched before `open`.
 
-    `replaces` says that it holds an earlier run, which stays as it is until the new one takes its place.
+    `replaces` says that it holds an earlier run, which stays as it is until the new one takes its place, `resumes` that the
+    earlier run goes on. `recipe` is the source that the run keeps a copy of.
     """
 
     directory: Path
     replaces: bool
+    resumes: bool
     lock: FileLock
     made: list[Path]
+    recipe: bytes | None = None
+    opened: bool = False
+    _noted: list[str] = field(default_factory=list)
+
+    @property
+    def keeps_earlier(self) -> bool:
+        """Whether the directory still holds an earlier run, or an earlier sitting, that this one has added nothing to."""
+        return not self.opened and (self.resumes or self.replaces)
+
+    def open(self, summary: Mapping[str, Any], *, keep: Collection[str] = ()) -> None:
+        """From here on the directory is this run's: an earlier one that it replaces goes but for `keep`, and the summary, the
+        recipe and what was noted are written. Later calls do nothing.
+        """
+        if self.opened:
+            return
+        if self.replaces:
+            # What is written anew below stays until then, so that a kill finds one of the two.
+            anew = ("summary.json",) if self.recipe is None else ("summary.json", "recipe.py")
+            remove_run(self.directory, keep=(*anew, *keep))
+        self.opened = True
+        write_json(self.directory / "summary.json", summary)
+        if self.recipe is not None:
+            with atomic_write(self.directory / "recipe.py") as temporary:
+                temporary.write_bytes(self.recipe)
+        noted, self._noted = self._noted, []
+        self._log(noted)
+
+    def note(self, text: str) -> None:
+        """A line for `log.txt`, written at once or with `open`."""
+        line = f"{time.strftime('%H:%M:%S')} {text}\n"
+        if self.opened or self.resumes:
+            self._log([line])
+        else:
+            self._noted.append(line)
 
     def release(self) -> None:
-        """Let the directory go to another process."""
-        self.lock.release()
+        """Let the directory go to another process; where nothing was written it is as it was found: without the lock's file,
+        and gone where it was made for this run.
+        """
+        if self.opened:
+            self.lock.release()
+        else:
+            _undo(self.lock, self.made)
 
-    def undo(self) -> None:
-        """Let it go as it was found: without the lock's file, and gone where it was made for this run."""
-        _undo(self.lock, self.made)
+    def _log(self, lines: list[str]) -> None:
+        with contextlib.suppress(OSError), (self.directory / "log.txt").open("a", encoding="utf-8") as log:
+            log.writelines(lines)
 
 
-def claim(out: Path | None, recipe: str, *, resume: bool, overwrite: bool) -> Claim:
+def claim(out: Path | None, name: str, *, recipe: bytes | None = None, resume: bool, overwrite: bool) -> Claim:
     """The directory of a run, held by this process; what is refused leaves it as it was.
 
-    Without `out` it is `runs/<recipe>/<time>`, or with `resume` the newest unfinished run there. Raises
+    Without `out` it is `runs/<name>/<time>`, or with `resume` the newest unfinished run there. Raises
     `RunDirectoryError` where another process holds it, where it holds a run and neither `resume` nor `overwrite`
     says what to do, or where there is nothing to resume; `RunError` where it cannot be written.
     """
-    directory = out or (newest_unfinished(recipe) if resume else fresh(recipe))
+    directory = out or (newest_unfinished(name) if resume else fresh(name))
     if directory.exists() and not directory.is_dir():
         raise RunDirectoryError(f"--out {directory} is a file; a run needs a directory")
     made: list[Path] = []
@@ -75,7 +116,7 @@ def claim(out: Path | None, recipe: str, *, resume: bool, overwrite: bool) -> Cl
     except BaseException:
         _undo(lock, made)
         raise
-    return Claim(directory, replaces, lock, made)
+    return Claim(directory, replaces, resume, lock, made, recipe)
 
 
 def _undo(lock: FileLock, made: list[Path]) -> None:
