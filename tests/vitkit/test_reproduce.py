@@ -4,10 +4,12 @@ import hashlib
 import json
 
 import pytest
+from recipe_text import CLASSIFIER
 
 from vitkit.reproduce import Verdict, tolerance
 
-RECIPE = '''
+RECIPE = (
+    '''
 """A linear classifier of digits."""
 from enum import Enum
 from pathlib import Path
@@ -19,14 +21,9 @@ from vitkit.contracts import Measurement
 class Kind(Enum):
     SGD = "sgd"
     ADAM = "adam"
-
-class Classifier(torch.nn.Module):
-    def __init__(self, head):
-        super().__init__()
-        self.head = head
-    def forward(self, batch):
-        return {"loss": torch.nn.functional.cross_entropy(self.head(batch["images"].flatten(1)), batch["labels"])}
-
+'''
+    + CLASSIFIER
+    + '''
 def main(run: Run, epochs: Annotated[int | None, "passes"] = None, kind: Kind = Kind.ADAM, note: Path = Path("."),
          rates: list[float] = [0.01]):
     data = run.dataset("digits", default="digits")
@@ -41,6 +38,7 @@ def main(run: Run, epochs: Annotated[int | None, "passes"] = None, kind: Kind = 
         epoch.log(Scores({"top1": hits}, protocols={"top1": Measurement("test", 355, chance=0.1)}))
     run.save(classifier=model.head)
 '''
+)
 
 
 @pytest.fixture

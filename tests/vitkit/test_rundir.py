@@ -8,25 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from recipe_text import CLASSIFIER
 
 from vitkit import Run, data
 from vitkit.errors import MissingDatasetError, UsageError
 from vitkit.rundir import trackers_aside
 
-RECIPE = '''
+RECIPE = (
+    '''
 """A linear classifier of digits."""
 import os
 import signal
 import torch
 from vitkit import Run, heads
-
-class Classifier(torch.nn.Module):
-    def __init__(self, head):
-        super().__init__()
-        self.head = head
-    def forward(self, batch):
-        return {"loss": torch.nn.functional.cross_entropy(self.head(batch["images"].flatten(1)), batch["labels"])}
-
+'''
+    + CLASSIFIER
+    + '''
 def main(run: Run, dataset: str = "digits", epochs: int = 2, lr: float = 0.01, width: int | None = None, kind: str = "auto",
          stop: int = 0, broken: bool = False):
     data = run.dataset(dataset, default="mnist")
@@ -45,6 +42,7 @@ def main(run: Run, dataset: str = "digits", epochs: int = 2, lr: float = 0.01, w
             os.kill(os.getpid(), signal.SIGINT)
     run.save(classifier=head)
 '''
+)
 QUICK = ("--device", "cpu", "--compile", "off")
 
 
