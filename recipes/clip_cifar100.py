@@ -7,11 +7,9 @@ pair among all 10,000, and for the pair of a caption.
 from typing import Annotated, Literal
 
 from vitkit import Run, backbones, evaluators, heads, losses, parse_arguments
-from vitkit.augment import ColorJitter, Compose, HorizontalFlip, RandomAffine, RandomCrop
 from vitkit.errors import UsageError, VitkitError, at_least
-from vitkit.mixing import CutMix, MixUp
-from vitkit.optim import adamw, muon_adamw, warmup_cosine
-from vitkit.randaugment import RandAugment
+from vitkit.training import adamw, muon_adamw, warmup_cosine
+from vitkit.transforms import ColorJitter, Compose, CutMix, HorizontalFlip, MixUp, RandAugment, RandomAffine, RandomCrop
 from vitkit_clip import CLIP, GradCache, Pairs, captions, vocabulary_of
 
 PRESETS = {
@@ -110,7 +108,7 @@ def main(
     epochs, batch_size, classify, warmup = (chosen[key] for key in ("epochs", "batch_size", "classify", "warmup"))
     size = 16 if small else 32
     data = data.resized(size)
-    train = data.train if train_size is None else data.train.take(train_size, seed=run.seed)
+    train = data.train if train_size is None else data.train.stratified_subset(train_size, seed=run.seed)
     pairs = Pairs(
         train, data.classes, batch_size, different=different, augment=AUGMENTS[chosen["augment"]],
         augment_pair=augment_pair, mixing=MIXES[mix], drop_last=True,

@@ -7,10 +7,10 @@ for labels: by M1, the label that moves an image's embedding least, and by M2, t
 from typing import Annotated, Literal
 
 from vitkit import Run, backbones, evaluators, heads, losses, parse_arguments
-from vitkit.augment import Compose, RandomAffine
 from vitkit.errors import UsageError, at_least
-from vitkit.optim import muon_adamw, warmup_cosine
-from vitkit_eval import sharing_features
+from vitkit.training import muon_adamw, warmup_cosine
+from vitkit.transforms import Compose, RandomAffine
+from vitkit_eval import feature_cache
 from vitkit_jepa import JEPA
 
 PRESETS = {
@@ -66,9 +66,9 @@ def main(
     run.resolved(**chosen, **({"swap": swap} if multimodal else {}))
     size, epochs, width = int(chosen["img_size"]), int(chosen["epochs"]), int(chosen["emb_dim"])
     data = data.resized(size)
-    train = data.train if train_size is None else data.train.take(train_size, seed=run.seed)
+    train = data.train if train_size is None else data.train.stratified_subset(train_size, seed=run.seed)
     if label_fraction != 1.0:
-        train = train.hide_labels(label_fraction, seed=run.seed).repeat_shown(0.25)
+        train = train.mask_labels(label_fraction, seed=run.seed).oversample_labelled(0.25)
     augment = Compose([RandomAffine(degrees=15, translate=0.1, scale=(0.85, 1.15), shear=10)])
     batches = train.batches(batch_size, shuffle=True, drop_last=True, augment=augment, views=views)
 
@@ -92,7 +92,7 @@ def main(
     evaluate.append(evaluators.build("label_retrieval"))
     for epoch in run.fit(model, batches, epochs=epochs, optimizer=optimizer, schedule=schedule, clip=1.0, ema=0.99):
         if epoch.due(eval_every):
-            with run.autocast(), sharing_features():
+            with run.autocast(), feature_cache():
                 epoch.log(*(evaluator(model, data) for evaluator in evaluate))
     run.save(backbone=backbone, projector=head)
 

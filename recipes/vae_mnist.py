@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal
 from torch.optim.lr_scheduler import StepLR
 
 from vitkit import Run, backbones, heads, losses, parse_arguments
-from vitkit.augment import Compose, HorizontalFlip, RandomAffine, RandomCrop
 from vitkit.errors import at_least
-from vitkit.optim import muon_adamw, warmup_cosine
-from vitkit_vae import Evaluation, MultiTaskVAE, TripletBatches, pictures
+from vitkit.training import muon_adamw, warmup_cosine
+from vitkit.transforms import Compose, HorizontalFlip, RandomAffine, RandomCrop
+from vitkit_vae import Evaluation, MultiTaskVAE, TripletBatches, figures
 
 PRESETS: dict[str, dict[str, int]] = {
     "default": {"epochs": 4, "img_size": 32, "patch_size": 8, "emb_dim": 128, "depth": 4, "num_heads": 2},
@@ -76,7 +76,7 @@ def main(
     epochs, size, blocks = chosen["epochs"], chosen["img_size"], chosen["depth"]
     data = data.resized(size)
     channels, classes = data.shape[0], len(data.classes)
-    train = data.train if train_size is None else data.train.take(train_size, seed=run.seed)
+    train = data.train if train_size is None else data.train.stratified_subset(train_size, seed=run.seed)
     if data.name == "fashion_mnist":
         augment = Compose([HorizontalFlip(), RandomCrop(2)])
     else:
@@ -118,7 +118,7 @@ def main(
         if epoch.due(eval_every):
             with run.autocast():
                 epoch.log(*evaluate(model, data, last=epoch.number == epochs))
-    for name, picture in pictures(model, data, seed=run.seed).items():
-        run.picture(name, picture)
+    for name, figure in figures(model, data, seed=run.seed).items():
+        run.figure(name, figure)
     modules = {"backbone": backbone, "classifier": classifier, "decoder": decoder}
     run.save(**{name: module for name, module in modules.items() if module is not None})

@@ -41,7 +41,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pa
 @pytest.fixture
 def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Any]:
     """`shell("run", ...)` answers as `vitkit run ...` in `tmp_path` would, within this process: importing torch takes seconds."""
-    from vitkit.cli import main
+    from vitkit.cli.main import main
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "160")
@@ -71,7 +71,7 @@ def real_data() -> Path:
 @pytest.fixture(scope="session")
 def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a short JEPA run on digits, trained through the command line's own path."""
-    from vitkit.cli_run import run
+    from vitkit.cli.run import run
 
     directory = tmp_path_factory.mktemp("trained") / "run"
     recipe = Path(__file__).parent.parent / "recipes" / "jepa_mnist.py"

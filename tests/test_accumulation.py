@@ -9,9 +9,9 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from vitkit import losses
-from vitkit.gradcache import Accumulated
 from vitkit.testing import find
 from vitkit.testing.cases import Case
+from vitkit.training import Accumulated, GradCacheable
 
 NAMES = sorted(entry.name for entry in losses.entries() if entry.distribution == "vitkit")
 WITHOUT_SAMPLES = {"multitask"}  # it adds up what others have made of the samples
@@ -24,7 +24,7 @@ def case_of(name: str) -> Case:
     return case
 
 
-class Weighed(nn.Module):
+class Weighed(GradCacheable):
     """A loss of inputs times weights: samples stand first in what is embedded, wherever the loss wants them."""
 
     def __init__(self, case: Case, axes: dict[str, int], inputs: dict[str, Tensor]) -> None:
@@ -35,15 +35,12 @@ class Weighed(nn.Module):
             {name: nn.Parameter(1 + 0.1 * torch.rand_like(value[0])) for name, value in inputs.items() if value.is_floating_point()}
         )
 
-    def embed(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward_features(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: value * self.weights[name] if name in self.weights else value for name, value in batch.items()}
 
-    def loss_of(self, embedded: dict[str, Tensor]) -> dict[str, Tensor]:
+    def compute_loss(self, embedded: dict[str, Tensor]) -> dict[str, Tensor]:
         torch.manual_seed(3)  # what is drawn for the whole batch: SIGReg's directions
         return dict(self.loss(**{name: value.movedim(0, self.axes[name]) for name, value in embedded.items()}))
-
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return self.loss_of(self.embed(batch))
 
 
 def example(name: str) -> tuple[Weighed, dict[str, Tensor]]:

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from vitkit.data import write_store
 from vitkit.registry import REGISTRIES
-from vitkit.store import write_store
 from vitkit.testing import CHECKS, find
 
 STAND_INS = {"mnist": (1, 28, 10), "fashion_mnist": (1, 28, 10), "cifar10": (3, 32, 10), "cifar100": (3, 32, 100)}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import vitkit
-from vitkit.cli_run import run
+from vitkit.cli.run import run
 from vitkit.data import build
 
 README = Path(__file__).parent.parent / "README.md"

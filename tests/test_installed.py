@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from vitkit.cli.scaffold import new_plugin
 from vitkit.registry import KINDS
-from vitkit.scaffold import new_plugin
 from vitkit.testing import CHECKS
 
 README = Path(__file__).parent.parent / "README.md"
@@ -127,7 +127,7 @@ def test_new_plugins_install_are_listed_at_once_and_pass_their_own_tests(env: En
 SAVE = """
     import torch
     from vitkit import heads
-    from vitkit.checkpoint import save
+    from vitkit.models import save
     save("old", {"head": heads.build("wide", in_dim=3, out_dim=2, hidden=5)},
          preprocessing={}, classes=[], arguments={})
 """
@@ -183,7 +183,7 @@ def test_mistakes_of_one_plugin_are_named_and_cost_nobody_else(env: Environment)
     )
     code = """
         import contextlib, io, sys, time
-        from vitkit.cli import app, guarded
+        from vitkit.cli.main import app, guarded
         began = time.perf_counter()
         for words in (["--help"], ["list"]):
             assert guarded(lambda: app(words, prog_name="vitkit"), debug=False) == 0

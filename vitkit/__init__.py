@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING, Any
 from vitkit.registry import REGISTRIES, Registry, Spec, backbones, datasets, evaluators, heads, losses
 
 if TYPE_CHECKING:
-    from vitkit.checkpoint import Model
     from vitkit.contracts import Scores
-    from vitkit.hub import load
-    from vitkit.recipe import parse_arguments
-    from vitkit.run import Run
+    from vitkit.hub.client import load
+    from vitkit.models.saving import Model
+    from vitkit.training.recipe import parse_arguments
+    from vitkit.training.run import Run
 
 __version__ = "0.1.0"
 
 _LAZY = {
-    "Run": "vitkit.run",
-    "load": "vitkit.hub",
-    "Model": "vitkit.checkpoint",
+    "Run": "vitkit.training.run",
+    "load": "vitkit.hub.client",
+    "Model": "vitkit.models.saving",
     "Scores": "vitkit.contracts",
-    "parse_arguments": "vitkit.recipe",
+    "parse_arguments": "vitkit.training.recipe",
 }
 
 

@@ -47,7 +47,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
-HIDDEN = -1
+UNLABELLED = -1
 """The label of an image whose label is not shown."""
 
 
@@ -216,7 +216,7 @@ class Sheet:
     columns: int = 8
 
 
-Picture = Confusion | Embeddings | Attention | Sheet
+ReportFigure = Confusion | Embeddings | Attention | Sheet
 
 
 class Scores(dict[str, float]):
@@ -227,11 +227,11 @@ class Scores(dict[str, float]):
         values: Mapping[str, float] | None = None,
         *,
         protocols: Mapping[str, Measurement] | None = None,
-        pictures: Mapping[str, Picture] | None = None,
+        figures: Mapping[str, ReportFigure] | None = None,
     ) -> None:
         super().__init__({name: float(value) for name, value in (values or {}).items()})
         self.protocols: dict[str, Measurement] = dict(protocols or {})
-        self.pictures: dict[str, Picture] = dict(pictures or {})
+        self.figures: dict[str, ReportFigure] = dict(figures or {})
 
 
 _Factory = TypeVar("_Factory", bound=Callable[..., Any])
@@ -250,7 +250,7 @@ def with_example(
 
 
 __all__ = [
-    "HIDDEN",
+    "UNLABELLED",
     "Attention",
     "Backbone",
     "Batches",
@@ -262,7 +262,7 @@ __all__ = [
     "LazyImages",
     "Loss",
     "Measurement",
-    "Picture",
+    "ReportFigure",
     "Scores",
     "Sheet",
     "Split",

@@ -18,8 +18,8 @@ from importlib.metadata import PackageNotFoundError, distributions, version
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from vitkit.docstrings import summary_of
 from vitkit.errors import AmbiguousNameError, ArgumentsError, PluginError, UnknownNameError, UsageError, nearest
-from vitkit.sources import summary_of
 
 KINDS = ("backbone", "head", "loss", "dataset", "evaluator")
 ADDED = "(added)"

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from vitkit.accelerator import resolve_device, resolve_precision
-from vitkit.cli_run import SETTINGS, requested
+from vitkit.cli.run import SETTINGS, requested
 from vitkit.errors import RunDirectoryError, RunError, UsageError
-from vitkit.executing import execute
-from vitkit.hub import resolve
-from vitkit.recipe import Recipe, typed
-from vitkit.rundir import fresh, read_summary
+from vitkit.hub.client import resolve
+from vitkit.runs.directory import fresh, read_summary
+from vitkit.training.accelerator import resolve_device, resolve_precision
+from vitkit.training.launch import execute
+from vitkit.training.recipe import Recipe, typed
 
 RECIPE = "recipe.py"
 QUANTILE = 1.96

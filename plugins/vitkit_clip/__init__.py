@@ -1,6 +1,6 @@
 """CLIP over pairs of images and captions: the pairs, both towers, the losses and the model."""
 
-from vitkit.gradcache import GradCache
+from vitkit.training import GradCache
 from vitkit_clip.clip import CLIP
 from vitkit_clip.contrastive import FocalNCE, HardNegativeNCE, InfoNCE, MarginTriplet, SigLIP
 from vitkit_clip.image import PairViT

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from vitkit.errors import UsageError
+from vitkit.training import GradCacheable
 
 
-class CLIP(nn.Module):
+class CLIP(GradCacheable):
     """Batches of pairs (see `Pairs`) → {"loss", parts}: what is seen and what is said of it meet in one space.
 
     An image's embedding is `projector(backbone.encode_image(images))`, a caption's `text_projector(text.encode_text(...))`;
@@ -46,10 +47,7 @@ class CLIP(nn.Module):
         self.frozen = not any(parameter.requires_grad for parameter in text.parameters())
         self._kept: Tensor | None = None
 
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return self.loss_of(self.embed(batch))
-
-    def embed(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward_features(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """What each pair brings by itself: embeddings `image` and `text` `(b d)`, `labels`, and with a classifier `logits`
         `(b 2 k)` and `classes` `(b 2)`.
         """
@@ -59,7 +57,7 @@ class CLIP(nn.Module):
             return found
         return {**found, "logits": seen[1], "classes": torch.stack([batch["left"], batch["right"]], dim=1)}
 
-    def loss_of(self, embedded: dict[str, Tensor]) -> dict[str, Tensor]:
+    def compute_loss(self, embedded: dict[str, Tensor]) -> dict[str, Tensor]:
         """The loss and its parts of the embeddings of a batch, or of several parts of one, put together."""
         labels = embedded["labels"] if self.caption_positives else None
         if self.classifier is None:

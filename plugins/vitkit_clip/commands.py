@@ -10,8 +10,8 @@ from rich.table import Table
 from vitkit.errors import UsageError
 
 if TYPE_CHECKING:
-    from vitkit.batches import Preparation
-    from vitkit.checkpoint import Model
+    from vitkit.data import Preprocessing
+    from vitkit.models import Model
     from vitkit_clip.search import Answer, Found, Gallery
 
 MOST = 100
@@ -46,7 +46,7 @@ def search(
             "the caption is empty; give some text, such as 'the photo on the left is ...', or a picture's path"
         )
     import vitkit
-    from vitkit.inputs import read_picture
+    from vitkit.models import read_picture
     from vitkit.report import write_sheet
     from vitkit_clip.retrieval import check_towers, half_of
     from vitkit_clip.search import as_pair, find_by_caption, find_by_picture
@@ -69,7 +69,7 @@ def search(
 
 
 def _is_picture(query: str) -> bool:
-    from vitkit.pictures import SUFFIXES
+    from vitkit.data import SUFFIXES
 
     try:
         found = Path(query).is_file()
@@ -81,7 +81,7 @@ def _is_picture(query: str) -> bool:
 
 
 def _gallery(
-    model: "Model", run: str, half: "Preparation", name: str | None, folder: Path | None, among: int, seed: int
+    model: "Model", run: str, half: "Preprocessing", name: str | None, folder: Path | None, among: int, seed: int
 ) -> tuple["Gallery", str]:
     from vitkit import data
     from vitkit_clip.pairs import Pairs

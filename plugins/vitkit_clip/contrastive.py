@@ -23,7 +23,7 @@ class Contrastive(nn.Module, ABC):
     negatives; without labels P(i) = {i}. All is computed in fp32, under autocast too.
 
     Ranks: the loss is that of all ranks' rows, whose numbers may differ, the same everywhere; its gradient follows the
-    convention of `vitkit.distributed`. Raises `UsageError` for embeddings and labels that do not fit.
+    convention of `vitkit.distributed.collectives`. Raises `UsageError` for embeddings and labels that do not fit.
     """
 
     def forward(self, image: Tensor, text: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:

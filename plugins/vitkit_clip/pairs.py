@@ -7,11 +7,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vitkit.augment import Transform
-from vitkit.batches import ImageSplit, Preparation, mix
+from vitkit.data import ImageSplit, Preprocessing
 from vitkit.distributed import world_size
 from vitkit.errors import UsageError
-from vitkit.mixing import Mixing
+from vitkit.seeding import derive_seed
+from vitkit.transforms import Mixing, Transform
 
 CAPTION = "the photo on the left is {} and the photo on the right is {}"
 FIXED = 10_000
@@ -98,10 +98,10 @@ class Pairs:
         return self.split.skipped
 
     @property
-    def prepare(self) -> Preparation:
+    def preprocessing(self) -> Preprocessing:
         """What a model that is trained on these pairs must be given: pairs `(c h 2w)`, normalised as here."""
-        channels, height, width = self.split.prepare.shape
-        return replace(self.split.prepare, shape=(channels, height, 2 * width))
+        channels, height, width = self.split.preprocessing.shape
+        return replace(self.split.preprocessing, shape=(channels, height, 2 * width))
 
     def fixed(self, seed: int = 0, count: int = FIXED) -> "Pairs":
         """`count` pairs drawn by `seed` alone, the same in every epoch, in one order, not augmented: to evaluate on.
@@ -120,7 +120,7 @@ class Pairs:
             number, (seed, count) = 0, self.frozen
         else:
             count = len(self.split)
-        generator = torch.Generator().manual_seed(mix(seed, number))
+        generator = torch.Generator().manual_seed(derive_seed(seed, number))
         rounds, size = -(-count // len(self.split)), self.batch_size * world
         left = torch.cat([self.split.order(generator, size) for _ in range(rounds)])[:count]
         return left, self._partners(left, max(self.split.reach, size), generator)
@@ -135,7 +135,7 @@ class Pairs:
         # Each image once, and sorted: a memory-mapped file is read in one direction.
         read = self.split.read(pair.unique() for pair in pairs)
         for index, pair, (images, rows) in zip(indices, pairs, read, strict=True):
-            yield self._make(pair, images, rows, mix(seed, number, index, rank), torch.device(device))
+            yield self._make(pair, images, rows, derive_seed(seed, number, index, rank), torch.device(device))
 
     def _count(self, world: int) -> int:
         pairs = len(self.split) if self.frozen is None else self.frozen[1]
@@ -146,7 +146,7 @@ class Pairs:
         """A batch of the pairs `(b 2)` of whose images both are among `rows`, which are sorted."""
         pair = pair[torch.isin(pair, rows).all(1)]
         split, flat = self.split, pair.flatten()  # (b 2) → left, right, left, right, …
-        halves = split.prepare.pixels(images.index_select(0, torch.searchsorted(rows, flat)).to(device))  # (2b c h w)
+        halves = split.preprocessing.pixels(images.index_select(0, torch.searchsorted(rows, flat)).to(device))  # (2b c h w)
         generator = torch.Generator(halves.device).manual_seed(seed)
         if self.augment is not None and self.augment_pair == "half":
             halves = self.augment(halves, generator)
@@ -157,7 +157,7 @@ class Pairs:
             images = self.augment(images, generator)
         left, right = split.labels[pair].to(device).unbind(1)
         return {
-            "images": split.prepare.normalise(images), "left": left, "right": right,
+            "images": split.preprocessing.normalise(images), "left": left, "right": right,
             "labels": left * len(self.classes) + right,
         }  # fmt: skip
 

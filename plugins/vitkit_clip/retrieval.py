@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitkit import backbones, heads
-from vitkit.batches import Preparation
-from vitkit.checkpoint import encode_image
-from vitkit.contracts import Attention, Confusion, Measurement, Picture, Scores, Sheet
+from vitkit.contracts import Attention, Confusion, Measurement, ReportFigure, Scores, Sheet
+from vitkit.data import Preprocessing
 from vitkit.distributed import all_gather, rank, world_size
 from vitkit.errors import UsageError, VitkitError
+from vitkit.models import encode_image
 from vitkit_clip.pairs import FIXED, Pairs, captions
 from vitkit_clip.text import vocabulary_of
 from vitkit_eval import (
@@ -110,7 +110,7 @@ class PairRetrieval:
             i2t = rank_relevant(seen.embeddings, texts, numbers, seen.labels)
             t2i = rank_relevant(texts, seen.embeddings, seen.labels, numbers)
             zero = self._classify(model, pairs, texts, device) if self.zero_shot else Scores()
-            pictures = self._pictures(model, pairs, i2t, device)
+            figures = self._figures(model, pairs, i2t, device)
         frozen = "both encoders and their projectors"
         found = [
             retrieval_scores("i2t", i2t, TOPS, frozen=frozen, note=f"pair → caption, among {len(said):,} captions"),
@@ -121,7 +121,7 @@ class PairRetrieval:
         return Scores(
             {name: value for scores in found for name, value in scores.items()},
             protocols={name: protocol for scores in found for name, protocol in scores.protocols.items()},
-            pictures=pictures | {name: picture for scores in found for name, picture in scores.pictures.items()},
+            figures=figures | {name: figure for scores in found for name, figure in scores.figures.items()},
         )
 
     def _halves(self, seen: "Seen", texts: Tensor, i2t: Ranking, classes: list[str], frozen: str) -> Scores:
@@ -151,13 +151,13 @@ class PairRetrieval:
         return Scores(
             values,
             protocols=notes,
-            pictures={"pair_confusion": Confusion(counts.cpu().numpy(), classes)},
+            figures={"pair_confusion": Confusion(counts.cpu().numpy(), classes)},
         )
 
     def _classify(self, model: Any, pairs: Pairs, texts: Tensor, device: torch.device) -> Scores:
         """Single images on both halves against the captions that name one class twice."""
         k = len(pairs.classes)
-        split = pairs.split.take(self.zero_shot, seed=self.seed)
+        split = pairs.split.stratified_subset(self.zero_shot, seed=self.seed)
         twice = F.normalize(texts[torch.arange(k, device=texts.device) * (k + 1)], dim=1)
         scores, labels = [], []
         for batch in split.batches(self.batch_size).epoch(0, device=device, rank=rank(), world=world_size()):
@@ -168,16 +168,16 @@ class PairRetrieval:
         note = f"one image on both halves against the {k} captions that name one class twice, cosine"
         return classification("zero_shot", found.features, found, list(pairs.classes), note=note)
 
-    def _pictures(self, model: Any, pairs: Pairs, i2t: Ranking, device: torch.device) -> dict[str, Picture]:
+    def _figures(self, model: Any, pairs: Pairs, i2t: Ranking, device: torch.device) -> dict[str, ReportFigure]:
         """Hits, misses and attention, from the first pairs."""
         if not self.shown:
             return {}
         few = Pairs(pairs.split, pairs.classes, LOOKED_AT).fixed(self.seed, self.count)
-        batch, prepare, classes = next(iter(few.epoch(0, device=device))), pairs.split.prepare, pairs.classes
-        mean, std = (torch.tensor(moments, device=device)[:, None, None] for moments in (prepare.mean, prepare.std))
+        batch, preprocessing, classes = next(iter(few.epoch(0, device=device))), pairs.split.preprocessing, pairs.classes
+        mean, std = (torch.tensor(moments, device=device)[:, None, None] for moments in (preprocessing.mean, preprocessing.std))
         images = (batch["images"] * std + mean).clamp(0, 1).cpu()
         k = len(classes)
-        pictures: dict[str, Picture] = {}
+        figures: dict[str, ReportFigure] = {}
 
         def named(number: int) -> str:
             return f"{classes[number // k]} | {classes[number % k]}"
@@ -189,12 +189,12 @@ class PairRetrieval:
         told |= {i: f"{named(own[i])}\nplace {places[i]:,}, first\n{named(nearest[i])}" for i in misses}
         for name, chosen in (("pair_hits", hits), ("pair_misses", misses)):
             if chosen:
-                pictures[name] = Sheet(images[chosen].numpy(), [told[i] for i in chosen], columns=4)
+                figures[name] = Sheet(images[chosen].numpy(), [told[i] for i in chosen], columns=4)
         maps = _attention(model.backbone, batch["images"][: self.shown])
         if maps is not None:
             labels = [named(number) for number in own[: self.shown]]
-            pictures["pair_attention"] = Attention(images[: self.shown].numpy(), maps.cpu().numpy(), labels)
-        return pictures
+            figures["pair_attention"] = Attention(images[: self.shown].numpy(), maps.cpu().numpy(), labels)
+        return figures
 
 
 @dataclass(frozen=True)
@@ -216,11 +216,11 @@ def check_towers(model: Any) -> None:
         )
 
 
-def half_of(model: Any) -> Preparation:
+def half_of(model: Any) -> Preprocessing:
     """How one half of a pair is made for a saved model; `UsageError` where it does not say how, or takes no pairs."""
     if not model.preprocessing:
         raise UsageError("this model was saved without preprocessing, so no picture can be shown to it")
-    whole = Preparation.from_json(model.preprocessing)
+    whole = Preprocessing.from_json(model.preprocessing)
     channels, height, width = whole.shape
     if width % 2:
         raise UsageError(

@@ -9,11 +9,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vitkit.batches import Preparation
 from vitkit.contracts import Sheet
+from vitkit.data import Preprocessing, preprocess
 from vitkit.errors import UsageError
-from vitkit.inputs import pictures_below, read_picture
-from vitkit.preprocessing import preprocess
+from vitkit.models import pictures_below, read_picture
 from vitkit_clip.pairs import Pairs, captions
 from vitkit_clip.retrieval import check_embeddings, check_towers, embed_images, embed_texts
 from vitkit_eval import evaluating, nearest_items
@@ -46,7 +45,7 @@ class PairGallery:
     def show(self, numbers: list[int]) -> tuple[Tensor, list[str]]:
         split, classes = self.pairs.split, self.pairs.classes
         sides = [side[numbers] for side in self.pairs.drawn()]
-        halves = [split.prepare.pixels(split.images.index_select(0, side)) for side in sides]
+        halves = [split.preprocessing.pixels(split.images.index_select(0, side)) for side in sides]
         named = zip(*(split.labels[side].tolist() for side in sides), strict=True)
         return torch.cat(halves, dim=-1), [f"{classes[left]} | {classes[right]}" for left, right in named]
 
@@ -56,7 +55,7 @@ class FolderGallery:
     """The pictures below a folder, each as a pair; `skipped` names those that could not be read."""
 
     folder: Path
-    prepare: Preparation
+    preprocessing: Preprocessing
     most: int
     skipped: list[str] = field(default_factory=list)
 
@@ -73,7 +72,7 @@ class FolderGallery:
         read: list[Tensor] = []
         for path in self._found:
             try:
-                read.append(as_pair(read_picture(path), self.prepare))
+                read.append(as_pair(read_picture(path), self.preprocessing))
             except UsageError as error:
                 self.skipped.append(str(error))
                 continue
@@ -88,8 +87,8 @@ class FolderGallery:
 
     def show(self, numbers: list[int]) -> tuple[Tensor, list[str]]:
         paths = [self.paths[number] for number in numbers]
-        pairs = torch.cat([as_pair(read_picture(path), self.prepare) for path in paths])
-        return shown(pairs, self.prepare), [str(path.relative_to(self.folder)) for path in paths]
+        pairs = torch.cat([as_pair(read_picture(path), self.preprocessing) for path in paths])
+        return shown(pairs, self.preprocessing), [str(path.relative_to(self.folder)) for path in paths]
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ class Answer:
     unknown: tuple[str, ...] = ()
 
 
-def as_pair(picture: Image.Image, half: Preparation) -> Tensor:
+def as_pair(picture: Image.Image, half: Preprocessing) -> Tensor:
     """A picture of any mode → a normalised pair `(1 c h 2w)`.
 
     One about as wide as a pair is one; any other stands on both halves.
@@ -122,9 +121,9 @@ def as_pair(picture: Image.Image, half: Preparation) -> Tensor:
     return torch.cat([one, one], dim=-1)
 
 
-def shown(pairs: Tensor, prepare: Preparation) -> Tensor:
+def shown(pairs: Tensor, preprocessing: Preprocessing) -> Tensor:
     """Normalised `(n c h w)` → [0, 1]."""
-    mean, std = (torch.tensor(moments)[:, None, None] for moments in (prepare.mean, prepare.std))
+    mean, std = (torch.tensor(moments)[:, None, None] for moments in (preprocessing.mean, preprocessing.std))
     return (pairs.cpu() * std + mean).clamp(0, 1)
 
 
@@ -139,7 +138,7 @@ def find_by_caption(model: Any, caption: str, gallery: Gallery, count: int) -> A
     return Answer(pictures, sheet, unknown=tuple(dict.fromkeys(unknown(caption))) if unknown else ())
 
 
-def find_by_picture(model: Any, pair: Tensor, gallery: Gallery, count: int, half: Preparation) -> Answer:
+def find_by_picture(model: Any, pair: Tensor, gallery: Gallery, count: int, half: Preprocessing) -> Answer:
     """The captions of the model's classes and the pictures of a gallery that are nearest to a pair `(1 c h 2w)`."""
     said = captions(model.classes)
     with evaluating(model) as device:

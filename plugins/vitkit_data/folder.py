@@ -5,9 +5,8 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from vitkit.data import ImageDataset, Stored, from_store, read_store, store_lock, store_path
+from vitkit.data import ImageDataset, Stored, from_store, import_folder, pictures_of, read_store, store_lock, store_path
 from vitkit.errors import DatasetError
-from vitkit.pictures import import_folder, pictures_of
 
 
 def image_folder(*, root: str, img_size: int = 64, test_fraction: float = 0.2) -> ImageDataset:

@@ -7,8 +7,8 @@ from vitkit_eval.features import (
     confusion_matrix,
     evaluating,
     extract_features,
+    feature_cache,
     frozen_features,
-    sharing_features,
     topk_accuracy,
 )
 from vitkit_eval.few_shot import FewShot
@@ -33,11 +33,11 @@ __all__ = [
     "confusion_matrix",
     "evaluating",
     "extract_features",
+    "feature_cache",
     "fit_logistic",
     "frozen_features",
     "nearest_items",
     "rank_relevant",
     "retrieval_scores",
-    "sharing_features",
     "topk_accuracy",
 ]

@@ -38,7 +38,7 @@ class Accuracy:
             raise UsageError(
                 f"accuracy needs a model with a classifier; {type(model).__name__} has none: use 'linear_probe' or 'knn'"
             )
-        split = dataset.test if self.test_size is None else dataset.test.take(self.test_size, seed=self.seed)
+        split = dataset.test if self.test_size is None else dataset.test.stratified_subset(self.test_size, seed=self.seed)
         test = extract_features(model, split)
         with evaluating(model):
             logits: Tensor = classifier(test.features).float()

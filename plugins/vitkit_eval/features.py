@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitkit.checkpoint import encode_image
 from vitkit.contracts import Confusion, Measurement, Scores
 from vitkit.distributed import all_gather, rank, world_size
 from vitkit.errors import UsageError, VitkitError
+from vitkit.models import encode_image
 
 MANY = 10
 """With more classes than these the top-5 accuracy is reported too; with fewer it says next to nothing."""
@@ -57,10 +57,10 @@ _shared: ContextVar[dict[Any, _Kept] | None] = ContextVar("shared features", def
 
 
 @contextmanager
-def sharing_features() -> Iterator[None]:
+def feature_cache() -> Iterator[None]:
     """Within this block a model's features of a split are computed once, for however many evaluators ask for them.
 
-        with sharing_features():
+        with feature_cache():
             epoch.log(*(evaluator(model, data) for evaluator in evaluators))
 
     What is asked for under another precision, or after the model's weights have changed, is computed anew. They are kept in
@@ -97,7 +97,7 @@ def extract_features(model: Any, split: Any, *, batch_size: int = 500) -> Featur
     The model's own `encode_image(images) -> (b d)` is asked, or else the mean over its tokens `(b n d)` is taken. Called
     under autocast the features are computed in its precision; they are returned in float32. Labels are the split's, so
     hidden ones are refused. Raises `UsageError` for an empty split, for hidden labels and for a model that returns
-    something else, and `VitkitError` for features that are not finite. Within `sharing_features()` they are computed once
+    something else, and `VitkitError` for features that are not finite. Within `feature_cache()` they are computed once
     for all who ask.
     """
     return _once(model, split, (batch_size,), lambda: _extract(model, split, batch_size))
@@ -107,7 +107,7 @@ def _extract(model: Any, split: Any, batch_size: int) -> Features:
     if len(split) == 0:
         raise UsageError("the split to evaluate on holds no images")
     if int(split.labels.min()) < 0:
-        raise UsageError("the split to evaluate on hides labels (-1); give the dataset as it was before hide_labels")
+        raise UsageError("the split to evaluate on hides labels (-1); give the dataset as it was before mask_labels")
     found, labels = [], []
     with evaluating(model) as device:
         for batch in split.batches(batch_size).epoch(0, device=device, rank=rank(), world=world_size()):
@@ -138,7 +138,7 @@ def frozen_features(
     def features(split: Any, size: int | None) -> Features:
         if size is None:
             return extract_features(model, split)
-        return _once(model, split, (size, seed), lambda: extract_features(model, split.take(size, seed=seed)))
+        return _once(model, split, (size, seed), lambda: extract_features(model, split.stratified_subset(size, seed=seed)))
 
     return features(dataset.train, train_size), features(dataset.test, test_size)
 
@@ -189,7 +189,7 @@ def classification(
             f"{name}_top{top}": Measurement("test", len(test.labels), chance=top / k, frozen=frozen, note=note)
             for top in tops
         },
-        pictures={f"{name}_confusion": Confusion(counts.cpu().numpy(), classes)},
+        figures={f"{name}_confusion": Confusion(counts.cpu().numpy(), classes)},
     )
 
 

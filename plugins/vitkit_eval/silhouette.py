@@ -33,7 +33,7 @@ class Silhouette:
         self.test_size, self.seed = test_size, seed
 
     def __call__(self, model: Any, dataset: Any) -> Scores:
-        split = dataset.test if self.test_size is None else dataset.test.take(self.test_size, seed=self.seed)
+        split = dataset.test if self.test_size is None else dataset.test.stratified_subset(self.test_size, seed=self.seed)
         return self.score(extract_features(model, split), dataset.classes)
 
     def score(self, test: Features, classes: list[str]) -> Scores:

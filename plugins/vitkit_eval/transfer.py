@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from vitkit import data
-from vitkit.batches import ImageSplit, Preparation
 from vitkit.contracts import Scores
+from vitkit.data import ImageSplit, Preprocessing
 from vitkit.errors import UsageError
-from vitkit.pixels import grey
+from vitkit.transforms import grey
 from vitkit_eval.features import frozen_features
 from vitkit_eval.knn import KNN
 from vitkit_eval.linear import LinearProbe
@@ -30,7 +30,7 @@ class Transfer:
 
     Ranks: each encodes its share of the images, and every rank returns the same scores.
 
-    Raises `UnknownNameError` and `DatasetError` as `vitkit.data.build` does, and `UsageError` as `knn`, `linear_probe`
+    Raises `UnknownNameError` and `DatasetError` as `vitkit.data.dataset.build` does, and `UsageError` as `knn`, `linear_probe`
     and `adapted` do.
     """
 
@@ -47,7 +47,7 @@ class Transfer:
         self.dataset = data.build(dataset)
         self.probes = (KNN(k=k), LinearProbe(C=C))
         self.train_size, self.test_size, self.seed = train_size, test_size, seed
-        self._prepared: tuple[Preparation, data.ImageDataset] | None = None
+        self._prepared: tuple[Preprocessing, data.ImageDataset] | None = None
         self._pixels: Scores | None = None
 
     @staticmethod
@@ -55,24 +55,24 @@ class Transfer:
         return {"train_size": 60, "test_size": 30}, {}
 
     def __call__(self, model: Any, dataset: Any) -> Scores:
-        other = self._adapted(Preparation(dataset.shape, dataset.mean, dataset.std))
+        other = self._adapted(Preprocessing(dataset.shape, dataset.mean, dataset.std))
         if self._pixels is None:
             self._pixels = self._measure(Pixels(), other, "pixels", frozen="nothing learned")
         found = self._measure(model, other, "transfer", frozen="encoder")
         return Scores(
             {**found, **self._pixels},
             protocols=found.protocols | self._pixels.protocols,
-            pictures=found.pictures,
+            figures=found.figures,
         )
 
-    def _adapted(self, prepare: Preparation) -> data.ImageDataset:
+    def _adapted(self, preprocessing: Preprocessing) -> data.ImageDataset:
         """The other dataset as the model takes it, capped; made once, for its pixels may be a copy."""
-        if self._prepared is None or self._prepared[0] != prepare:
+        if self._prepared is None or self._prepared[0] != preprocessing:
             train, test = (
-                adapted(split if size is None else split.take(size, seed=self.seed), prepare)
+                adapted(split if size is None else split.stratified_subset(size, seed=self.seed), preprocessing)
                 for split, size in ((self.dataset.train, self.train_size), (self.dataset.test, self.test_size))
             )
-            self._prepared, self._pixels = (prepare, replace(self.dataset, train=train, test=test)), None
+            self._prepared, self._pixels = (preprocessing, replace(self.dataset, train=train, test=test)), None
         return self._prepared[1]
 
     def _measure(self, model: Any, other: data.ImageDataset, prefix: str, *, frozen: str) -> Scores:
@@ -85,7 +85,7 @@ class Transfer:
                 note = f"on {other.name}: {protocol.note}"
                 scores[f"{prefix}_{name}"] = value
                 scores.protocols[f"{prefix}_{name}"] = replace(protocol, frozen=frozen, note=note)
-            scores.pictures |= {f"{prefix}_{name}": picture for name, picture in found.pictures.items()}
+            scores.figures |= {f"{prefix}_{name}": picture for name, picture in found.figures.items()}
         return scores
 
 
@@ -96,21 +96,21 @@ class Pixels:
         return images.flatten(1)
 
 
-def adapted(split: ImageSplit, prepare: Preparation) -> ImageSplit:
-    """A split whose batches a model takes that was trained on images prepared by `prepare`.
+def adapted(split: ImageSplit, preprocessing: Preprocessing) -> ImageSplit:
+    """A split whose batches a model takes that was trained on images prepared by `preprocessing`.
 
-    Images are padded or resized as their own dataset has it (`fit`), to the size of `prepare`, and normalised with its
+    Images are padded or resized as their own dataset has it (`fit`), to the size of `preprocessing`, and normalised with its
     mean and std. Grey ones are repeated for a model of three channels; coloured ones become luma (ITU-R BT.601) for a
     model of one, a copy in memory. Raises `UsageError` for other numbers of channels that differ.
     """
-    given, wanted = split.images.shape[1], prepare.shape[0]
-    prepare = replace(prepare, fit=split.prepare.fit)
+    given, wanted = split.images.shape[1], preprocessing.shape[0]
+    preprocessing = replace(preprocessing, fit=split.preprocessing.fit)
     if given == wanted:
-        return replace(split, prepare=prepare)
+        return replace(split, preprocessing=preprocessing)
     split = split.in_memory()
     if (given, wanted) == (1, 3):
-        return replace(split, images=split.images.expand(-1, 3, -1, -1), prepare=prepare)
+        return replace(split, images=split.images.expand(-1, 3, -1, -1), preprocessing=preprocessing)
     if (given, wanted) == (3, 1):
         luma = torch.cat([grey(chunk.float()).round_().byte() for chunk in split.images.split(4096)])
-        return replace(split, images=luma, prepare=prepare)
+        return replace(split, images=luma, preprocessing=preprocessing)
     raise UsageError(f"images have {given} channels, the model takes {wanted}; only grey and RGB are turned into another")

@@ -7,11 +7,12 @@ from torch import Tensor, nn
 
 from vitkit.distributed import all_gather, draw_rows, rank, world_size
 from vitkit.errors import UsageError
+from vitkit.training import GradCacheable
 
 Objective = Literal["joint", "seed", "images"]
 
 
-class JEPA(nn.Module):
+class JEPA(GradCacheable):
     """Views of a sample → one embedding: batches of images and labels → {"loss", "invariance", "sigreg"}.
 
     A batch is `images` `(b v c h w)`, v augmented views of each, or `(b c h w)`, and `labels` int64 `(b,)`,
@@ -65,10 +66,7 @@ class JEPA(nn.Module):
             backbone.label_embed.requires_grad_(False)
             backbone.label_type.requires_grad_(False)
 
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return self.loss_of(self.embed(batch))
-
-    def embed(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward_features(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """What each sample brings by itself: `features` `(b v d)` of its views and, with "joint", `labels` and `told`."""
         images, labels = batch["images"], batch["labels"]
         images = images[:, None] if images.ndim == 4 else images
@@ -87,7 +85,7 @@ class JEPA(nn.Module):
             features = self.backbone.encode_image(rows, keep=keep)
         return {"features": features.unflatten(0, (views, len(labels))).transpose(0, 1)}
 
-    def loss_of(self, embedded: dict[str, Tensor]) -> dict[str, Tensor]:
+    def compute_loss(self, embedded: dict[str, Tensor]) -> dict[str, Tensor]:
         """The loss and its parts of the embeddings of a batch, or of several parts of one, put together."""
         features = embedded["features"].transpose(0, 1)  # (v b d)
         if self.objective == "joint":

@@ -22,7 +22,7 @@ class LeJEPALoss(nn.Module):
     distinct values, such as a label's alone, cannot be Gaussian.
 
     Ranks: all three are those of the whole batch, the same everywhere, over parts that may differ in size;
-    gradients by the convention of `vitkit.distributed`. Raises `UsageError` for `lamda` outside [0, 1] and
+    gradients by the convention of `vitkit.distributed.collectives`. Raises `UsageError` for `lamda` outside [0, 1] and
     for shapes that don't fit.
 
     Source: Balestriero and LeCun, LeJEPA, arXiv 2511.08544, λ = 0.05. Like lightly's `LeJEPALoss` the

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitkit import backbones, heads
-from vitkit.contracts import Attention, Confusion, Embeddings, Measurement, Picture, Scores
+from vitkit.contracts import Attention, Confusion, Embeddings, Measurement, ReportFigure, Scores
 from vitkit.distributed import all_gather, rank, world_size
 from vitkit.errors import UsageError
 from vitkit_eval import confusion_matrix
@@ -87,14 +87,14 @@ class LabelRetrieval:
             ]
             m1, m2, features, labels = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))
             methods = {"m1": m1, "m2": m2}
-            pictures: dict[str, Picture] = {
+            figures: dict[str, ReportFigure] = {
                 "embeddings": Embeddings(features[:SHOWN].numpy(), labels[:SHOWN].numpy(), classes)
             }
             for name, scores in methods.items():
                 counts = confusion_matrix(labels, scores.argmax(1), len(classes))
-                pictures[f"{name}_confusion"] = Confusion(counts.numpy(), classes)
+                figures[f"{name}_confusion"] = Confusion(counts.numpy(), classes)
             if self.attention_samples:
-                pictures["label_attention"] = self._attention(backbone, dataset, device)
+                figures["label_attention"] = self._attention(backbone, dataset, device)
         return Scores(
             {f"{name}_top{k}": topk(scores, labels, k) for name, scores in methods.items() for k in (1, 3)},
             protocols={
@@ -108,7 +108,7 @@ class LabelRetrieval:
                 for name, other in (("m1", "the image with each label"), ("m2", "each label alone"))
                 for k in (1, 3)
             },
-            pictures=pictures,
+            figures=figures,
         )
 
     def _score(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -131,7 +131,7 @@ class LabelRetrieval:
 
     def _attention(self, backbone: Any, dataset: Any, device: torch.device) -> Attention:
         """How much the label's token attends to each patch, for one test image of each class in turn."""
-        split = dataset.test.take(self.attention_samples)
+        split = dataset.test.stratified_subset(self.attention_samples)
         batch = next(iter(split.batches(len(split)).epoch(0, device=device)))
         maps = backbone.label_attention(batch["images"], batch["labels"]).float()  # (n h w)
         scale = maps.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)

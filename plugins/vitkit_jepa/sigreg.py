@@ -26,7 +26,7 @@ class SIGReg(nn.Module):
     fp32, under autocast too.
 
     Ranks: C, S and n are those of the whole batch, over parts that may differ in size, and every rank uses
-    rank 0's directions; T is the same everywhere, its gradient by the convention of `vitkit.distributed`.
+    rank 0's directions; T is the same everywhere, its gradient by the convention of `vitkit.distributed.collectives`.
     Directions come from torch's global generator.
 
     Raises `UsageError` for fewer than one direction or two knots, a limit that is not positive, or other

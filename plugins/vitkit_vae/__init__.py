@@ -6,7 +6,7 @@ from vitkit_vae.elbo import KLLoss, ReconstructionLoss
 from vitkit_vae.encoder import LOG_VAR_LIMIT, VAEEncoder, sample_latent
 from vitkit_vae.evaluation import Evaluation
 from vitkit_vae.evaluators import ActiveUnits, Reconstruction
-from vitkit_vae.generate import pictures, reconstruct, sample
+from vitkit_vae.generate import figures, reconstruct, sample
 from vitkit_vae.transfer import PatchFeatures
 from vitkit_vae.triplet import TripletLoss
 from vitkit_vae.vae import MultiTaskVAE
@@ -15,6 +15,6 @@ from vitkit_vae.weighting import SEED_WEIGHTS, MultiTaskLoss
 __all__ = [
     "LOG_VAR_LIMIT", "SEED_WEIGHTS", "ActiveUnits", "ConvDecoder", "Evaluation", "KLLoss", "MultiTaskLoss", "MultiTaskVAE",
     "PatchFeatures",
-    "Reconstruction", "ReconstructionLoss", "TripletBatches", "TripletLoss", "VAEEncoder", "pictures", "reconstruct",
+    "Reconstruction", "ReconstructionLoss", "TripletBatches", "TripletLoss", "VAEEncoder", "figures", "reconstruct",
     "sample", "sample_latent",
 ]  # fmt: skip

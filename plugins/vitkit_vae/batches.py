@@ -8,10 +8,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from vitkit.augment import Transform
-from vitkit.batches import HIDDEN, ImageSplit, Preparation, mix
+from vitkit.contracts import UNLABELLED
+from vitkit.data import ImageSplit, Preprocessing
 from vitkit.distributed import world_size
 from vitkit.errors import UsageError
+from vitkit.seeding import derive_seed
+from vitkit.transforms import Transform
 
 Positives = Literal["class", "augmented"]
 
@@ -43,13 +45,13 @@ class TripletBatches:
         if self.positives not in get_args(Positives):
             raise UsageError(f"positives are {self.positives!r}, expected one of {', '.join(map(repr, get_args(Positives)))}")
         labels = self.split.labels
-        if len(labels) == 0 or int(labels.min()) == HIDDEN or int(labels.min()) == int(labels.max()):
+        if len(labels) == 0 or int(labels.min()) == UNLABELLED or int(labels.min()) == int(labels.max()):
             raise UsageError("triplets need the labels of all images, of two classes at least; mine in the batch instead")
 
     @property
-    def prepare(self) -> Preparation:
+    def preprocessing(self) -> Preprocessing:
         """How the images are prepared: what a model that is trained on them must be given."""
-        return self.split.prepare
+        return self.split.preprocessing
 
     @property
     def skipped(self) -> list[str]:
@@ -66,8 +68,8 @@ class TripletBatches:
         self, number: int, *, seed: int = 0, start: int = 0, device: Any = "cpu", rank: int = 0, world: int = 1
     ) -> Iterator[dict[str, Tensor]]:
         """The batches of one epoch from index `start` on, on `device`."""
-        drawn = self._drawn(mix(seed, number), rank, world)
-        keys = [mix(seed, number, index, rank) for index in range(start, self._count(world))]
+        drawn = self._drawn(derive_seed(seed, number), rank, world)
+        keys = [derive_seed(seed, number, index, rank) for index in range(start, self._count(world))]
         triplets, ahead = tee(self._triplets(anchors, key) for anchors, key in zip(drawn[start:], keys, strict=True))
         # Each image once, and sorted: a memory-mapped file is read in one direction.
         read = self.split.read(triplet.unique() for triplet in ahead)
@@ -83,11 +85,11 @@ class TripletBatches:
     def _make(self, triplet: Tensor, images: Tensor, rows: Tensor, seed: int, device: torch.device) -> dict[str, Tensor]:
         """A batch of the triplets `(3 b)` of whose images all are among `rows`, which are sorted."""
         triplet = triplet[:, torch.isin(triplet, rows).all(0)]
-        prepare, generator = self.split.prepare, torch.Generator(device).manual_seed(seed)
+        preprocessing, generator = self.split.preprocessing, torch.Generator(device).manual_seed(seed)
         made = {}
         for role, one in zip(("images", "positives", "negatives"), triplet, strict=True):
-            pixels = prepare.pixels(images.index_select(0, torch.searchsorted(rows, one)).to(device))
-            made[role] = prepare.normalise(pixels if self.augment is None else self.augment(pixels, generator))
+            pixels = preprocessing.pixels(images.index_select(0, torch.searchsorted(rows, one)).to(device))
+            made[role] = preprocessing.normalise(pixels if self.augment is None else self.augment(pixels, generator))
         return {**made, "labels": self.split.labels[triplet[0]].to(device)}
 
     def _triplets(self, anchors: Tensor, seed: int) -> Tensor:

@@ -10,9 +10,9 @@ from rich.console import Console
 from vitkit.errors import UsageError, nearest
 
 if TYPE_CHECKING:
-    from vitkit.checkpoint import Model
     from vitkit.contracts import Sheet
     from vitkit.data import ImageDataset
+    from vitkit.models import Model
 
 MOST_IMAGES = 1_024
 out = Console(highlight=False, soft_wrap=True)
@@ -111,7 +111,7 @@ def _load(run: str) -> "Model":
 def _dataset(model: "Model", run: str, name: str | None) -> "ImageDataset":
     """The run's own dataset, or another one as the model takes it."""
     from vitkit import data
-    from vitkit.batches import Preparation
+    from vitkit.data import Preprocessing
     from vitkit_eval import adapted
 
     own: Any = model.config.get("dataset")
@@ -120,13 +120,13 @@ def _dataset(model: "Model", run: str, name: str | None) -> "ImageDataset":
     if not model.preprocessing:
         raise UsageError(f"the model in {run} was saved without preprocessing, so no dataset can be shown to it")
     found = data.build(own if name is None else name)
-    prepare = Preparation.from_json(model.preprocessing)
+    preprocessing = Preprocessing.from_json(model.preprocessing)
     try:
-        train, test = adapted(found.train, prepare), adapted(found.test, prepare)
+        train, test = adapted(found.train, preprocessing), adapted(found.test, preprocessing)
     except UsageError as error:
         raise UsageError(f"{found.name} cannot be shown to the model in {run}: {error}") from None
-    if name not in (None, own) and found.shape != prepare.shape:
-        given, taken = ("×".join(map(str, shape)) for shape in (found.shape, prepare.shape))
+    if name not in (None, own) and found.shape != preprocessing.shape:
+        given, taken = ("×".join(map(str, shape)) for shape in (found.shape, preprocessing.shape))
         out.print(f"images of {found.name} are {given} (channels, height, width), shown to the model as {taken}")
     return replace(found, train=train, test=test)
 

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from vitkit import evaluators
 from vitkit.contracts import Scores
-from vitkit_eval import adapted, sharing_features
+from vitkit_eval import adapted, feature_cache
 from vitkit_vae.transfer import PatchFeatures
 
 
@@ -40,11 +40,11 @@ class Evaluation:
         chosen += [self.reconstruction] * (model.decoder is not None)
         if last:
             chosen += self.at_last
-        with sharing_features():
+        with feature_cache():
             scores = [evaluator(model, data) for evaluator in chosen]
             if last and self.transfer is not None:
                 shown = model
                 if self.patches:
-                    shown = PatchFeatures(model.backbone, adapted(self.transfer.dataset.train, data.train.prepare))
+                    shown = PatchFeatures(model.backbone, adapted(self.transfer.dataset.train, data.train.preprocessing))
                 scores.append(self.transfer(shown, data))
         return scores

@@ -47,14 +47,14 @@ class Reconstruction:
 
     def __call__(self, model: Any, dataset: Any) -> Scores:
         decoder = decoder_of(model)
-        split = dataset.test if self.test_size is None else dataset.test.take(self.test_size, seed=self.seed)
+        split = dataset.test if self.test_size is None else dataset.test.stratified_subset(self.test_size, seed=self.seed)
         errors, sums = [], torch.zeros(2, *dataset.shape)
         with evaluating(model) as device:
             for pixels, labels in _batches(split, device):
                 sums = sums.to(device) + torch.stack([pixels.sum(dim=0), pixels.square().sum(dim=0)])
                 own = torch.zeros(0, device=device)
                 if len(pixels):  # one rank's share of the last batch may be empty, and the model need not take that
-                    found = reconstruct(model, split.prepare.normalise(pixels), labels)
+                    found = reconstruct(model, split.preprocessing.normalise(pixels), labels)
                     own = (found - pixels).square().flatten(1).mean(dim=1)
                 errors.append(all_gather(own))
             mse = torch.cat(errors)
@@ -72,7 +72,7 @@ class Reconstruction:
                 "reconstruction_mse": Measurement("test", len(mse), chance=chance, note=f"{note}; chance: the mean image"),
                 "reconstruction_psnr": Measurement("test", len(mse), note=f"dB, mean over images, {note}"),
             },
-            pictures={"reconstructions": sheet},
+            figures={"reconstructions": sheet},
         )
 
 
@@ -100,11 +100,11 @@ class ActiveUnits:
         return {}, {"model": _small_model()}
 
     def __call__(self, model: Any, dataset: Any) -> Scores:
-        split = dataset.test if self.test_size is None else dataset.test.take(self.test_size, seed=self.seed)
+        split = dataset.test if self.test_size is None else dataset.test.stratified_subset(self.test_size, seed=self.seed)
         found = []
         with evaluating(model) as device:
             for pixels, _ in _batches(split, device):
-                images = split.prepare.normalise(pixels if len(pixels) else pixels.new_zeros(1, *pixels.shape[1:]))
+                images = split.preprocessing.normalise(pixels if len(pixels) else pixels.new_zeros(1, *pixels.shape[1:]))
                 found.append(all_gather(encode(model, images)[: len(pixels)]))
             mu = torch.cat(found).cpu().double()
         if not bool(mu.isfinite().all()):
@@ -130,7 +130,7 @@ def _batches(split: Any, device: torch.device) -> Iterator[tuple[Tensor, Tensor]
     """This rank's share of a split in pixels `(b c h w)` in [0, 1], and labels."""
     if len(split) == 0:
         raise UsageError("the split to evaluate on holds no images")
-    c = split.prepare.shape[0]
-    plain = replace(split, prepare=replace(split.prepare, mean=(0.0,) * c, std=(1.0,) * c))
+    c = split.preprocessing.shape[0]
+    plain = replace(split, preprocessing=replace(split.preprocessing, mean=(0.0,) * c, std=(1.0,) * c))
     for batch in plain.batches(BATCH).epoch(0, device=device, rank=rank(), world=world_size()):
         yield batch["images"], batch["labels"]

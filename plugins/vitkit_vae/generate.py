@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitkit.batches import ImageSplit
-from vitkit.contracts import Attention, Embeddings, Picture, Sheet
+from vitkit.contracts import Attention, Embeddings, ReportFigure, Sheet
+from vitkit.data import ImageSplit
 from vitkit.errors import UsageError
 from vitkit_eval import evaluating, extract_features
 
@@ -80,7 +80,7 @@ def fit_gaussian(model: Any, split: ImageSplit, *, seed: int = 0) -> Gaussian:
     (ex-post density estimation of Ghosh et al., arXiv 1903.12436, with one Gaussian). Of up to 2,000 images, the classes
     as evenly as they can be had, chosen by `seed`.
     """
-    chosen = split.take(FITTED, seed=seed)
+    chosen = split.stratified_subset(FITTED, seed=seed)
     parts = [posterior(model, _shown(model, chosen, some)[1]) for some in torch.arange(len(chosen)).split(DECODED)]
     mu, log_var = (torch.cat(part).cpu().double() for part in zip(*parts, strict=True))
     centred = mu - mu.mean(dim=0)
@@ -249,7 +249,7 @@ def reconstructions(
 
     `labelled` says whether the split's labels are the model's classes, so that a conditional decoder may have them.
     """
-    chosen = split.take(count, seed=seed)
+    chosen = split.stratified_subset(count, seed=seed)
     pixels, images, labels = _shown(model, chosen, torch.arange(len(chosen)))
     found = reconstruct(model, images, labels if labelled else None)
     sheet = reconstruction_sheet(pixels, found, [str(classes[int(label)]) for label in labels])
@@ -263,7 +263,7 @@ def attention_picture(model: Any, split: ImageSplit, classes: Sequence[str], *, 
     map is scaled so that its highest value is 1.
     """
     vit = model.backbone.vit
-    chosen = split.take(count, seed=seed)
+    chosen = split.stratified_subset(count, seed=seed)
     pixels, images, labels = _shown(model, chosen, torch.arange(len(chosen)))
     with evaluating(model):
         weights = vit.attention_maps(images)[:, -1].float().mean(dim=1)  # (b n n)
@@ -274,19 +274,19 @@ def attention_picture(model: Any, split: ImageSplit, classes: Sequence[str], *, 
     return Attention(pixels.cpu().numpy(), maps.cpu().numpy(), [str(classes[int(label)]) for label in labels])
 
 
-def pictures(model: Any, dataset: Any, *, seed: int = 0) -> dict[str, Picture]:
+def figures(model: Any, dataset: Any, *, seed: int = 0) -> dict[str, ReportFigure]:
     """Pictures for a report, of test images chosen by `seed`, by the names that it shows them under.
 
-        for name, picture in pictures(model, data, seed=run.seed).items():
-            run.picture(name, picture)
+        for name, figure in figures(model, data, seed=run.seed).items():
+            run.figure(name, figure)
 
     A map of the embeddings; with a `vit` in the backbone its attention; with a decoder samples from N(0, I) and from the
     Gaussian that latents of training images follow, reconstructions, and interpolations between images of different
     classes. Every rank has to call it.
     """
     classes, test = dataset.classes, dataset.test
-    shown = extract_features(model, test.take(SHOWN, seed=seed))
-    found: dict[str, Picture] = {
+    shown = extract_features(model, test.stratified_subset(SHOWN, seed=seed))
+    found: dict[str, ReportFigure] = {
         "embeddings": Embeddings(shown.features.cpu().numpy(), shown.labels.cpu().numpy(), classes)
     }
     if hasattr(getattr(model, "backbone", None), "vit"):
@@ -316,5 +316,5 @@ def _shown(model: Any, split: ImageSplit, indices: Tensor) -> tuple[Tensor, Tens
     """Pixels `(n c h w)` in [0, 1] on the model's device, the same normalised, and labels `(n,)`."""
     device = next(model.parameters()).device
     chosen = split.subset(indices).in_memory()
-    pixels = split.prepare.pixels(chosen.images.to(device))
-    return pixels, split.prepare.normalise(pixels), chosen.labels.to(device)
+    pixels = split.preprocessing.pixels(chosen.images.to(device))
+    return pixels, split.preprocessing.normalise(pixels), chosen.labels.to(device)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitkit.batches import ImageSplit
+from vitkit.data import ImageSplit
 from vitkit.errors import UsageError
 from vitkit_eval import evaluating
 
@@ -49,7 +49,7 @@ class PatchFeatures(nn.Module):
             raise UsageError(f"components is {components}; expected at least 1")
         self.backbone, self.depth = backbone, depth
         with evaluating(backbone) as device:
-            batches = split.take(samples, seed=seed).batches(500).epoch(0, device=device)
+            batches = split.stratified_subset(samples, seed=seed).batches(500).epoch(0, device=device)
             found = torch.cat([self._tokens(batch["images"]) for batch in batches])
         self.register_buffer("mean", found.mean(dim=0).clone())
         self.register_buffer("std", found.std(dim=0, correction=0).clamp(min=1e-3))

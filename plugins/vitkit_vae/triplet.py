@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitkit.contracts import HIDDEN
+from vitkit.contracts import UNLABELLED
 from vitkit.distributed import all_gather, all_reduce_sum, rank
 from vitkit.errors import UsageError
 
@@ -86,7 +86,7 @@ class TripletLoss(nn.Module):
         if not len(every):
             nothing = own.sum(dim=1)
             return nothing, nothing, nothing.bool()
-        known = (labels != HIDDEN)[:, None] & (others != HIDDEN)
+        known = (labels != UNLABELLED)[:, None] & (others != UNLABELLED)
         same = labels[:, None] == others
         sizes = all_gather(labels.new_tensor([len(labels)]))
         place = sizes[: rank()].sum() + torch.arange(len(own), device=own.device)

@@ -7,16 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitkit.contracts import HIDDEN
+from vitkit.contracts import UNLABELLED
 from vitkit.distributed import all_reduce_sum, rank
 from vitkit.errors import UsageError
+from vitkit.training import GradCacheable
 from vitkit_vae.elbo import KLLoss, ReconstructionLoss
 from vitkit_vae.encoder import sample_latent
 from vitkit_vae.triplet import TripletLoss
 from vitkit_vae.weighting import MultiTaskLoss
 
 
-class MultiTaskVAE(nn.Module):
+class MultiTaskVAE(GradCacheable):
     """Batches of images and labels → {"loss", "classification", "triplet", "reconstruction", "kl"}, see each loss.
 
     Images go through the backbone to μ and σ²; z = μ + σ·ε is embedded, the embedding is classified, and the decoder gives
@@ -35,8 +36,8 @@ class MultiTaskVAE(nn.Module):
     A decoder with `num_classes` is told the labels.
 
     Ranks: every part is the whole batch's mean, the same on each rank, over parts that may differ in size; gradients by the
-    convention of `vitkit.distributed`; ε, too, is drawn for the whole batch. With gradient accumulation, see `vitkit.gradcache`,
-    triplets are mined among all accumulated images, and the classifier sees all their embeddings at once.
+    convention of `vitkit.distributed.collectives`; ε, too, is drawn for the whole batch. With gradient accumulation (see
+    `vitkit.training.gradcache`) triplets are mined among all accumulated images, and the classifier sees all their embeddings.
 
     Raises `UsageError` for weights of parts that are not there, a triplet loss without labels on single views, and shapes that
     do not fit.
@@ -80,10 +81,7 @@ class MultiTaskVAE(nn.Module):
         for name, values in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(tuple(values)).view(-1, 1, 1), persistent=False)
 
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return self.loss_of(self.embed(batch))
-
-    def embed(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward_features(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """What each sample brings by itself: its `labels`, what stands beside them, and of what is learned
 
         `embeddings` `(b v e)`, the anchors' `mu` and `log_var` `(b z)`, `decoded` logits and the `pixels` they stand for
@@ -112,7 +110,7 @@ class MultiTaskVAE(nn.Module):
             found |= {"mu": mu[:anchors], "log_var": log_var[:anchors]}
         return found
 
-    def loss_of(self, embedded: dict[str, Tensor]) -> dict[str, Tensor]:
+    def compute_loss(self, embedded: dict[str, Tensor]) -> dict[str, Tensor]:
         """The loss and its parts of a batch, or of several parts of one, put together."""
         parts: dict[str, Tensor] = {}
         active = None
@@ -146,12 +144,12 @@ class MultiTaskVAE(nn.Module):
             if "partners" in batch:
                 weights = batch["weights"].repeat(views)
                 losses = weights * losses + (1 - weights) * self._cross_entropy(logits, batch["partners"].repeat(views))
-        count = (labels != HIDDEN).sum().float()
+        count = (labels != UNLABELLED).sum().float()
         return all_reduce_sum(losses.sum()) / all_reduce_sum(count).clamp(min=1)
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(
-            logits, labels, reduction="none", ignore_index=HIDDEN, label_smoothing=self.label_smoothing
+            logits, labels, reduction="none", ignore_index=UNLABELLED, label_smoothing=self.label_smoothing
         )
 
     def _triplets(self, embeddings: Tensor, batch: dict[str, Tensor], views: int) -> dict[str, Tensor]:
@@ -175,5 +173,5 @@ class MultiTaskVAE(nn.Module):
         if self.decoder.num_classes is None or not self.supervised:
             return None
         if "weights" in batch:
-            return torch.where(batch["weights"] == 1, batch["labels"], HIDDEN)
+            return torch.where(batch["weights"] == 1, batch["labels"], UNLABELLED)
         return batch["labels"]

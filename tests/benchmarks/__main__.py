@@ -17,7 +17,7 @@ from dataclasses import astuple
 
 import torch
 
-from vitkit.summary import processor
+from vitkit.runs import processor
 
 from .timing import Options, Row
 

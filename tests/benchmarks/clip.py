@@ -19,7 +19,7 @@ from open_clip_train.train import get_clip_metrics
 from torch import Tensor
 
 from vitkit import backbones, heads, losses
-from vitkit.optim import adamw
+from vitkit.training import adamw
 from vitkit_clip import CLIP, captions, vocabulary_of
 from vitkit_eval import rank_relevant
 from vitkit_eval.ranking import hit_rate, mean_average_precision, median_rank

@@ -22,7 +22,8 @@ from torch.utils.data import Dataset as TorchDataset
 from torchvision import transforms as tv
 
 from vitkit import backbones
-from vitkit.augment import (
+from vitkit.data import ImageSplit, Stored, from_store, read_store, write_store
+from vitkit.transforms import (
     ColorJitter,
     Compose,
     HorizontalFlip,
@@ -32,7 +33,6 @@ from vitkit.augment import (
     RandomResizedCrop,
     Transform,
 )
-from vitkit.data import ImageSplit, Stored, from_store, read_store, write_store
 
 from .timing import Options, Row, in_turn, share
 
@@ -92,8 +92,8 @@ class PerImage(TorchDataset):
 
     def __init__(self, split: ImageSplit, transforms: list[Callable]) -> None:
         self.split = split
-        prepare = split.prepare
-        self.transform = tv.Compose([*transforms, tv.ToTensor(), tv.Normalize(prepare.mean, prepare.std)])
+        preprocessing = split.preprocessing
+        self.transform = tv.Compose([*transforms, tv.ToTensor(), tv.Normalize(preprocessing.mean, preprocessing.std)])
 
     def __len__(self) -> int:
         return len(self.split)

@@ -17,7 +17,7 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from vitkit import losses
-from vitkit.optim import adamw
+from vitkit.training import adamw
 from vitkit_vit import ViT
 
 from .timing import Call, Options, Row, compare_steps, training_step

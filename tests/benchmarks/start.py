@@ -29,7 +29,7 @@ class Model(torch.nn.Module):
 
 def main(run):
     data = run.dataset("digits", default="digits").resized(32)
-    train = data.train.take(128, seed=0).batches(128, shuffle=True)
+    train = data.train.stratified_subset(128, seed=0).batches(128, shuffle=True)
     model = Model(in_chans=1, embed_dim=192, depth=6, num_heads=3)
     for _ in run.fit(model, train, epochs=1, optimizer=torch.optim.AdamW(model.parameters())):
         pass

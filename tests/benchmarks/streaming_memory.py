@@ -24,7 +24,7 @@ from PIL import Image
 from webdataset.writer import TarWriter
 
 from vitkit import datasets
-from vitkit.augment import RandomCrop
+from vitkit.transforms import RandomCrop
 
 CLASSES = 10
 PER_SHARD = 500

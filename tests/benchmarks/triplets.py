@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from vitkit.augment import Compose, HorizontalFlip, RandomAffine
-from vitkit.batches import ImageSplit, Preparation
+from vitkit.data import ImageSplit, Preprocessing
+from vitkit.transforms import Compose, HorizontalFlip, RandomAffine
 from vitkit_vae import ConvDecoder, MultiTaskVAE, TripletBatches, VAEEncoder
 from vitkit_vit import MLPHead
 
@@ -93,7 +93,7 @@ def loaded(images: Tensor, labels: Tensor, samples: int) -> Iterator[dict[str, T
 
 
 def drawn(images: Tensor, labels: Tensor, samples: int, *, given: bool = False) -> Iterator[dict[str, Tensor]]:
-    split = ImageSplit(images, labels, Preparation((3, SIZE, SIZE), MEAN, STD))
+    split = ImageSplit(images, labels, Preprocessing((3, SIZE, SIZE), MEAN, STD))
     one = TripletBatches(split, samples, augment=AUGMENT)
     made = one if given else split.batches(samples, shuffle=True, drop_last=True, augment=AUGMENT)
     return chain.from_iterable(map(made.epoch, range(10**6)))

@@ -16,7 +16,7 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from vitkit import backbones, heads
-from vitkit.optim import adamw
+from vitkit.training import adamw
 from vitkit_vae import MultiTaskVAE
 
 from .jepa import unfused

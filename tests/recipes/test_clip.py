@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from rich.console import Console
 
 import vitkit
-from vitkit.cli_run import run
+from vitkit.cli.run import run
 from vitkit.data import build
 from vitkit.errors import UsageError, VitkitError
 from vitkit.reproduce import reproduce
@@ -99,7 +99,7 @@ def test_its_flags_make_what_they_say(tmp_path):
 def test_with_the_default_preset_it_goes_on_after_a_stop_and_is_reproduced(tmp_path, monkeypatch):
     """`auto` is best, but of a small tower where the images are digits: what was asked for counts, not what it became."""
     flags = ("--epochs", "2", "--eval-every", "2", "--warmup", "1", "--train-size", "64")
-    loss, calls = CLIP.loss_of, []
+    loss, calls = CLIP.compute_loss, []
 
     def stopping(self, embedded):
         calls.append(1)
@@ -108,7 +108,7 @@ def test_with_the_default_preset_it_goes_on_after_a_stop_and_is_reproduced(tmp_p
         return loss(self, embedded)
 
     with monkeypatch.context() as patch:
-        patch.setattr(CLIP, "loss_of", stopping)
+        patch.setattr(CLIP, "compute_loss", stopping)
         with pytest.raises(SystemExit) as leaving:
             run(RECIPE, ["--dataset", "digits", *flags, "--out", str(tmp_path / "cut")])
         assert leaving.value.code == 130

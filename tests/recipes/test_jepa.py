@@ -11,9 +11,9 @@ import torch
 
 import vitkit
 from vitkit import Run
-from vitkit.cli_run import run
+from vitkit.cli.run import run
 from vitkit.data import build
-from vitkit.recipe import Recipe
+from vitkit.training import Recipe
 from vitkit_jepa import JEPA
 
 COLUMNS = ["linear_top1", "knn_top1", "m1_top1", "m1_top3", "m2_top1", "m2_top3"]

@@ -10,8 +10,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from vitkit import Run
-from vitkit.gradcache import Accumulated
-from vitkit.recipe import Recipe
+from vitkit.training import Accumulated, Recipe
 
 RECIPES: dict[str, dict[str, Any]] = {
     "jepa_mnist": {"emb_dim": 32, "depth": 1, "num_heads": 2},

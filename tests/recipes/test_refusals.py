@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from vitkit import Run
-from vitkit.cli_run import run
+from vitkit.cli.run import run
+from vitkit.cli.scaffold import new_recipe
 from vitkit.errors import UsageError
-from vitkit.scaffold import new_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 NAMES = ("jepa_mnist", "vae_mnist", "vae_cifar10", "clip_cifar100")

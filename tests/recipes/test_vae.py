@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import vitkit
-from vitkit.cli_run import run
+from vitkit.cli.run import run
 from vitkit.data import build
 from vitkit_vae import MultiTaskVAE
 

@@ -12,7 +12,7 @@ from hub_server import HubServer, serving
 from PIL import Image
 
 from vitkit import backbones, heads
-from vitkit.checkpoint import save
+from vitkit.models.saving import save
 
 RECIPE = '"""A tiny model of digits.\n\nIt is here to be published.\n"""\n\n\ndef main(run):\n    raise SystemExit("never run")\n'
 
@@ -85,8 +85,8 @@ def model_run(make_run: Callable[..., Path]) -> Path:
         "backbone": backbones.build("vit", img_size=8, in_chans=1, embed_dim=8, depth=1, num_heads=2),
         "projector": heads.build("mlp", in_dim=8, out_dim=4),
     }
-    prepare = {"shape": [1, 8, 8], "mean": [0.5], "std": [0.25], "fit": "pad"}
-    save(run, modules, preprocessing=prepare, classes=["a", "b"], arguments={"lr": 0.1})
+    preprocessing = {"shape": [1, 8, 8], "mean": [0.5], "std": [0.25], "fit": "pad"}
+    save(run, modules, preprocessing=preprocessing, classes=["a", "b"], arguments={"lr": 0.1})
     (run / "recipe.py").write_text(RECIPE)
     (run / "log.txt").write_text("a line of the log\n")
     for folder in ("plots", "checkpoints"):

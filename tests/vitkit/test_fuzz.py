@@ -12,12 +12,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save as to_bytes
 
-from vitkit import backbones, cli_run, heads
-from vitkit.checkpoint import load, save
-from vitkit.cli import guarded
+from vitkit import backbones, heads
+from vitkit.cli.main import guarded
+from vitkit.cli.run import run
+from vitkit.data.store import read_store
 from vitkit.errors import CheckpointError, DatasetError, VitkitError
-from vitkit.state import load_state, save_state
-from vitkit.store import read_store
+from vitkit.models.saving import load, save
+from vitkit.training.checkpoint import load_state, save_state
 
 BOUNDED = settings(
     max_examples=60, deadline=None, derandomize=True, database=None,
@@ -69,7 +70,7 @@ def test_flags_of_a_recipe(folder, capfd, monkeypatch, words):
     monkeypatch.chdir(folder)
     (folder / "any.py").write_text(RECIPE)
     capfd.readouterr()
-    code = guarded(lambda: cli_run.run(folder / "any.py", ["--dry-run", *words]), debug=False)
+    code = guarded(lambda: run.run(folder / "any.py", ["--dry-run", *words]), debug=False)
     said = capfd.readouterr().err
     assert code in (0, 1, 2)
     assert "not one of vitkit's own messages" not in said
@@ -91,8 +92,8 @@ def model(folder):
     """A saved model's directory and its config as it was."""
     backbone = backbones.build("vit", img_size=8, in_chans=1, embed_dim=8, depth=1, num_heads=2, positions="sincos2d")
     modules = {"backbone": backbone, "classifier": heads.build("mlp", in_dim=8, out_dim=2)}
-    prepare = {"shape": [1, 8, 8], "mean": [0.5], "std": [0.25], "fit": "pad"}
-    save(folder / "model", modules, preprocessing=prepare, classes=["a", "b"], arguments={"lr": 0.1})
+    preprocessing = {"shape": [1, 8, 8], "mean": [0.5], "std": [0.25], "fit": "pad"}
+    save(folder / "model", modules, preprocessing=preprocessing, classes=["a", "b"], arguments={"lr": 0.1})
     return folder / "model", json.loads((folder / "model" / "config.json").read_text())
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vitkit import backbones, heads, losses
-from vitkit.gradcache import Accumulated, GradCache
+from vitkit.training import Accumulated, GradCache
 from vitkit_clip import CLIP, captions, vocabulary_of
 
 CLASSES = ["cat", "dog", "fox"]

@@ -10,11 +10,10 @@ from lazy_images import Lazy
 from torch import Tensor
 
 from vitkit import Run
-from vitkit.augment import HorizontalFlip
-from vitkit.batches import ImageSplit, Preparation
 from vitkit.contracts import Batches
+from vitkit.data import ImageSplit, Preprocessing
 from vitkit.errors import UsageError
-from vitkit.mixing import MixUp
+from vitkit.transforms import HorizontalFlip, MixUp
 from vitkit_clip import Pairs, captions
 
 CLASSES = ["ant", "sea_lion", "cat"]
@@ -27,7 +26,7 @@ def split() -> ImageSplit:
     labels = torch.cat([torch.full((count,), label) for label, count in enumerate(COUNTS)])
     images = (labels * 50).to(torch.uint8).view(-1, 1, 1, 1).repeat(1, 1, 4, 4)
     images[:, 0, 0, 0] = torch.arange(len(labels))
-    return ImageSplit(images, labels, Preparation((1, 4, 4), (0.0,), (1.0,)))
+    return ImageSplit(images, labels, Preprocessing((1, 4, 4), (0.0,), (1.0,)))
 
 
 def pixels(batch: dict[str, Tensor]) -> Tensor:
@@ -284,7 +283,7 @@ def test_one_class_and_hidden_labels_are_refused(split: ImageSplit) -> None:
     ):
         Pairs(split.subset(torch.arange(10)), CLASSES, 4)
     with pytest.raises(UsageError, match="none hidden"):
-        Pairs(split.hide_labels(0.5), CLASSES, 4)
+        Pairs(split.mask_labels(0.5), CLASSES, 4)
     with pytest.raises(UsageError, match="at least two classes; given 1"):
         captions(["ant"])
     with pytest.raises(UsageError, match=r"fixed\(count=0\): expected at least 1 pair"):

@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitkit import backbones, evaluators, heads
-from vitkit.batches import ImageSplit, Preparation
 from vitkit.contracts import Attention, Confusion, Sheet
-from vitkit.data import ImageDataset
+from vitkit.data import ImageDataset, ImageSplit, Preprocessing
 from vitkit.errors import UsageError, VitkitError
 from vitkit_clip import CLIP, PairRetrieval, Pairs, captions, vocabulary_of
 from vitkit_eval import rank_relevant
@@ -29,7 +28,7 @@ def dataset(n: int = 24) -> ImageDataset:
     labels = torch.arange(n) % K
     images = torch.randint(0, 256, (n, 1, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     images[:, 0, 0, 0] = (labels * 60).to(torch.uint8)
-    split = ImageSplit(images, labels, Preparation((1, 8, 8), (0.0,), (1.0,)))
+    split = ImageSplit(images, labels, Preprocessing((1, 8, 8), (0.0,), (1.0,)))
     return ImageDataset("made", CLASSES, train=split, test=split)
 
 
@@ -100,7 +99,7 @@ def test_each_half_is_counted_on_its_own_and_what_is_confused_is_shown():
     left, right = data.test.labels[torch.stack(Pairs(data.test, CLASSES, 1).fixed(0, 60).drawn())]
     assert scores["left_top1"] == 1.0
     assert scores["right_top1"] == scores["i2t_top1"] == pytest.approx(float((right != 2).double().mean()))
-    confusion = scores.pictures["pair_confusion"]
+    confusion = scores.figures["pair_confusion"]
     assert isinstance(confusion, Confusion)
     assert confusion.matrix[2, 3] == int((right == 2).sum())
     assert confusion.matrix.sum() == 120
@@ -140,9 +139,9 @@ def test_protocols_say_chance_and_how_many():
 
 
 def test_pictures_fit_together():
-    pictures = PairRetrieval(count=60, shown=3)(real(), dataset()).pictures
+    pictures = PairRetrieval(count=60, shown=3)(real(), dataset()).figures
     assert set(pictures) == {"pair_hits", "pair_misses", "pair_attention", "pair_confusion", "zero_shot_confusion"}
-    misses, attention = pictures["pair_misses"], pictures["pair_attention"]
+    misses, attention = figures["pair_misses"], pictures["pair_attention"]
     assert isinstance(misses, Sheet)
     assert misses.images.shape == (3, 1, 8, 16)
     assert all(re.fullmatch(r".+ \| .+\nplace [\d,]+, first\n.+ \| .+", caption) for caption in misses.captions)
@@ -151,7 +150,7 @@ def test_pictures_fit_together():
     assert attention.maps.shape[2] == 2 * attention.maps.shape[1]
     assert attention.maps.max() == pytest.approx(1.0)
     bare = PairRetrieval(count=20, shown=0, zero_shot=0)(Towers(Reader(), Speaker()), dataset())
-    assert set(bare.pictures) == {"pair_confusion"}
+    assert set(bare.figures) == {"pair_confusion"}
     assert "zero_shot_top1" not in bare
 
 
@@ -202,7 +201,7 @@ MEMORY = """
 import resource, sys, torch
 from pathlib import Path
 from torch import nn
-from vitkit.batches import ImageSplit, Preparation
+from vitkit.data import ImageSplit, Preprocessing
 from vitkit.data import ImageDataset
 from vitkit_clip import PairRetrieval
 torch.set_num_threads(1)
@@ -213,7 +212,7 @@ class Tower(nn.Module):  # as wide as a real one, and next to no work
 
 classes = [str(number) for number in range(100)]
 split = ImageSplit(torch.randint(0, 256, (10_000, 1, 8, 8), dtype=torch.uint8), torch.arange(10_000) % 100,
-                   Preparation((1, 8, 8), (0.0,), (1.0,)))
+                   Preprocessing((1, 8, 8), (0.0,), (1.0,)))
 model, data = nn.Module(), ImageDataset("made", classes, train=split, test=split)
 model.backbone = model.text = Tower()
 def status(name):

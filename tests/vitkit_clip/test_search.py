@@ -11,10 +11,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import vitkit
-from vitkit import backbones, checkpoint, data, evaluators, heads
-from vitkit.cli import app
+from vitkit import backbones, data, evaluators, heads
+from vitkit.cli.main import app
+from vitkit.data import write_store
 from vitkit.errors import DatasetError, UsageError, VitkitError
-from vitkit.store import write_store
+from vitkit.models import saving
 from vitkit_clip import Pairs, captions, vocabulary_of
 from vitkit_clip.retrieval import half_of
 from vitkit_clip.search import as_pair
@@ -39,11 +40,11 @@ def saved(tmp_path: Path) -> Callable[..., Path]:
             "projector": heads.build("linear", in_dim=16, out_dim=8),
             "text_projector": heads.build("linear", in_dim=16, out_dim=8),
         }
-        prepare = Pairs(digits.train, digits.classes, 8).prepare.to_json() | {"shape": list(shape)}
-        checkpoint.save(
+        preprocessing = Pairs(digits.train, digits.classes, 8).preprocessing.to_json() | {"shape": list(shape)}
+        saving.save(
             tmp_path / "run",
             {name: module for name, module in modules.items() if name not in leave_out},
-            preprocessing=prepare,
+            preprocessing=preprocessing,
             classes=digits.classes,
             arguments={},
             extra={"dataset": "digits"} | config,

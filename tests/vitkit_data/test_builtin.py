@@ -9,9 +9,8 @@ from torchvision import datasets as published
 
 from vitkit import datasets
 from vitkit.contracts import Dataset
-from vitkit.data import from_store
+from vitkit.data import from_store, read_store, store_path, stored_names
 from vitkit.errors import MissingDatasetError
-from vitkit.store import read_store, store_path, stored_names
 
 BUILT_IN = {
     # torchvision's name, channels, side, classes, images a class for training
@@ -114,7 +113,7 @@ def test_mnist_at_32_pixels_is_lenets(real_data):
     found = datasets.build("mnist", img_size=32)
     assert found.shape == (1, 32, 32)
     assert found.classes == [str(digit) for digit in range(10)]
-    images = found.train.prepare.pixels(found.train.images[:50])
+    images = found.train.preprocessing.pixels(found.train.images[:50])
     assert torch.equal(images[:, :, 2:30, 2:30], found.train.images[:50] / 255)
     assert images.count_nonzero() == found.train.images[:50].count_nonzero()
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vitkit import datasets, pictures
+from vitkit import datasets
 from vitkit.contracts import Dataset
+from vitkit.data import image_folder, store_path, stored_names
 from vitkit.errors import ArgumentsError, DatasetError
-from vitkit.store import store_path, stored_names
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def imports(tmp_path, monkeypatch) -> list[str]:
 
     def counted(root, name, **options):
         made.append(name)
-        return pictures.import_folder(root, name, **options)
+        return image_folder.import_folder(root, name, **options)
 
     monkeypatch.setattr("vitkit_data.folder.import_folder", counted)
     return made

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vitkit.data import ImageDataset, from_store
-from vitkit.store import Stored
+from vitkit.data import ImageDataset, Stored, from_store
 
 
 def build_shades(train: int = 120, test: int = 45, classes: int = 3) -> ImageDataset:

@@ -31,7 +31,7 @@ def test_accuracy_is_scikit_learns_and_comes_with_its_confusion(dataset):
     with torch.no_grad():
         guesses = model.classifier[1](model.encode_image(batch["images"])).argmax(1)
     assert dict(scores) == {"accuracy_top1": pytest.approx(accuracy_score(batch["labels"], guesses))}
-    picture = scores.pictures["accuracy_confusion"]
+    picture = scores.figures["accuracy_confusion"]
     assert (picture.matrix == reference_confusion(batch["labels"], guesses)).all()
     protocol = scores.protocols["accuracy_top1"]
     assert (protocol.split, protocol.samples, protocol.chance, protocol.frozen) == ("test", 45, 1 / 3, "")

@@ -8,15 +8,14 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from vitkit import evaluators
-from vitkit.data import from_store
+from vitkit.data import Stored, from_store
 from vitkit.errors import UsageError, VitkitError
-from vitkit.store import Stored
 from vitkit_eval import (
     confusion_matrix,
     evaluating,
     extract_features,
+    feature_cache,
     frozen_features,
-    sharing_features,
     topk_accuracy,
 )
 
@@ -34,7 +33,7 @@ def test_scores_come_with_protocol_and_confusion_and_the_model_is_left_as_it_was
     assert value > 0.8
     protocol = scores.protocols[column]
     assert (protocol.split, protocol.samples, protocol.chance, protocol.frozen) == ("test", 45, 1 / 3, "encoder")
-    (picture,) = scores.pictures.values()
+    (picture,) = scores.figures.values()
     assert picture.matrix.sum() == 45
     assert picture.matrix.trace() == round(45 * value)
     assert encoder.training
@@ -118,11 +117,11 @@ def test_evaluators_that_share_features_compute_them_once_and_score_the_same(dat
     alone = [evaluator(encoder, dataset) for evaluator in evaluate]
     assert sum(counted) == 2 * (120 + 45) + 2 * (30 + 45)
     counted.clear()
-    with sharing_features():
+    with feature_cache():
         together = [evaluator(encoder, dataset) for evaluator in evaluate]
         assert sum(counted) == 120 + 45 + 30
         assert extract_features(encoder, dataset.test) is extract_features(encoder, dataset.test)
-        with sharing_features():
+        with feature_cache():
             extract_features(encoder, dataset.train)
         assert sum(counted) == 120 + 45 + 30
     assert together == alone
@@ -132,7 +131,7 @@ def test_evaluators_that_share_features_compute_them_once_and_score_the_same(dat
 
 
 def test_other_weights_precisions_models_and_splits_share_nothing(dataset, encoder):
-    with sharing_features():
+    with feature_cache():
         first = extract_features(encoder, dataset.test)
         with torch.no_grad():
             encoder.weight.mul_(2)
@@ -150,7 +149,7 @@ def test_other_weights_precisions_models_and_splits_share_nothing(dataset, encod
 
 
 def test_shared_features_end_with_their_block_and_an_error_leaves_none(dataset, encoder):
-    with pytest.raises(RuntimeError, match="inside"), sharing_features():
+    with pytest.raises(RuntimeError, match="inside"), feature_cache():
         kept = extract_features(encoder, dataset.test)
         raise RuntimeError("inside")
     assert extract_features(encoder, dataset.test) is not kept
@@ -194,8 +193,8 @@ def test_what_cannot_be_measured_says_so(dataset, encoder):
         extract_features(broken, dataset.test)
     with pytest.raises(UsageError, match="the split to evaluate on holds no images"):
         extract_features(encoder, dataset.test.subset(torch.arange(0)))
-    with pytest.raises(UsageError, match=r"hides labels \(-1\); give the dataset as it was before hide_labels"):
-        extract_features(encoder, dataset.train.hide_labels(0.5))
+    with pytest.raises(UsageError, match=r"hides labels \(-1\); give the dataset as it was before mask_labels"):
+        extract_features(encoder, dataset.train.mask_labels(0.5))
     with pytest.raises(UsageError, match=r"Flatten gave \(45, 16\) for 45 images; expected tokens \(45, n, d\)"):
         extract_features(nn.Flatten(), dataset.test)
 

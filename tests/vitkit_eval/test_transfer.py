@@ -8,9 +8,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vitkit import data, evaluators
-from vitkit.batches import Preparation
+from vitkit.data import Preprocessing, write_store
 from vitkit.errors import UnknownNameError, UsageError
-from vitkit.store import write_store
 from vitkit_eval import KNN, LinearProbe, Transfer, adapted, frozen_features
 
 
@@ -49,7 +48,7 @@ def test_the_encoder_sees_the_other_dataset_as_its_own_and_the_pixels_stand_besi
     assert all(images.shape[1:] == (1, 4, 4) for images in model.seen)
     other = data.build(colours)
     other = replace(
-        other, train=adapted(other.train, dataset.train.prepare), test=adapted(other.test, dataset.train.prepare)
+        other, train=adapted(other.train, dataset.train.preprocessing), test=adapted(other.test, dataset.train.preprocessing)
     )
     assert torch.equal(model.seen[-1], next(iter(other.test.batches(30).epoch(0)))["images"])
     features = frozen_features(Watched(), other)
@@ -58,7 +57,7 @@ def test_the_encoder_sees_the_other_dataset_as_its_own_and_the_pixels_stand_besi
     # Twice the pixels are as near to one another by cosine as the pixels themselves.
     assert scores["pixels_knn_top1"] == scores["transfer_knn_top1"]
     assert scores["pixels_linear_top1"] == pytest.approx(scores["transfer_linear_top1"], abs=0.04)
-    assert set(scores.pictures) == {"transfer_knn_confusion", "transfer_linear_confusion"}
+    assert set(scores.figures) == {"transfer_knn_confusion", "transfer_linear_confusion"}
     protocol = scores.protocols["transfer_knn_top1"]
     assert (protocol.split, protocol.samples, protocol.chance, protocol.frozen) == ("test", 30, 1 / 3, "encoder")
     assert protocol.note == "on colours: 5 nearest of 90 training images, cosine, T=0.07"
@@ -82,7 +81,7 @@ def test_pixels_are_measured_once_for_each_way_of_showing_them(dataset, colours,
 
 def test_images_are_adapted_in_size_channels_and_moments(dataset, colours):
     rgb = data.build(colours).test
-    grey = adapted(rgb, Preparation((1, 6, 6), (0.25,), (0.5,)))
+    grey = adapted(rgb, Preprocessing((1, 6, 6), (0.25,), (0.5,)))
     reference = torch.stack(
         [torch.frombuffer(bytearray(Image.fromarray(one.permute(1, 2, 0).numpy()).convert("L").tobytes()), dtype=torch.uint8)
          for one in rgb.images]
@@ -90,11 +89,11 @@ def test_images_are_adapted_in_size_channels_and_moments(dataset, colours):
     assert (grey.images.int() - reference.int()).abs().max() <= 1  # they round elsewhere
     (batch,) = grey.batches(30).epoch(0)
     torch.testing.assert_close(batch["images"], (grey.images / 255 - 0.25) / 0.5)
-    threefold = adapted(grey, Preparation((3, 8, 8), (0.0,) * 3, (1.0,) * 3, "pad"))
+    threefold = adapted(grey, Preprocessing((3, 8, 8), (0.0,) * 3, (1.0,) * 3, "pad"))
     (batch,) = threefold.batches(30).epoch(0)
     assert batch["images"].shape == (30, 3, 8, 8)
     assert torch.equal(batch["images"][:, 0], batch["images"][:, 2])
-    padded = adapted(replace(grey, prepare=replace(grey.prepare, fit="pad")), Preparation((1, 8, 8), (0.0,), (1.0,)))
+    padded = adapted(replace(grey, preprocessing=replace(grey.preprocessing, fit="pad")), Preprocessing((1, 8, 8), (0.0,), (1.0,)))
     (batch,) = padded.batches(30).epoch(0)
     torch.testing.assert_close(batch["images"][:, :, 1:7, 1:7], grey.images / 255)
     assert float(batch["images"][:, :, 0].abs().max()) == 0
@@ -102,7 +101,7 @@ def test_images_are_adapted_in_size_channels_and_moments(dataset, colours):
 
 def test_what_cannot_be_adapted_or_found_says_so(dataset, colours):
     with pytest.raises(UsageError, match="images have 3 channels, the model takes 4; only grey and RGB are turned into"):
-        adapted(data.build(colours).train, Preparation((4, 6, 6), (0.0,) * 4, (1.0,) * 4))
+        adapted(data.build(colours).train, Preprocessing((4, 6, 6), (0.0,) * 4, (1.0,) * 4))
     with pytest.raises(UnknownNameError, match="no dataset named 'colour'; .*; did you mean 'colours'"):
         evaluators.build("transfer", dataset="colour")
     with pytest.raises(UsageError, match="k is 99, but there are only 90 training images"):

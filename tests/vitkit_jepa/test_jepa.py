@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vitkit import backbones, heads, losses
 from vitkit.errors import UsageError
-from vitkit.gradcache import Accumulated
+from vitkit.training import Accumulated
 from vitkit_jepa import JEPA
 
 
@@ -259,8 +259,8 @@ def test_two_ranks_give_the_loss_and_gradient_of_one(tmp_path: Any) -> None:
 @pytest.mark.parametrize("objective", ["joint", "seed", "images"])
 def test_accumulated_batches_have_the_loss_and_the_gradient_of_one(objective: Any, monkeypatch: Any) -> None:
     """SIGReg's statistics and the batch norm's are the whole batch's, for the same directions."""
-    loss_of = JEPA.loss_of
-    monkeypatch.setattr(JEPA, "loss_of", lambda self, embedded: torch.manual_seed(3) and loss_of(self, embedded))
+    compute_loss = JEPA.compute_loss
+    monkeypatch.setattr(JEPA, "compute_loss", lambda self, embedded: torch.manual_seed(3) and compute_loss(self, embedded))
     found = []
     for call in (lambda model: Accumulated(model)(accumulated(), [3, 5]), lambda model: model(whole())):
         model = normed(objective, swap=0.0)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vitkit import backbones, evaluators, heads
 from vitkit.contracts import Attention, Confusion, Embeddings
-from vitkit.data import ImageDataset, ImageSplit, Preparation
+from vitkit.data import ImageDataset, ImageSplit, Preprocessing
 from vitkit.errors import UsageError
 from vitkit_jepa import LabelRetrieval
 from vitkit_jepa.retrieval import topk
@@ -22,7 +22,7 @@ def dataset(n: int = 30) -> ImageDataset:
     labels = torch.arange(n) % len(CLASSES)
     images = torch.randint(0, 256, (n, 1, 8, 8), dtype=torch.uint8, generator=generator)
     images[:, 0, 0, 0] = (labels * 60).to(torch.uint8)  # an image shows its class in its first pixel
-    split = ImageSplit(images, labels, Preparation((1, 8, 8), (0.0,), (1.0,)))
+    split = ImageSplit(images, labels, Preprocessing((1, 8, 8), (0.0,), (1.0,)))
     return ImageDataset("made", CLASSES, train=split, test=split)
 
 
@@ -78,7 +78,7 @@ def test_confusion_matrices_count_what_was_retrieved() -> None:
     data = dataset()
     scores = LabelRetrieval(batch_size=7)(oracle(wrong=(1,)), data)
     for method in ("m1", "m2"):
-        confusion = scores.pictures[f"{method}_confusion"]
+        confusion = scores.figures[f"{method}_confusion"]
         assert isinstance(confusion, Confusion)
         assert confusion.matrix.tolist() == [[8, 0, 0, 0], [0, 0, 8, 0], [0, 0, 7, 0], [0, 0, 0, 7]]
         assert scores[f"{method}_top1"] == pytest.approx(22 / 30)
@@ -130,8 +130,8 @@ def test_mode_gradients_and_random_state_stay_as_they_were() -> None:
 
 
 def test_pictures_are_plain_arrays_of_matching_sizes() -> None:
-    pictures = LabelRetrieval(attention_samples=4)(real(), dataset()).pictures
-    embeddings, attention = pictures["embeddings"], pictures["label_attention"]
+    pictures = LabelRetrieval(attention_samples=4)(real(), dataset()).figures
+    embeddings, attention = figures["embeddings"], pictures["label_attention"]
     assert isinstance(embeddings, Embeddings)
     assert embeddings.features.shape == (30, 16)
     assert isinstance(attention, Attention)

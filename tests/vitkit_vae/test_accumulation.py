@@ -7,7 +7,7 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from vitkit.gradcache import Accumulated, Embedding
+from vitkit.training import Accumulated, GradCacheable
 from vitkit_vae import ConvDecoder, KLLoss, MultiTaskVAE, TripletLoss, VAEEncoder
 
 COUNT, LATENT = 11, 4
@@ -66,7 +66,7 @@ def test_accumulated_batches_have_the_loss_and_the_gradient_of_one(kind: str, si
     options = {"conditional": kind == "conditional", "supervised": kind != "unsupervised"}
     kind = {"unsupervised": "views", "conditional": "single"}.get(kind, kind)
     model = vae(**options)
-    assert isinstance(model, Embedding)
+    assert isinstance(model, GradCacheable)
     noise_of_each(model, kind, monkeypatch)
     found = []
     for call in (lambda model: Accumulated(model)(parts(kind, *sizes), range(len(sizes))), lambda model: model(whole(kind))):

@@ -6,9 +6,9 @@ import torch
 from lazy_images import Lazy
 from torch import Tensor
 
-from vitkit.augment import Compose, Noise
-from vitkit.batches import ImageSplit, Preparation
+from vitkit.data import ImageSplit, Preprocessing
 from vitkit.errors import UsageError
+from vitkit.transforms import Compose, Noise
 from vitkit_vae import TripletBatches
 
 LABELS = torch.tensor([0, 1, 2, 1, 0, 2, 2, 1, 0, 1, 3, 2])
@@ -17,7 +17,7 @@ LABELS = torch.tensor([0, 1, 2, 1, 0, 2, 2, 1, 0, 1, 3, 2])
 def split(labels: Tensor = LABELS) -> ImageSplit:
     """An image tells its number by its brightness."""
     pixels = (torch.arange(len(labels)) * 10).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
-    return ImageSplit(pixels, labels, Preparation((1, 2, 2), (0.0,), (1.0,)))
+    return ImageSplit(pixels, labels, Preprocessing((1, 2, 2), (0.0,), (1.0,)))
 
 
 def numbers(images: Tensor) -> Tensor:

@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from vitkit import backbones, checkpoint, data, heads
-from vitkit.cli import app
+from vitkit import backbones, data, heads
+from vitkit.cli.main import app
+from vitkit.data import write_store
 from vitkit.errors import CheckpointError, RunError, UnknownNameError, UsageError, VitkitError
+from vitkit.models import saving
 from vitkit.report.sheet import GAP, LINE
-from vitkit.store import write_store
 
 SIDE = 128
 """Of one of digits' images on a sheet: 8 pixels, sixteenfold."""
@@ -38,9 +39,9 @@ def saved(tmp_path: Path) -> Callable[..., Path]:
                 "conv_decoder", in_dim=5, out_dim=1, img_size=8, num_classes=10 if conditional else None
             )
         extra = {"dataset": "digits"} | config
-        prepare = digits.train.prepare.to_json()
-        checkpoint.save(
-            tmp_path / name, modules, preprocessing=prepare, classes=digits.classes, arguments={}, extra=extra
+        preprocessing = digits.train.preprocessing.to_json()
+        saving.save(
+            tmp_path / name, modules, preprocessing=preprocessing, classes=digits.classes, arguments={}, extra=extra
         )
         return tmp_path / name
 
@@ -128,7 +129,7 @@ def test_reconstruct_shows_originals_above_reconstructions(saved, target):
     assert said.startswith(f"{target}: 8 test images of digits, seed 0, mean squared error 0.")
     assert size(target) == (across(8), 2 * (SIDE + LINE + GAP) + GAP)
     pixels = np.asarray(Image.open(target))
-    original = data.build("digits").test.take(8).images[0, 0]
+    original = data.build("digits").test.stratified_subset(8).images[0, 0]
     shown = pixels[GAP : GAP + SIDE : 16, GAP : GAP + SIDE : 16, 0]
     np.testing.assert_array_equal(shown, original)
     first = target.read_bytes()
@@ -227,7 +228,7 @@ def test_a_model_that_names_no_dataset(saved, target):
 
 def test_they_are_listed_without_being_imported():
     program = (
-        "import sys\nfrom typer.testing import CliRunner\nfrom vitkit.cli import app\n"
+        "import sys\nfrom typer.testing import CliRunner\nfrom vitkit.cli.main import app\n"
         "said = CliRunner().invoke(app, ['--help']).output\n"
         "print([name in said for name in ('sample', 'interpolate', 'reconstruct')], 'torch' in sys.modules)"
     )

@@ -8,9 +8,8 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from vitkit import evaluators
-from vitkit.data import ImageDataset, from_store
+from vitkit.data import ImageDataset, Stored, from_store
 from vitkit.errors import UsageError, VitkitError
-from vitkit.store import Stored
 
 
 def build_noise(test: int = 45) -> ImageDataset:
@@ -67,7 +66,7 @@ def test_errors_are_those_of_torchmetrics(dataset):
     scores = evaluators.build("reconstruction")(model, dataset)
     pixels = dataset.test.images / 255
     with torch.no_grad():
-        found = model.decoder(model.backbone.encode_latent(dataset.test.prepare.normalise(pixels))[0])
+        found = model.decoder(model.backbone.encode_latent(dataset.test.preprocessing.normalise(pixels))[0])
     assert scores["reconstruction_mse"] == pytest.approx(float(MeanSquaredError()(found, pixels)), rel=1e-5)
     reference = PeakSignalNoiseRatio(data_range=1.0, reduction="elementwise_mean", dim=(1, 2, 3))
     assert scores["reconstruction_psnr"] == pytest.approx(float(reference(found, pixels)), rel=1e-5)
@@ -76,7 +75,7 @@ def test_errors_are_those_of_torchmetrics(dataset):
     assert protocol.chance == pytest.approx(float((pixels - pixels.mean(dim=0)).square().mean()), rel=1e-4)
     assert protocol.note == "from the latent's mean, pixels in [0, 1]; chance: the mean image"
     assert scores.protocols["reconstruction_psnr"].note.startswith("dB, mean over images, from the latent's mean")
-    sheet = scores.pictures["reconstructions"]
+    sheet = scores.figures["reconstructions"]
     assert (len(sheet.images), sheet.columns) == (32, 8)
     assert model.training
 
@@ -96,7 +95,7 @@ def test_a_perfect_reconstruction_counts_as_a_hundred_decibels(dataset):
     assert scores["reconstruction_mse"] == pytest.approx(0, abs=1e-12)
     assert scores["reconstruction_psnr"] == pytest.approx(100)
     assert scores.protocols["reconstruction_mse"].samples == 9
-    assert len(scores.pictures["reconstructions"].images) == 6
+    assert len(scores.figures["reconstructions"].images) == 6
 
 
 def test_a_conditional_decoder_is_told_the_true_class_and_the_protocol_says_so(dataset):
@@ -107,7 +106,7 @@ def test_a_conditional_decoder_is_told_the_true_class_and_the_protocol_says_so(d
 
 def test_active_units_are_those_whose_mean_varies(dataset):
     model = build_model()
-    mu = model.backbone.encode_latent(dataset.test.prepare.normalise(dataset.test.images / 255))[0].detach()
+    mu = model.backbone.encode_latent(dataset.test.preprocessing.normalise(dataset.test.images / 255))[0].detach()
     variance = mu.double().var(dim=0, correction=0)
     assert variance[0] > 0.01 > variance[3] > 0
     scores = evaluators.build("active_units")(model, dataset)

@@ -6,9 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitkit.contracts import Attention, Embeddings, Sheet
-from vitkit.data import ImageDataset, from_store
+from vitkit.data import ImageDataset, Stored, from_store
 from vitkit.errors import UsageError
-from vitkit.store import Stored
 from vitkit_vae import generate
 
 CLASSES = ["ant", "bee", "cow"]
@@ -129,7 +128,7 @@ def test_reconstructions_come_from_the_mean_latent_and_stand_below_their_origina
     torch.testing.assert_close(images[0:8], images[8:16])
     torch.testing.assert_close(images[16:19], images[24:27])
     assert bool((images[19:24] == 1).all())
-    chosen = dataset.test.take(11)
+    chosen = dataset.test.stratified_subset(11)
     torch.testing.assert_close(images[[*range(8), 16, 17, 18]], chosen.images / 255)
     assert sheet.captions[:8] == [CLASSES[label] for label in chosen.labels[:8]]
     assert sheet.captions[8:16] == ["MSE 0.0000"] * 8
@@ -182,7 +181,7 @@ def test_a_conditional_decoder_shows_the_way_as_either_class(dataset):
 
 
 def test_the_pictures_of_a_report(model, dataset):
-    found = generate.pictures(model, dataset, seed=1)
+    found = generate.figures(model, dataset, seed=1)
     assert list(found) == ["embeddings", "samples", "samples_fitted", "reconstructions", "interpolations"]
     assert isinstance(found["embeddings"], Embeddings)
     assert found["embeddings"].features.shape == (21, 16)
@@ -193,10 +192,10 @@ def test_the_pictures_of_a_report(model, dataset):
         assert first.split()[0] != last.split()[0]
         assert first.split()[0] in CLASSES
     assert len(found["samples"].images) == 64
-    again = generate.pictures(model, dataset, seed=1)
+    again = generate.figures(model, dataset, seed=1)
     assert torch.equal(cells(again["interpolations"]), cells(found["interpolations"]))
     del model.decoder
-    assert list(generate.pictures(model, dataset)) == ["embeddings"]
+    assert list(generate.figures(model, dataset)) == ["embeddings"]
 
 
 @pytest.mark.parametrize("pool", ["cls", "mean"])
@@ -212,9 +211,9 @@ def test_attention_is_that_of_the_last_block(dataset, pool):
     assert isinstance(picture, Attention)
     assert picture.maps.shape == (6, 2, 2)
     assert picture.maps.max(axis=(1, 2)).tolist() == [1.0] * 6
-    chosen = dataset.test.take(6)
+    chosen = dataset.test.stratified_subset(6)
     with torch.no_grad():
-        weights = vit.eval().attention_maps(chosen.prepare.normalise(chosen.images / 255))[:, -1].mean(1)
+        weights = vit.eval().attention_maps(chosen.preprocessing.normalise(chosen.images / 255))[:, -1].mean(1)
     expected = weights[:, 0, 2:] if pool == "cls" else weights[:, 1:, 1:].mean(1)
     torch.testing.assert_close(torch.as_tensor(picture.maps).flatten(1), F.normalize(expected, p=torch.inf, dim=1))
     assert picture.captions == [CLASSES[label] for label in chosen.labels]

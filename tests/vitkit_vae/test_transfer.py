@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from vitkit.batches import ImageSplit, Preparation
+from vitkit.data import ImageSplit, Preprocessing
 from vitkit.errors import UsageError
 from vitkit_vae import PatchFeatures, VAEEncoder
 
@@ -10,7 +10,7 @@ from vitkit_vae import PatchFeatures, VAEEncoder
 def split(count: int = 40) -> ImageSplit:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (count, 1, 8, 8), dtype=torch.uint8, generator=generator)
-    return ImageSplit(images, torch.arange(count) % 4, Preparation((1, 8, 8), (0.5,), (0.3,)))
+    return ImageSplit(images, torch.arange(count) % 4, Preprocessing((1, 8, 8), (0.5,), (0.3,)))
 
 
 @pytest.mark.parametrize("pool", ["mean", "cls"])

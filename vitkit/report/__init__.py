@@ -14,12 +14,12 @@ from vitkit.report.sheet import write_sheet
 from vitkit.report.style import Plot, house_style, png
 
 if TYPE_CHECKING:
-    from vitkit.contracts import Picture
+    from vitkit.contracts import ReportFigure
 
 
 def write_report(
     directory: str | Path,
-    pictures: Mapping[str, "Picture"] | None = None,
+    figures: Mapping[str, "ReportFigure"] | None = None,
     summary: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write `plots/*.png` and `report.html` of the run in `directory`; the page's path.
@@ -39,11 +39,11 @@ def write_report(
             (evaluation if plot.name in ("metrics", "accuracies") else training).append(
                 _keep(directory, plot.name, plot)
             )
-        for name, picture in (pictures or {}).items():
-            from vitkit.report.pictures import draw_picture  # scikit-learn, torch
+        for name, figure in (figures or {}).items():
+            from vitkit.report.figures import draw_figure  # scikit-learn, torch
 
             try:
-                plot = draw_picture(name, picture)
+                plot = draw_figure(name, figure)
                 evaluation.append(_keep(directory, _file_name(name), plot))
             except (ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
                 # A plugin's mistake costs its picture, never the report of a long run.

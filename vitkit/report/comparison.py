@@ -9,8 +9,8 @@ import numpy as np
 
 from vitkit.errors import UsageError
 from vitkit.report.record import Record, Series, difference, number, read_record, shown
-from vitkit.rundir import read_summary
-from vitkit.summary import lower_is_better
+from vitkit.runs.directory import read_summary
+from vitkit.runs.summary import lower_is_better
 
 MISSING = "–"
 COUNTS = ("parameters", "epochs")

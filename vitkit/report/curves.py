@@ -10,7 +10,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from vitkit.report.record import Record, Series, plain, pretty, shown, split_topk
 from vitkit.report.style import HALO, INK, MUTED, PALETTE, Plot, drawable, legend_below, panels
-from vitkit.summary import lower_is_better
+from vitkit.runs.summary import lower_is_better
 
 PACE = {"lr": "learning rate", "images_per_second": "images/s"}
 WIDE_RANGE = 10.0

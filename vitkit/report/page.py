@@ -29,7 +29,7 @@ from vitkit.report.record import (
     split_topk,
     standard_error,
 )
-from vitkit.summary import lower_is_better
+from vitkit.runs.summary import lower_is_better
 
 MOST_CARDS = 8
 MOST_ROWS = 60

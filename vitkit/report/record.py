@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from vitkit.errors import UsageError
-from vitkit.rundir import read_summary
+from vitkit.runs.directory import read_summary
 
 PACE = ("lr", "images_per_second")
 NOT_PARTS = ("epoch", "step", "seconds", *PACE)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vitkit.contracts import Batches, Dataset, Scores
-from vitkit.data import ImageDataset
+from vitkit.data.dataset import ImageDataset
 from vitkit.errors import ConformanceError, UsageError
 from vitkit.testing.cases import Case, small_dataset
 
@@ -20,7 +20,7 @@ def check_dataset_fields(case: Case) -> str:
     found = case.build()
     missing = [name for name in Dataset.__annotations__ if not hasattr(found, name)]
     if missing:
-        raise ConformanceError(f"{case} has no {', '.join(missing)}; vitkit.data.from_store builds a whole dataset from tensors")
+        raise ConformanceError(f"{case} has no {', '.join(missing)}; vitkit.data.dataset.from_store builds a whole dataset from tensors")
     if not isinstance(found.classes, list) or not all(isinstance(name, str) for name in found.classes):
         raise ConformanceError(f"{case}: classes are {found.classes!r:.80}; expected a list of names")
     shape = tuple(found.shape)
@@ -92,7 +92,7 @@ def _batches(case: Case, found: Any, size: int) -> Batches:
         batches = found.train.batches(size, shuffle=True)
     except (AttributeError, TypeError) as error:
         raise ConformanceError(
-            f"{case}: train.batches({size}, shuffle=True) fails: {error}; vitkit.data.from_store gives splits that have it"
+            f"{case}: train.batches({size}, shuffle=True) fails: {error}; vitkit.data.dataset.from_store gives splits that have it"
         ) from None
     if not isinstance(batches, Batches):
         raise ConformanceError(f"{case}: train.batches gives a {type(batches).__name__} without a length or epoch(number)")

@@ -16,7 +16,7 @@ import torch.multiprocessing
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vitkit.data import ImageDataset
+from vitkit.data.dataset import ImageDataset
 from vitkit.errors import ConformanceError
 from vitkit.registry import REGISTRIES
 from vitkit.testing.cases import Case, make_case, small_dataset
@@ -24,7 +24,7 @@ from vitkit.testing.cases import Case, make_case, small_dataset
 SIZES = (5, 3)
 """How many of eight samples each process holds: parts of different sizes tell a mean of means from a mean."""
 MEND = (
-    "statistics of the batch go through vitkit.distributed: a mean over it is all_reduce_sum(sum) / all_reduce_sum(count), "
+    "statistics of the batch go through vitkit.distributed.collectives: a mean over it is all_reduce_sum(sum) / all_reduce_sum(count), "
     "other samples come by all_gather, and what is drawn at random for all comes by broadcast"
 )
 
@@ -79,7 +79,7 @@ def check_evaluator_ranks(case: Case) -> str:
                 if other[0] is None or not math.isclose(other[0], value, rel_tol=1e-5, abs_tol=1e-5) or other[1] != samples:
                     raise ConformanceError(
                         f"{case}: {name} of {samples} samples is {value:g} in one process, and of {other[1]} samples {other[0]} on "
-                        f"rank {rank} of two; encode this rank's share of the images and all_gather it, see vitkit.distributed"
+                        f"rank {rank} of two; encode this rank's share of the images and all_gather it, see vitkit.distributed.collectives"
                     )
     return f"{TEST_IMAGES} test images"
 

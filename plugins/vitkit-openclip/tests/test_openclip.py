@@ -12,8 +12,8 @@ import torch
 
 import vitkit
 from vitkit import backbones
-from vitkit.checkpoint import save
 from vitkit.errors import UnknownNameError, UsageError, VitkitError
+from vitkit.models import save
 from vitkit_openclip import OpenCLIPText
 
 README = Path(__file__).parent.parent / "README.md"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vitkit import datasets
-from vitkit.cli_run import run
+from vitkit.cli.run import run
 from vitkit_streams.writing import write_shards
 
 RECIPES = Path(__file__).parents[3] / "recipes"
@@ -25,7 +25,7 @@ def shards(tmp_path):
 def digits(tmp_path_factory):
     """300 of scikit-learn's digits as shards with a damaged picture among them, and the flags that name them."""
     folder = tmp_path_factory.mktemp("digits")
-    some = datasets.build("digits").train.take(300)
+    some = datasets.build("digits").train.stratified_subset(300)
     pictures, labels = some.images[:, 0].numpy(), some.labels.tolist()
     paths = write_shards(folder / "shards", pictures[:240], labels[:240], per_shard=40)
     write_shards(folder / "test", pictures[240:], labels[240:])

@@ -115,7 +115,7 @@ def test_clip_trains_on_shards_and_goes_on_bit_for_bit(digits, train, tmp_path, 
 @pytest.mark.usefixtures("few_pairs")
 def test_clip_trains_on_an_arrow_table(train, tmp_path):
     rows = {"image": [], "label": []}
-    some = datasets.build("digits").train.take(200)
+    some = datasets.build("digits").train.stratified_subset(200)
     for image, label in zip(some.images[:, 0].numpy(), some.labels.tolist(), strict=True):
         body = io.BytesIO()
         Image.fromarray(image).save(body, "PNG")

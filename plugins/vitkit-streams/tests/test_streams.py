@@ -19,8 +19,8 @@ import torch.multiprocessing as mp
 from PIL import Image
 
 from vitkit import datasets
-from vitkit.batches import ImageSplit, Preparation
 from vitkit.contracts import LazyImages
+from vitkit.data import ImageSplit, Preprocessing
 from vitkit.errors import DatasetError, UsageError
 from vitkit_streams.images import decode
 from vitkit_streams.writing import write_shards
@@ -41,8 +41,8 @@ def build(shards, **options):
 
 def numbers(data, batch, split="train"):
     """Which pictures a batch holds, by their grey value."""
-    prepare = getattr(data, split).prepare
-    values = batch["images"][:, 0, 0, 0] * prepare.std[0] + prepare.mean[0]
+    preprocessing = getattr(data, split).preprocessing
+    values = batch["images"][:, 0, 0, 0] * preprocessing.std[0] + preprocessing.mean[0]
     return [round(float(value) * 255) for value in values]
 
 
@@ -196,10 +196,10 @@ def test_a_stream_without_a_readable_picture(tmp_path):
 
 def test_subsets_stay_unread_and_hidden_labels_and_repeats_work(shards):
     data = build(shards)
-    some = data.train.take(10)
+    some = data.train.stratified_subset(10)
     assert isinstance(some.images, LazyImages)
     assert some.images.shape == (10, 1, 8, 8)
-    shown = data.train.hide_labels(0.25).repeat_shown(0.5)
+    shown = data.train.mask_labels(0.25).oversample_labelled(0.5)
     assert isinstance(shown.images, LazyImages)
     assert len(shown) > len(data.train)
     loaded = some.in_memory()
@@ -337,7 +337,7 @@ def test_two_processes_see_every_sample_once(shards, tmp_path):
 
 def test_an_image_split_of_tensors_reads_as_before():
     images, labels = torch.arange(12, dtype=torch.uint8).view(6, 1, 1, 2), torch.arange(6)
-    split = ImageSplit(images, labels, Preparation((1, 1, 2), (0.0,), (1.0,)))
+    split = ImageSplit(images, labels, Preprocessing((1, 1, 2), (0.0,), (1.0,)))
     ((found, rows),) = split.read([torch.tensor([4, 1])])
     assert torch.equal(found, images[[4, 1]])
     assert rows.tolist() == [4, 1]

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 import vitkit
 from vitkit import backbones, datasets
-from vitkit.checkpoint import save
 from vitkit.errors import UnknownNameError, UsageError, VitkitError
+from vitkit.models import save
 from vitkit.registry import Spec
 from vitkit_timm import TimmBackbone, prepared
 

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vitkit.data import read_square
 from vitkit.errors import DatasetError
-from vitkit.pictures import read_square
 
 AHEAD = 3
 """Batches that are being read while one is computed with; they are all the decoded pictures there ever are."""
@@ -126,7 +126,7 @@ class StreamedImages:
 
 
 def decode(body: bytes, size: int, channels: int) -> Tensor:
-    """A picture's file → uint8 `(channels size size)`, prepared as `vitkit.pictures.import_folder` does it."""
+    """A picture's file → uint8 `(channels size size)`, prepared as `vitkit.data.image_folder.import_folder` does it."""
     with Image.open(io.BytesIO(body)) as opened:  # reads the header alone
         width, height = opened.size
     most = Image.MAX_IMAGE_PIXELS

@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vitkit.batches import ImageSplit, Preparation, evenly
-from vitkit.data import ImageDataset, pixel_moments
+from vitkit.data import ImageDataset, ImageSplit, Preprocessing, pixel_moments, stratified_indices
 from vitkit.errors import DatasetError, UsageError, nearest
 from vitkit_streams.images import Samples, StreamedImages, default_workers
 
@@ -87,29 +86,30 @@ def assemble(
     Raises `DatasetError` where too few pictures can be read.
     """
     workers = workers or default_workers()
-    nothing_yet = Preparation((channels, img_size, img_size), (0.0,) * channels, (1.0,) * channels)
+    nothing_yet = Preprocessing((channels, img_size, img_size), (0.0,) * channels, (1.0,) * channels)
 
     def split_of(some: Samples, own: Tensor) -> ImageSplit:
         return ImageSplit(StreamedImages(some, torch.arange(len(own)), img_size, channels, workers), own, nothing_yet)
 
     train = split_of(samples, labels)
     if test is not None:
-        held = split_of(*test).take(test_size)
+        held = split_of(*test).stratified_subset(test_size)
     else:
         if len(labels) < 5:
             raise DatasetError(f"{name} has {len(labels)} pictures; a training and a test split need five at least")
-        chosen = evenly(labels, min(test_size, len(labels) // 5), seed=0)
+        chosen = stratified_indices(labels, min(test_size, len(labels) // 5), seed=0)
         rest = torch.ones(len(labels), dtype=torch.bool)
         rest[chosen] = False
         train, held = train.subset(rest.nonzero().squeeze(1)), train.subset(chosen)
-    looked_at = train.take(LOOKED_AT).in_memory()
+    sample = train.stratified_subset(LOOKED_AT)
+    looked_at = sample.in_memory()
     if not len(looked_at):
-        raise DatasetError(f"none of {len(train.take(LOOKED_AT))} pictures of {name} can be read: {'; '.join(train.skipped[:3])}")
-    prepare = Preparation((channels, img_size, img_size), *pixel_moments(looked_at.images))
+        raise DatasetError(f"none of {len(sample)} pictures of {name} can be read: {'; '.join(train.skipped[:3])}")
+    preprocessing = Preprocessing((channels, img_size, img_size), *pixel_moments(looked_at.images))
     found = held.in_memory()
     left_out = [*skipped, *held.skipped]
     return ImageDataset(
-        name, classes, replace(train, prepare=prepare), replace(found, prepare=prepare), source, licence, hub_id,
+        name, classes, replace(train, preprocessing=preprocessing), replace(found, preprocessing=preprocessing), source, licence, hub_id,
         notice=_notice(left_out), skipped=left_out,
     )  # fmt: skip
 

@@ -6,7 +6,7 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
-from vitkit.data import ImageDataset, Preparation
+from vitkit.data import ImageDataset, Preprocessing
 from vitkit.errors import UnknownNameError, UsageError, VitkitError, nearest
 from vitkit.registry import Spec
 
@@ -44,7 +44,7 @@ class TimmBackbone(nn.Module):
         self.embed_dim: int = self.model.num_features
         self.widens: bool = getattr(self.model, "head_hidden_size", None) not in (None, self.embed_dim)
         mean, std = (_fitted(config.get(name) or default, in_chans) for name, default in _MOMENTS.items())
-        self.preparation = Preparation((in_chans, *size), mean, std, "resize")
+        self.preparation = Preprocessing((in_chans, *size), mean, std, "resize")
 
     @staticmethod
     def vitkit_example(samples: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -109,7 +109,7 @@ def prepared(dataset: ImageDataset, backbone: TimmBackbone) -> ImageDataset:
             f"{dataset.name} has {dataset.shape[0]} channels, the backbone takes {backbone.in_chans}; build it with "
             f"in_chans={dataset.shape[0]}"
         )
-    splits = (replace(split, prepare=backbone.preparation) for split in (dataset.train, dataset.test))
+    splits = (replace(split, preprocessing=backbone.preparation) for split in (dataset.train, dataset.test))
     train, test = splits
     return replace(dataset, train=train, test=test)
 

@@ -1,0 +1,295 @@
+"""A person's own pictures: every kind of file, folders as they come, and what is left out."""
+
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vitkit.data.image_folder import import_folder, pictures_of
+from vitkit.data.store import read_store, store_path, stored_names
+from vitkit.errors import DatasetError, UsageError
+
+
+@pytest.fixture(autouse=True)
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("VITKIT_DATA", str(tmp_path / "store"))
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "pets"
+
+
+def picture(path: Path, colour=(200, 30, 60), size=(20, 10), mode="RGB", **options) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).convert(mode).save(path, **options)
+    return path
+
+
+def fill(folder: Path, **counts: int) -> None:
+    for number, (label, count) in enumerate(counts.items()):
+        for index in range(count):
+            picture(folder / label / f"{index:03}.png", colour=(40 * number, 255 - 40 * number, index))
+
+
+def centre(folder: Path, path: Path, size: int = 8) -> tuple[int, ...]:
+    """The colour in the middle of one picture after importing it."""
+    picture(folder / "another" / "x.png")
+    import_folder(folder, "pets", img_size=size, test_fraction=0)
+    stored = read_store(store_path("pets"))
+    index = stored.train.labels.tolist().index(stored.classes.index(path.parent.name))
+    return tuple(stored.train.images[index, :, size // 2, size // 2].tolist())
+
+
+def near(found: tuple[int, ...], expected: tuple[int, ...], tolerance: int = 3) -> bool:
+    return all(abs(a - b) <= tolerance for a, b in zip(found, expected, strict=True))
+
+
+def test_a_folder_becomes_a_dataset(folder):
+    fill(folder, cat=10, dog=5)
+    assert import_folder(folder, "pets", img_size=8, test_fraction=0.2) == []
+    stored = read_store(store_path("pets"))
+    assert (stored.name, stored.classes) == ("pets", ["cat", "dog"])
+    assert stored.train.images.shape == (12, 3, 8, 8)
+    assert stored.train.labels.bincount().tolist() == [8, 4]
+    assert stored.test.labels.bincount().tolist() == [2, 1]
+    assert (stored.train.images[stored.train.labels == 1][:, 0] == 40).all()
+    # No picture is in both splits: the blue channel numbers them.
+    blue = [split.images[split.labels == 0][:, 2, 0, 0].tolist() for split in (stored.train, stored.test)]
+    assert sorted(blue[0] + blue[1]) == list(range(10))
+
+
+@pytest.mark.parametrize("test", ["test", "val"])
+def test_given_splits_are_kept(folder, test):
+    fill(folder / "train", cat=4, dog=3)
+    fill(folder / test, cat=2, dog=1)
+    import_folder(folder, "pets", img_size=8)
+    stored = read_store(store_path("pets"))
+    assert stored.train.labels.tolist() == [0] * 4 + [1] * 3
+    assert stored.test.labels.tolist() == [0] * 2 + [1]
+
+
+def test_a_training_folder_alone_is_divided(folder):
+    fill(folder / "train", cat=4, dog=4)
+    fill(folder / "notes", sketches=3)
+    import_folder(folder, "pets", img_size=8, test_fraction=0.25)
+    stored = read_store(store_path("pets"))
+    assert stored.classes == ["cat", "dog"]
+    assert (len(stored.train), len(stored.test)) == (6, 2)
+
+
+def test_a_class_may_be_called_train(folder):
+    fill(folder, train=3, plane=3)
+    assert {found.label for found in pictures_of(folder, 0.2)[0]} == {"train", "plane"}
+
+
+def test_each_class_has_something_to_test_and_to_train_on(folder):
+    fill(folder, one=1, two=2, many=30)
+    for fraction, expected in ((0.01, [0, 1, 1]), (0.99, [0, 1, 29]), (0.0, [0, 0, 0])):
+        found, _ = pictures_of(folder, fraction)
+        counts = [sum(p.split == "test" and p.label == label for p in found) for label in ("one", "two", "many")]
+        assert counts == expected
+
+
+def test_adding_a_picture_hardly_moves_others_between_the_splits(folder):
+    fill(folder, cat=50, dog=50)
+    before = {p.path: p.split for p in pictures_of(folder, 0.2)[0]}
+    picture(folder / "cat" / "new.png")
+    after = {p.path: p.split for p in pictures_of(folder, 0.2)[0]}
+    assert sum(after[path] != split for path, split in before.items()) <= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "options"),
+    [
+        ("a.png", "RGB", {}),
+        ("a.PNG", "RGB", {}),
+        ("a.jpg", "RGB", {"quality": 95}),
+        ("a.JPEG", "CMYK", {"quality": 95}),
+        ("a.webp", "RGB", {"lossless": True}),
+        ("a.png", "P", {}),
+        ("a.png", "RGBA", {}),
+    ],
+)
+def test_files_of_every_kind_keep_their_colour(folder, name, mode, options):
+    path = picture(folder / "cat" / name, mode=mode, **options)
+    assert near(centre(folder, path), (200, 30, 60), tolerance=16)  # a palette is coarse
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "LA"])
+def test_grey_pictures_become_rgb(folder, mode):
+    path = picture(folder / "cat" / "a.png", colour=(255, 255, 255), mode=mode)
+    assert centre(folder, path) == (255, 255, 255)
+
+
+def test_sixteen_bits_become_eight(folder):
+    path = folder / "cat" / "a.png"
+    path.parent.mkdir(parents=True)
+    Image.fromarray(np.full((10, 10), 128 * 257, dtype=np.uint16)).save(path)
+    assert centre(folder, path) == (128, 128, 128)
+
+
+def test_transparent_pictures_lie_on_white(folder):
+    path = folder / "cat" / "a.png"
+    path.parent.mkdir(parents=True)
+    Image.new("RGBA", (10, 10), (0, 0, 0, 0)).save(path)
+    assert centre(folder, path) == (255, 255, 255)
+
+
+def test_a_palette_with_a_transparent_colour_lies_on_white(folder):
+    path = folder / "cat" / "a.png"
+    path.parent.mkdir(parents=True)
+    Image.new("P", (10, 10), 0).save(path, transparency=0)
+    assert centre(folder, path) == (255, 255, 255)
+
+
+def test_exif_orientation_turns_a_picture_upright(folder):
+    image = Image.new("RGB", (16, 16))
+    image.paste((255, 0, 0), (0, 0, 16, 8))  # red above
+    exif = Image.Exif()
+    exif[0x0112] = 3  # taken upside down
+    path = folder / "cat" / "a.jpg"
+    path.parent.mkdir(parents=True)
+    image.save(path, exif=exif, quality=95)
+    centre(folder, path)
+    found = read_store(store_path("pets")).train
+    cat = found.images[found.labels == 1][0]
+    assert cat[0, 0].float().mean() < 50
+    assert cat[0, -1].float().mean() > 200
+
+
+def test_the_middle_is_kept_and_nothing_is_stretched(folder):
+    image = Image.new("RGB", (300, 100), "blue")
+    image.paste((255, 0, 0), (100, 0, 200, 100))
+    path = folder / "cat" / "a.png"
+    path.parent.mkdir(parents=True)
+    image.save(path)
+    centre(folder, path)
+    found = read_store(store_path("pets")).train
+    cat = found.images[found.labels == 1][0]
+    assert (cat[0] > 230).all()
+    assert (cat[2] < 25).all()
+
+
+def huge_png(path: Path, side: int) -> None:
+    """A PNG whose header promises side × side pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    )
+
+
+def test_unreadable_pictures_are_named_and_left_out(folder):
+    fill(folder, cat=4, dog=4)
+    whole = picture(folder / "cat" / "cut.jpg", size=(200, 200)).read_bytes()
+    (folder / "cat" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "cat" / "empty.png").write_bytes(b"")
+    (folder / "dog" / "text.webp").write_text("not a picture")
+    huge_png(folder / "dog" / "huge.png", 60_000)
+    huge_png(folder / "dog" / "large.png", 12_000)
+    with warnings.catch_warnings(record=True) as warned:
+        skipped = import_folder(folder, "pets", img_size=8)
+    assert warned == []
+    assert [Path(line.split(": ")[0]).name for line in sorted(skipped)] == [
+        "cut.jpg",
+        "empty.png",
+        "huge.png",
+        "large.png",
+        "text.webp",
+    ]
+    assert "truncated" in next(line for line in skipped if "cut.jpg" in line)
+    for name in ("huge", "large"):
+        assert "decompression bomb" in next(line for line in skipped if name in line)
+    stored = read_store(store_path("pets"))
+    assert len(stored.train) + len(stored.test) == 8
+    assert stored.skipped == skipped
+
+
+def test_other_files_and_hidden_ones_are_no_pictures(folder):
+    fill(folder, cat=2, dog=2)
+    for name in ("notes.txt", ".DS_Store", "._000.png", "clip.gif"):
+        (folder / "cat" / name).write_bytes(b"x")
+    picture(folder / ".thumbnails" / "a.png")
+    picture(folder / "loose.png")
+    picture(folder / "dog" / "more" / "deep.png")
+    assert import_folder(folder, "pets", img_size=8, test_fraction=0) == []
+    stored = read_store(store_path("pets"))
+    assert stored.classes == ["cat", "dog"]
+    assert stored.train.labels.bincount().tolist() == [2, 3]
+
+
+def test_an_empty_class_is_named_and_left_out(folder):
+    fill(folder, cat=2, dog=2)
+    (folder / "fish").mkdir()
+    assert import_folder(folder, "pets", img_size=8) == [f"{folder / 'fish'}: no .png, .jpg, .jpeg, .webp file"]
+    assert read_store(store_path("pets")).classes == ["cat", "dog"]
+
+
+def test_a_class_that_is_only_tested_is_named_and_left_out(folder):
+    fill(folder / "train", cat=3, dog=3)
+    fill(folder / "test", cats=2, dog=2)
+    assert import_folder(folder, "pets", img_size=8) == ["class 'cats': no readable picture of it to train on"]
+    stored = read_store(store_path("pets"))
+    assert stored.classes == ["cat", "dog"]
+    assert stored.test.labels.tolist() == [1, 1]
+
+
+def test_folders_that_are_no_dataset(folder):
+    with pytest.raises(
+        DatasetError, match=r"no folder at .*pets; expected one that holds a folder of pictures for each"
+    ):
+        import_folder(folder, "pets")
+    folder.mkdir()
+    with pytest.raises(DatasetError, match=r"a folder for each of at least two classes, with \.png.*; found none"):
+        import_folder(folder, "pets")
+    fill(folder, cat=3)
+    with pytest.raises(DatasetError, match="at least two classes.*; found only 'cat'"):
+        import_folder(folder, "pets")
+    (folder / "dog").mkdir()
+    (folder / "dog" / "a.png").write_bytes(b"no")
+    with pytest.raises(
+        DatasetError, match=r"to train on of 1 classes, expected at least two; left out: .*a\.png: Unident"
+    ):
+        import_folder(folder, "pets")
+    assert stored_names() == []
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"img_size": 0}, "img_size is 0; expected at least 1 pixel"),
+        ({"test_fraction": 1.0}, "test_fraction is 1.0; expected a share in"),
+        ({"test_fraction": -0.1}, "test_fraction is -0.1; expected a share in"),
+        ({"name": "../pets"}, "a dataset's name begins with"),
+    ],
+)
+def test_arguments_out_of_range(folder, options, said):
+    fill(folder, cat=2, dog=2)
+    with pytest.raises(UsageError, match=said):
+        import_folder(folder, **({"name": "pets"} | options))
+
+
+def test_large_photographs_are_reduced_as_small_ones_are(folder):
+    """A JPEG is decoded at a fraction of its size; the result is that of a careful resize, to a few grey levels."""
+    y, x = np.mgrid[0:600, 0:800] / 100.0
+    photo = Image.fromarray(np.stack([128 + 100 * np.sin(x), 128 + 100 * np.cos(y), 30 * x], -1).astype(np.uint8))
+    path = folder / "cat" / "a.jpg"
+    path.parent.mkdir(parents=True)
+    photo.save(path, quality=95)
+    centre(folder, path, size=32)
+    found = read_store(store_path("pets")).train
+    expected = photo.crop((100, 0, 700, 600)).resize((32, 32), Image.Resampling.BICUBIC)
+    difference = (
+        found.images[found.labels == 1][0].float() - torch.from_numpy(np.array(expected)).permute(2, 0, 1).float()
+    )
+    assert difference.abs().mean() < 2

@@ -1,0 +1,207 @@
+"""Features of many images into a file: rows and names, what is left out, and going on after a stop."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import vitkit
+from vitkit import backbones, data
+from vitkit.errors import DatasetError, RunError, UsageError
+from vitkit.models import embed as embedding
+from vitkit.models.embed import embed
+from vitkit.models.image_sources import DatasetSplit, find_source
+from vitkit.models.saving import save
+
+PREPARE = {"shape": [1, 8, 8], "mean": [0.5], "std": [0.25], "fit": "resize"}
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(embedding, "PIECE", 4)
+
+
+@pytest.fixture
+def model(tmp_path):
+    torch.manual_seed(0)
+    backbone = backbones.build("vit", img_size=8, in_chans=1, embed_dim=8, depth=1, num_heads=2)
+    save(tmp_path / "model", {"backbone": backbone}, preprocessing=PREPARE, classes=["x", "y"], arguments={})
+    return vitkit.load(tmp_path / "model")
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Ten pictures in two folders."""
+    random = np.random.default_rng(0)
+    for index in range(10):
+        path = tmp_path / "pictures" / "ab"[index % 2] / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (12, 9, 3), dtype=np.uint8)).save(path)
+    return tmp_path / "pictures"
+
+
+def read(path):
+    with safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()["vitkit"])
+    return load_file(path), about
+
+
+def test_rows_names_and_labels_of_a_folder(model, pictures, tmp_path):
+    done = embed(model, find_source([str(pictures)]), tmp_path / "out.safetensors", model_name="mine", batch_size=2)
+    tensors, about = read(tmp_path / "out.safetensors")
+    assert (done.count, done.width, done.resumed, done.skipped) == (10, 8, 0, [])
+    assert [str(Path(name).relative_to(pictures)) for name in about["files"]] == [
+        *(f"a/{i}.png" for i in range(0, 10, 2)), *(f"b/{i}.png" for i in range(1, 10, 2)),
+    ]  # fmt: skip
+    assert about["classes"] == ["a", "b"]
+    assert tensors["labels"].tolist() == [0] * 5 + [1] * 5
+    assert about["preprocessing"] == PREPARE
+    assert about["model"]["source"] == "mine"
+    assert about["model"]["weights"] == model.config["weights"]["sha256"]
+    torch.testing.assert_close(tensors["features"], model.embed(pictures))
+    assert not (tmp_path / "out.safetensors.partial").exists()
+
+
+def test_a_picture_that_cannot_be_read_is_named_and_left_out(model, pictures, tmp_path):
+    (pictures / "a" / "2.png").write_bytes(b"no picture")
+    whole = (pictures / "b" / "5.png").read_bytes()
+    (pictures / "b" / "5.png").write_bytes(whole[: len(whole) // 2])
+    done = embed(model, find_source([str(pictures)]), tmp_path / "out.safetensors")
+    tensors, about = read(tmp_path / "out.safetensors")
+    assert len(tensors["features"]) == len(tensors["labels"]) == len(about["files"]) == 8
+    assert about["skipped"] == done.skipped
+    assert [line.partition(": ")[0] for line in done.skipped] == [str(pictures / "a" / "2.png"), str(pictures / "b" / "5.png")]
+    assert "cannot identify image file" in done.skipped[0]
+    with pytest.raises(UsageError, match=r"2\.png cannot be read as a picture: UnidentifiedImageError"):
+        model.embed(pictures)
+
+
+def test_where_no_picture_can_be_read(model, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"")
+    with pytest.raises(UsageError, match=r"none of the 1 pictures can be read: .*bad\.png: UnidentifiedImageError"):
+        embed(model, find_source([str(tmp_path / "bad.png")]), tmp_path / "out.safetensors")
+
+
+def test_a_datasets_split_in_its_order(model, tmp_path):
+    digits = data.build("digits")
+    source = find_source(["digits"])
+    embed(model, source, tmp_path / "out.safetensors", batch_size=100)
+    tensors, about = read(tmp_path / "out.safetensors")
+    assert torch.equal(tensors["labels"], digits.test.labels)
+    assert (about["dataset"], about["split"], len(about["classes"])) == ("digits", "test", 10)
+    assert "files" not in about
+    torch.testing.assert_close(tensors["features"], model.embed(digits.test.images, batch_size=100))
+    assert len(find_source(["digits"], split="train")) == len(digits.train)
+
+
+@pytest.mark.parametrize("calls", [1, 2, 3, 5])
+def test_stopped_anywhere_it_goes_on_and_ends_with_the_same_file(model, pictures, tmp_path, calls):
+    source = find_source([str(pictures)])
+    whole = embed(model, source, tmp_path / "out.safetensors", batch_size=2)
+    expected = whole.path.read_bytes()
+    whole.path.unlink()
+
+    seen = []
+
+    def stop(done, total):
+        seen.append(done)
+        if len(seen) > calls:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        embed(model, source, tmp_path / "out.safetensors", batch_size=2, progress=stop)
+    assert not whole.path.exists()
+    again = embed(model, source, tmp_path / "out.safetensors", batch_size=2)
+    assert again.resumed == (calls - 1) // 2 * 4  # the piece under way is lost
+    assert whole.path.read_bytes() == expected
+
+
+def test_pieces_of_another_job_and_damaged_ones_are_computed_anew(model, pictures, tmp_path):
+    out = tmp_path / "out.safetensors"
+    expected = embed(model, find_source([str(pictures)]), out, batch_size=2).path.read_bytes()
+    out.unlink()
+
+    def stop(done, total):
+        if done == 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        embed(model, find_source([str(pictures)]), out, batch_size=2, progress=stop)
+    piece = tmp_path / "out.safetensors.partial" / "000000000.safetensors"
+    piece.write_bytes(piece.read_bytes()[:-5])
+    assert embed(model, find_source([str(pictures)]), out, batch_size=2).resumed == 4
+    assert out.read_bytes() == expected
+    out.unlink()
+    with pytest.raises(KeyboardInterrupt):
+        embed(model, find_source([str(pictures)]), out, batch_size=2, progress=stop)
+    Image.new("L", (8, 8)).save(pictures / "a" / "0.png")
+    changed = embed(model, find_source([str(pictures)]), out, batch_size=2)
+    assert changed.resumed == 0
+    assert out.read_bytes() != expected
+
+
+def test_what_is_refused(model, pictures, tmp_path):
+    source = find_source([str(pictures)])
+    out = embed(model, source, tmp_path / "out.safetensors").path
+    with pytest.raises(UsageError, match="is there already; choose another name, or give --overwrite"):
+        embed(model, source, out)
+    embed(model, source, out, overwrite=True)
+    with pytest.raises(UsageError, match=r"expected the name of a .safetensors file"):
+        embed(model, source, tmp_path / "out.npy")
+    with pytest.raises(UsageError, match="--batch-size 0: expected at least 1"):
+        embed(model, source, tmp_path / "b.safetensors", batch_size=0)
+    with pytest.raises(RunError, match="choose another -o"):
+        embed(model, source, "/proc/nowhere/b.safetensors")
+    with pytest.raises(UsageError, match="'digts' is neither a file, a folder nor a dataset: .* did you mean 'digits'"):
+        find_source(["digts"])
+    with pytest.raises(UsageError, match="no picture at .*nothing.png; give files and folders that are there"):
+        find_source([str(pictures / "nothing.png")])
+    with pytest.raises(UsageError, match="which images"):
+        find_source([])
+    with pytest.raises(UsageError, match="--split val: expected train or test"):
+        find_source(["digits"], split="val")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DatasetError, match="holds no picture: expected .png"):
+        find_source([str(tmp_path / "empty")])
+
+
+def test_two_processes_do_not_write_one_file(model, pictures, tmp_path):
+    with embedding._workplace(tmp_path / "out.safetensors"):
+        with pytest.raises(RunError, match="is being written by another process"):
+            embed(model, find_source([str(pictures)]), tmp_path / "out.safetensors")
+
+
+def test_folders_train_and_test_are_no_classes(pictures, tmp_path):
+    (tmp_path / "divided").mkdir()
+    pictures.rename(tmp_path / "divided" / "train")
+    source = find_source([str(tmp_path / "divided")])
+    assert source.classes == ["a", "b"]
+    flat = find_source([str(tmp_path / "divided" / "train" / "a")])
+    assert flat.labels is None
+    mixed = find_source([str(path) for path in sorted((tmp_path / "divided").rglob("*.png"))])
+    assert (len(mixed), mixed.labels) == (10, None)
+
+
+def test_a_fingerprint_follows_the_images():
+    digits = data.build("digits")
+    test, train = DatasetSplit(digits, "test"), DatasetSplit(digits, "train")
+    assert test.fingerprint() == DatasetSplit(digits, "test").fingerprint() != train.fingerprint()
+
+
+def test_from_python_what_images_may_be(model, pictures):
+    files = sorted(pictures.rglob("*.png"))
+    expected = model.embed(pictures)
+    torch.testing.assert_close(model.embed(files, batch_size=3), expected)
+    torch.testing.assert_close(model.embed([Image.open(file) for file in files]), expected)
+    torch.testing.assert_close(model.embed(files[0]), expected[:1])
+    assert not model.embed(files).requires_grad
+    for wrong in ([], 3, None):
+        with pytest.raises(UsageError, match="expected a folder, picture files, Pillow images or a uint8 tensor"):
+            model.embed(wrong)
+    with pytest.raises(UsageError, match="batch_size is 0; expected at least 1"):
+        model.embed(files, batch_size=0)

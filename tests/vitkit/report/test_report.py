@@ -1,0 +1,326 @@
+"""The report: complete, self-contained, honest about its data, and unbreakable by what runs hold."""
+
+import base64
+import html.parser
+import io
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vitkit.contracts import Attention, Confusion, Embeddings
+from vitkit.errors import RunError, UsageError
+from vitkit.report import curves, write_report
+from vitkit.report.figures import MOST_POINTS, _sample, confusion, draw_figure, embeddings, plane
+from vitkit.report.page import page
+from vitkit.report.record import (
+    difference,
+    duration,
+    pretty,
+    read_record,
+    shown,
+    split_topk,
+    standard_error,
+)
+from vitkit.report.style import class_labels, drawable, house_style, png
+
+ODD = [
+    "<script>alert(1)</script>",
+    "猫",
+    "$a_b$ & $",
+    "_hidden",
+    "ein sehr langer Name, der nie ein Ende findet",
+    "кошка",
+    "x\ny",
+]
+VOID = {"meta", "img", "br", "link"}
+
+
+class Page(html.parser.HTMLParser):
+    """A page's tags, texts and attributes; fails on a tag that is closed wrongly."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.attributes, self.texts, self._open = [], [], [], []
+        self.feed(path.read_text(encoding="utf-8"))
+        assert not self._open, self._open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        if not self._open or self._open[-1] != "style":
+            self.texts.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.texts).split())
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.attributes if name == tag]
+
+
+def test_a_page_holds_all_that_the_run_left_behind(make_run):
+    directory = make_run()
+    matrix = np.eye(10, dtype=int) * 9
+    matrix[3, 5] = 4
+    path = write_report(directory, {"m1_confusion": Confusion(matrix, [str(digit) for digit in range(10)])})
+    assert path == directory / "report.html"
+    found = Page(path)
+    names = {"losses", "pace", "statistic_sigreg", "metrics", "accuracies", "m1_confusion"}
+    assert {file.stem for file in (directory / "plots").iterdir()} == names
+    pictures = found.all("img")
+    assert len(pictures) == len(names)
+    for picture in pictures:
+        assert len(picture["alt"]) > 20
+        Image.open(io.BytesIO(base64.b64decode(picture["src"].removeprefix("data:image/png;base64,")))).verify()
+    for text in (
+        "jepa_mnist", "finished", "data: mnist", "0.9551", "seed document 0.95 (+0.0051)", "chance 0.1", "± 0.0021",
+        "frozen: encoder; test split; 10,000 samples; on every pixel", "60,000", "CC BY-SA 3.0", "6 min 45 s",
+        "2,745,856 parameters", "vitkit run recipes/jepa_mnist.py --seed 0", "3.11.7", "label_fraction", "none",
+        "90 of 94 right (95.74%). Most frequent mistakes: “3” taken for “5” (4).",
+    ):  # fmt: skip
+        assert text in found.text, text
+    assert "instead" not in found.text
+
+
+def test_a_page_needs_nothing_but_itself(make_run):
+    path = write_report(make_run())
+    found, text = Page(path), path.read_text(encoding="utf-8")
+    assert not {"script", "link", "iframe", "a"} & set(found.tags)
+    assert not re.search(r"url\(|@import|https?:", text)
+    assert "default-src 'none'" in text
+    assert "prefers-color-scheme: dark" in text
+    assert path.stat().st_size < 3_000_000
+    assert found.all("html") == [{"lang": "en"}]
+    assert found.tags.count("table") == found.tags.count("caption") > 3
+    assert all(cell.get("scope") in ("row", "col") for cell in found.all("th"))
+
+
+def test_a_fallback_is_announced_above_all_and_its_results_are_not_held_against_the_references(make_run):
+    notice = "mnist could not be downloaded: this run uses digits"
+    data = {"name": "digits", "asked": "auto", "fallback_for": "mnist", "notice": notice, "classes": ["0", "1"]}
+    path = make_run(dataset=data) / "report.html"
+    path.write_text(page(read_record(path.parent), [], [], []))
+    found = Page(path)
+    banner = found.text.index("This is not mnist: the run used digits instead")
+    assert banner < found.text.index(notice) < found.text.index("Results")
+    assert "digits (instead of mnist)" in found.text
+    assert "seed document 0.95" in found.text
+    assert "(+0.0051)" not in found.text
+
+
+@pytest.mark.parametrize(
+    ("status", "text"),
+    [("interrupted", "stopped before its end"), ("failed", "This run failed"), ("running", "This run has not ended")],
+)
+def test_an_unfinished_run_says_so(make_run, status, text):
+    assert text in page(read_record(make_run(status=status)), [], [], [])
+
+
+def test_missing_files_and_columns_leave_their_part_out(tmp_path, make_run):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    found = Page(write_report(empty))
+    assert found.text.startswith("empty · vitkit empty unknown")
+    assert "img" not in found.tags
+    (empty / "losses.csv").write_text("loss\n2.0\n1.0\n")
+    found = Page(write_report(empty))
+    assert found.all("img")[0]["alt"] == "loss: from 2.0000 at epoch 1 to 1.0000 at epoch 2."
+    (empty / "losses.csv").write_bytes(b"loss\n\xff\xfe\n")
+    with pytest.raises(UsageError, match="cannot read .*losses.csv.*expected the table that a run writes"):
+        write_report(empty)
+    bare = make_run("bare", protocols={}, references={}, best={}, dataset={}, versions={}, command="", settings=None)
+    text = page(read_record(bare), [], [], [])
+    assert "not said" in text
+    assert "chance 0" not in text
+
+
+def test_a_single_epoch_blanks_and_values_that_are_not_finite(make_run):
+    losses = [{"epoch": 1, "loss": 0.5, "gone": float("nan"), "part": float("inf")}]
+    metrics = [{"epoch": 1, "m1_top1": 0.4, "m1_top3": float("nan")}]
+    directory = make_run(losses=losses, metrics=metrics, final={"m1_top1": 0.4, "m1_top3": None})
+    found = Page(write_report(directory))
+    assert [picture["alt"] for picture in found.all("img")] == [
+        "loss: 0.5000 at epoch 1.",
+        "M1 top-1: 0.4000 at epoch 1.",
+        "Final accuracies: M1 top-1 0.4000.",
+    ]
+    series = read_record(make_run("blank", metrics=[{"epoch": 1, "a": 1.0}, {"epoch": 2, "b": 2.0}])).metrics
+    assert series["a"].epochs.tolist() == [1.0]
+    assert series["b"].epochs.tolist() == [2.0]
+
+
+def test_an_error_below_one_is_drawn_on_its_own_scale(make_run):
+    metrics = [{"epoch": e, "knn_top1": 0.5 + e / 10, "reconstruction_mse": 0.05 - e / 100} for e in (1, 2, 3)]
+    with house_style():
+        plot = curves.metrics(read_record(make_run(metrics=metrics)))
+    limits = {axis.get_title(loc="left"): axis.get_ylim() for axis in plot.figure.axes}
+    assert limits["knn"] == (-0.02, 1.04)
+    assert limits["reconstruction mse"][1] < 0.2  # the chance level is 0.1
+
+
+def test_odd_class_names_are_escaped_on_the_page_and_drawn_or_numbered_in_pictures(make_run):
+    data = {"name": "<u>mine</u>", "classes": ODD}
+    pictures = {
+        "../<b>confusion": Confusion(np.ones((7, 7)), ODD),
+        "map": Embeddings(np.random.default_rng(0).normal(size=(20, 5)), np.arange(20) % 8, ODD),
+    }
+    directory = make_run("odd", recipe="<b>odd</b>", dataset=data, metrics=[{"epoch": 1, "_$x$_top1": 0.3}])
+    path = write_report(directory, pictures)
+    found = Page(path)
+    assert "script" not in found.tags
+    assert "u" not in found.tags
+    assert "<u>mine</u>" in found.text
+    assert "<script>" not in path.read_text(encoding="utf-8")
+    assert "<b>odd</b>" in found.text
+    assert "<script>alert(1)</script>, 猫, $a_b$ & $" in found.text.replace(" ,", ",")
+    assert "could not be drawn" not in found.text
+    assert (directory / "plots" / "b_confusion.png").exists()
+    assert class_labels(ODD) == [
+        "<script>alert…cript>", "#1", r"\$a_b\$ & \$", "\u200a_hidden", "ein sehr lang…findet", "кошка", "x y",
+    ]  # fmt: skip
+    assert drawable("a" * 50 + "z", 10) == "aaaaaa…aaz"
+
+
+def test_a_picture_that_cannot_be_drawn_costs_only_itself(make_run):
+    pictures = {
+        "first": Confusion(np.ones((2, 3)), ["a", "b"]),
+        "second": Embeddings(np.ones((3, 2)), np.ones(2), ["a"]),
+        "third": Attention(np.ones((1, 1, 4, 4)), np.ones((1, 4, 4)), []),
+        "fourth": "no picture",
+        "good": Confusion(np.ones((1, 1)), ["only"]),
+    }
+    directory = make_run(losses=[], metrics=[])
+    found = Page(write_report(directory, pictures))
+    assert "Some pictures could not be drawn" in found.text
+    for text in (
+        "first: a confusion matrix has shape (k, k) for k class names; got (2, 3) and 2 names",
+        "second: features are (n, d) and labels (n,); got (3, 2) and (2,)",
+        "third: images are (n, c, h, w), maps (n, h, w) and captions n texts; got (1, 1, 4, 4), (1, 4, 4) and 0",
+        "fourth: a Confusion, Embeddings, Attention or Sheet was expected, not str",
+        "1 of 1 right",
+    ):
+        assert text in found.text
+    assert (directory / "plots" / "good.png").exists()
+    assert not (directory / "plots" / "first.png").exists()
+
+
+def test_nothing_is_left_half_written(make_run, monkeypatch):
+    directory = make_run(losses=[{"epoch": 1, "loss": 1.0}], metrics=[])
+    write_report(directory)
+    before = (directory / "report.html").read_bytes()
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(RunError, match="cannot write .*losses.png: No space left on device; free some room"):
+        write_report(directory)
+    assert (directory / "report.html").read_bytes() == before
+    assert not list(directory.rglob("*.partial"))
+
+
+def test_a_report_leaves_no_matplotlib_settings_behind():
+    import matplotlib
+
+    with matplotlib.rc_context({"font.size": 33.0, "text.usetex": True}):
+        with house_style():
+            assert matplotlib.rcParams["font.size"] == 9.0
+            assert not matplotlib.rcParams["text.usetex"]
+        assert matplotlib.rcParams["font.size"] == 33.0
+
+
+@pytest.mark.parametrize("k", [1, 10, 100, 300])
+def test_a_confusion_matrix_names_as_many_classes_as_can_be_read(k):
+    names = [f"class {place}" for place in range(k)]
+    with house_style():
+        plot = confusion("m", Confusion(torch.eye(k), names))
+    axis = plot.figure.axes[0]
+    ticks = [label.get_text() for label in axis.get_yticklabels()]
+    assert ticks == names[:: -(-k // 100)]
+    assert len(axis.texts) == (k if k <= 20 else 0)
+    assert f"{k} of {k} right (100.00%)." in plot.caption
+    assert plot.wide == (k > 20)
+
+
+def test_points_of_an_embedding_are_the_same_each_time_and_keep_neighbours_together():
+    generator = np.random.default_rng(0)
+    labels = np.repeat(np.arange(4), 30)
+    features = 6 * generator.normal(size=(4, 16))[labels] + generator.normal(size=(120, 16))
+    points, how = plane(features)
+    assert how == "PCA to 16 dimensions, then t-SNE"
+    np.testing.assert_array_equal(points, plane(features)[0])
+    distances = ((points[:, None] - points[None]) ** 2).sum(-1)
+    np.fill_diagonal(distances, np.inf)
+    assert (labels[distances.argmin(1)] == labels).mean() > 0.99
+
+
+@pytest.mark.parametrize(
+    ("features", "how"),
+    [
+        (np.ones((50, 8)), "all at one point"),
+        (np.zeros((0, 8)), "all at one point"),
+        (np.random.default_rng(0).normal(size=(50, 2)), "their first two principal components"),
+        (np.random.default_rng(0).normal(size=(5, 8)), "their first two principal components"),
+        (np.random.default_rng(0).normal(size=(50, 1)), "their first two principal components"),
+        (1e30 * np.random.default_rng(0).normal(size=(50, 8)), "PCA to 8 dimensions, then t-SNE"),
+        (np.repeat(np.random.default_rng(0).normal(size=(2, 8)), 25, axis=0), "their first two principal components"),
+    ],
+)
+def test_embeddings_that_have_no_neighbourhoods_are_drawn_more_simply(features, how):
+    points, told = plane(features.astype(np.float32))
+    assert told == how
+    assert points.shape == (len(features), 2)
+    assert np.isfinite(points).all()
+
+
+def test_embeddings_leave_out_what_is_not_finite_and_name_every_class():
+    features = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    features[3, 2] = float("nan")
+    with house_style():
+        plot = embeddings("e", Embeddings(features, torch.arange(40) % 4 - 1, ["a", "b", "c"]))
+    legend = [text.get_text() for text in plot.figure.legends[0].get_texts()]
+    assert legend == ["class -1", "a", "b", "c"]
+    assert plot.caption.startswith(
+        "39 embeddings, PCA to 6 dimensions, then t-SNE. 1 that are not finite are left out."
+    )
+
+
+def test_a_sample_keeps_the_classes_in_proportion():
+    labels = np.random.default_rng(1).permutation(np.repeat([0, 1, 2], [6000, 3000, 1000]))
+    chosen = _sample(labels, MOST_POINTS)
+    assert len(np.unique(chosen)) == MOST_POINTS
+    np.testing.assert_allclose(np.bincount(labels[chosen]) / MOST_POINTS, [0.6, 0.3, 0.1], atol=0.002)
+
+
+@pytest.mark.parametrize(("channels", "count"), [(1, 18), (2, 2), (4, 1)])
+def test_attention_lies_over_every_kind_of_image(channels, count):
+    images, maps = torch.rand(count, channels, 8, 12), torch.rand(count, 4, 6)
+    with house_style():
+        plot = draw_figure("a", Attention(images, maps, [f"label {place} $" for place in range(count)]))
+        data = png(plot.figure, dpi=20)
+    assert ("16 of 18 are shown" in plot.caption) == (count == 18)
+    assert Image.open(io.BytesIO(data)).format == "PNG"
+    assert [len(axis.images) for axis in plot.figure.axes].count(2) == min(count, 16)
+
+
+def test_names_and_numbers_as_they_are_shown():
+    assert [pretty(name) for name in ("m1_top3", "linear_top1", "top5", "val_loss")] == [
+        "M1 top-3", "linear top-1", "top-5", "val loss",
+    ]  # fmt: skip
+    assert split_topk("m1_top3") == ("m1", 3)
+    assert split_topk("stop") is None
+    assert [shown(value) for value in (0.97534, 12.345, 54321.0, 1e-5, 2e7, float("nan"), None, -0.5)] == [
+        "0.9753", "12.35", "54,321", "1e-5", "2e+7", "–", "–", "-0.5000",
+    ]  # fmt: skip
+    assert difference(0.5, 0.51) == "−0.0100"
+    assert difference(float("nan"), 0.5) == ""
+    assert [duration(seconds) for seconds in (1.26, 59.6, 3700)] == ["1.3 s", "1 min 0 s", "1 h 1 min"]
+    assert standard_error("m1_top1", 0.5, 100) == pytest.approx(0.05)
+    assert standard_error("m1_top1", 0.5, None) is None
+    assert standard_error("entropy", 0.5, 100) is None

@@ -1,0 +1,1 @@
+"""The command line. `vitkit.cli.main` is its entry point; nothing else in vitkit imports it."""

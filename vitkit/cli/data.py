@@ -1,0 +1,79 @@
+"""`vitkit data`: the dataset store on the command line."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+app = typer.Typer(no_args_is_help=True)
+out = Console(highlight=False, soft_wrap=True)
+
+
+@app.command("list")
+def list_command() -> None:
+    """List the store's datasets, and those that are registered besides."""
+    from vitkit.data.store import read_store, store_directory, store_path, stored_names
+    from vitkit.errors import DatasetError
+    from vitkit.registry import datasets
+
+    table = Table("name", "train", "test", "shape", "classes", "MB")
+    broken = []
+    here = stored_names()
+    for name in here:
+        path = store_path(name)
+        try:
+            stored = read_store(path)
+        except DatasetError as error:
+            broken.append(f"[red]broken:[/] {escape(str(error))}")
+            continue
+        shape = "×".join(map(str, stored.train.images.shape[1:]))
+        counts = (f"{len(stored.train):,}", f"{len(stored.test):,}")
+        table.add_row(name, *counts, shape, str(len(stored.classes)), f"{path.stat().st_size / 1e6:.1f}")
+    out.print(f"dataset store {store_directory()}{'' if here else ': empty'}", markup=False)
+    if table.rows:
+        out.print(table)
+    for line in broken:
+        out.print(line)
+    others = [name for name in datasets.names() if name not in here]
+    out.print(f"registered besides: {', '.join(others) or 'none'}")
+
+
+@app.command("get")
+def get_command(
+    names: Annotated[list[str], typer.Argument(help="registered datasets, such as mnist cifar10")],
+) -> None:
+    """Download datasets into the store; those that are there already are checked and left alone."""
+    from vitkit.registry import datasets
+
+    for name in names:
+        found = datasets.build(name)
+        out.print(f"{name}: {len(found.train):,} + {len(found.test):,} images, {len(found.classes)} classes")
+
+
+@app.command("import")
+def import_command(
+    folder: Annotated[Path, typer.Argument(help="a folder a class, or train/ and test/ folders that hold them")],
+    name: Annotated[str, typer.Option(help="the dataset's name in the store")],
+    img_size: Annotated[int, typer.Option(help="side in pixels that pictures are cropped and resized to")] = 64,
+    test_fraction: Annotated[float, typer.Option(help="share of each class for testing")] = 0.2,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a dataset of that name")] = False,
+) -> None:
+    """Import a folder of your own pictures; recipes then take it as `--dataset NAME`."""
+    from vitkit.data.image_folder import import_folder
+    from vitkit.data.store import read_store, store_path
+    from vitkit.errors import UsageError
+    from vitkit.registry import datasets
+
+    path = store_path(name)
+    if name == "auto" or name in datasets:
+        raise UsageError(f"--name {name}: that name means something else to --dataset; choose another")
+    if path.exists() and not overwrite:
+        raise UsageError(f"--name {name}: {path} is there already; choose another name, or give --overwrite")
+    for line in import_folder(folder, name, img_size=img_size, test_fraction=test_fraction):
+        out.print(f"left out: {line}", markup=False)
+    stored = read_store(path)
+    counts = f"{len(stored.train):,} + {len(stored.test):,} images in {len(stored.classes)} classes"
+    out.print(f"{name}: {counts} at {path}", markup=False)

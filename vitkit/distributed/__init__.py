@@ -1,0 +1,27 @@
+"""Collectives with gradients, sharded weights and the watch over other ranks."""
+
+from vitkit.distributed.collectives import (
+    AnyRank,
+    BatchNorm,
+    all_gather,
+    all_reduce_mean,
+    all_reduce_sum,
+    broadcast,
+    broadcast_text,
+    draw_rows,
+    rank,
+    world_size,
+)
+
+__all__ = [
+    "AnyRank",
+    "BatchNorm",
+    "all_gather",
+    "all_reduce_mean",
+    "all_reduce_sum",
+    "broadcast",
+    "broadcast_text",
+    "draw_rows",
+    "rank",
+    "world_size",
+]

@@ -1,0 +1,190 @@
+"""A saved model as one file for other runtimes: ONNX, or torch's own exported program."""
+
+import contextlib
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vitkit.data.preprocess import Preprocessing
+from vitkit.errors import UsageError, VitkitError
+from vitkit.files import atomic_write
+
+if TYPE_CHECKING:
+    from vitkit.models.saving import Model
+
+Format = Literal["onnx", "torch-export"]
+SUFFIX: dict[str, str] = {"onnx": ".onnx", "torch-export": ".pt2"}
+OPSET = 18
+NEEDED = ("onnx", "onnxscript", "onnxruntime")
+TOLERANCE = 1e-4
+"""How far an output of the exported model may be from the saved one's, as a share of the largest value of that output."""
+CHECKED = (1, 3)
+"""Batch sizes that the exported model is tried with: neither is the one it was traced with."""
+Outputs = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written: outputs by name with their widths, and the largest difference found, as a share of the largest value."""
+
+    path: Path
+    outputs: dict[str, int]
+    difference: float
+
+
+class Exported(nn.Module):
+    """Images float32 `(n c h w)` in [0, 1] → `features` `(n d)` and what the saved heads make of them.
+
+    Normalising is part of it; sizing is not. `embedding` is the projector's output, `probabilities` the softmax of the
+    classifier's.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: "Model", preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("mean", torch.tensor(preprocessing.mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(preprocessing.std).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        features = self.model.encode_image((images - self.mean) / self.std)
+        found = {"features": features}
+        projector: Any = getattr(self.model, "projector", None)
+        classifier: Any = getattr(self.model, "classifier", None)
+        if projector is not None:
+            found["embedding"] = projector(features)
+        if classifier is not None:
+            found["probabilities"] = classifier(features).softmax(dim=1)
+        return found
+
+
+def export(model: "Model", out: str | Path, *, format: Format | None = None, overwrite: bool = False) -> Export:
+    """Write a model, on the CPU and in fp32, as `out`, and check that it gives the same numbers.
+
+    Its input `images` is float32 `(batch c h w)` in [0, 1], sized as `model.preprocessing` says, with any batch size; its
+    outputs are those of `Exported`, in that order. `format` is onnx or torch-export; by default `out`'s suffix says, .onnx
+    or .pt2. An ONNX file's metadata holds `classes` and `preprocessing` as JSON. The file is read back and run, by
+    onnxruntime or torch, on noise in batches of other sizes before it takes its place. Raises `UsageError` for another
+    suffix, a file that is there, a model without preprocessing and packages that are missing; `VitkitError` where the model
+    cannot be exported or the numbers differ.
+    """
+    out = Path(out)
+    suffix = out.suffix if format is None else SUFFIX.get(format, "")
+    if suffix not in SUFFIX.values() or out.suffix != suffix or out.is_dir():
+        raise UsageError(f"cannot export to {out}: expected a name that ends with .onnx (onnx) or .pt2 (torch-export)")
+    if out.exists() and not overwrite:
+        raise UsageError(f"{out} is there already; choose another name, or give --overwrite")
+    missing = [name for name in NEEDED if find_spec(name) is None] if suffix == ".onnx" else []
+    if missing:
+        raise UsageError(f"exporting to ONNX needs {', '.join(missing)}: pip install 'vitkit[export]'")
+    if not model.preprocessing:
+        raise UsageError("this model was saved without preprocessing, so the size of its images is not known")
+    preprocessing = Preprocessing.from_json(model.preprocessing)
+    wrapped = Exported(model, preprocessing).cpu().float().eval()
+    example = _noise(2, preprocessing)
+    with torch.no_grad():
+        outputs = {name: value.shape[1] for name, value in wrapped(example).items()}
+        tried = {count: (images, wrapped(images)) for count in CHECKED for images in [_noise(count, preprocessing)]}
+    with atomic_write(out) as temporary:
+        file = temporary.with_suffix(suffix)
+        try:
+            run = (_to_onnx if suffix == ".onnx" else _to_torch)(wrapped, example, file, model)
+            difference = max(
+                _difference(name, own, run(images)[name])
+                for images, expected in tried.values()
+                for name, own in expected.items()
+            )
+            file.replace(temporary)
+        finally:
+            file.unlink(missing_ok=True)
+    return Export(out, outputs, difference)
+
+
+def _to_onnx(wrapped: Exported, example: Tensor, file: Path, model: "Model") -> Callable[[Tensor], Outputs]:
+    import onnxruntime
+
+    with _exporting("ONNX"):
+        names = list(wrapped(example))
+        program = torch.onnx.export(
+            _traced(wrapped, example), input_names=["images"], output_names=names, dynamo=True, opset_version=OPSET,
+            verbose=False,
+        )  # fmt: skip
+        assert program is not None
+        program.model.metadata_props.update(
+            classes=json.dumps(model.classes), preprocessing=json.dumps(model.preprocessing)
+        )
+        program.save(str(file), external_data=False)
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+
+    def run(images: Tensor) -> Outputs:
+        found: Any = session.run(names, {"images": images.numpy()})
+        return {name: torch.from_numpy(value) for name, value in zip(names, found, strict=True)}
+
+    return run
+
+
+def _to_torch(wrapped: Exported, example: Tensor, file: Path, model: "Model") -> Callable[[Tensor], Outputs]:
+    with _exporting("torch's form"):
+        program = _traced(wrapped, example)
+        about = {"classes.json": json.dumps(model.classes), "preprocessing.json": json.dumps(model.preprocessing)}
+        torch.export.save(program, file, extra_files=about)
+        module = torch.export.load(file).module()
+
+    def run(images: Tensor) -> Outputs:
+        with torch.no_grad():
+            found: Outputs = module(images)
+        return found
+
+    return run
+
+
+def _traced(wrapped: Exported, example: Tensor) -> torch.export.ExportedProgram:
+    return torch.export.export(wrapped, (example,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
+
+
+@contextlib.contextmanager
+def _exporting(what: str) -> Iterator[None]:
+    """What the exporters say to their developers is kept quiet; what they raise becomes one sentence."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            yield
+    except Exception as error:  # exporters raise many kinds
+        said = " ".join(str(error).split())
+        raise VitkitError(f"this model cannot be exported to {what}: {type(error).__name__}: {said:.300}") from error
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _noise(count: int, preprocessing: Preprocessing) -> Tensor:
+    return torch.rand(count, *preprocessing.shape, generator=torch.Generator().manual_seed(count))
+
+
+def _difference(name: str, own: Tensor, found: Tensor) -> float:
+    if own.shape != found.shape:
+        raise VitkitError(f"the exported model gives {name} {tuple(found.shape)}, the saved one {tuple(own.shape)}")
+    share = float((own - found).abs().max() / own.abs().max().clamp(min=1e-12))
+    if not share <= TOLERANCE:
+        raise VitkitError(
+            f"the exported model's {name} differ from the saved one's by {share:.2e} of their largest value; expected "
+            f"{TOLERANCE:g} at most; nothing was written"
+        )
+    return share
+
+
+__all__ = ["Export", "Exported", "export"]

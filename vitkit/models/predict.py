@@ -1,0 +1,106 @@
+"""What a saved model says of an image: its class, or the label that is nearest to it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitkit.errors import UsageError
+
+if TYPE_CHECKING:
+    from vitkit.models.saving import Model
+
+Measure = Literal["probability", "cosine"]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """An image's labels, the best one first, with a score each: a probability, or a cosine in [−1, 1]."""
+
+    labels: list[str]
+    scores: list[float]
+    measure: Measure
+
+    @property
+    def label(self) -> str:
+        """The best one."""
+        return self.labels[0]
+
+
+def predict(
+    model: "Model", images: Tensor, *, labels: Sequence[str] | None = None, top: int | None = None
+) -> list[Prediction]:
+    """A `Prediction` of each of preprocessed images `(n c h w)`, with the `top` best labels, or all.
+
+    In this order a model is asked by what it has: its `classifier`, the softmax of whose logits are probabilities; its
+    module `text`, behind its `text_projector` where there is one, with the model's classes or `labels` as texts; its backbone's
+    `encode_label`. The projections of both are compared with those of images by cosine (without a `projector` features are
+    compared as they are). Raises `UsageError`
+    for a model that has none of them, saying what it has.
+    """
+    names, measure, score = _way(model, labels)
+    if top is not None and top < 1:
+        raise UsageError(f"top is {top}; expected at least 1 label")
+    with torch.inference_mode():
+        values, order = score(model.encode_image(images)).float().cpu().sort(dim=1, descending=True, stable=True)
+    count = len(names) if top is None else min(top, len(names))
+    return [
+        Prediction([names[place] for place in places[:count]], own[:count], measure)
+        for own, places in zip(values.tolist(), order.tolist(), strict=True)
+    ]
+
+
+Scoring = Callable[[Tensor], Tensor]
+
+
+def _way(model: "Model", labels: Sequence[str] | None) -> tuple[list[str], Measure, Scoring]:
+    """The labels' names, what is measured, and features `(n d)` → scores `(n k)`."""
+    classifier: Any = getattr(model, "classifier", None)
+    backbone: Any = getattr(model, "backbone", None)
+    text: Any = getattr(model, "text", None)
+    project: Any = getattr(model, "projector", nn.Identity())
+    project_text: Any = getattr(model, "text_projector", nn.Identity())
+    if classifier is not None and labels is None:
+        return model.classes, "probability", lambda features: _probabilities(model, classifier(features))
+    if hasattr(text, "encode_text"):
+        texts = list(labels) if labels is not None else model.classes
+        if not texts:
+            raise UsageError("this model compares images with texts: give it some, with --label 'a text' or labels=[...]")
+        return texts, "cosine", lambda features: _cosines(project(features), project_text(text.encode_text(texts)))
+    if labels is not None:
+        raise UsageError(f"only a model with a module named 'text' takes labels of your own; {_has(model)}")
+    if hasattr(backbone, "encode_label"):
+        device = next(backbone.parameters()).device
+        known = torch.arange(len(model.classes), device=device)
+        return model.classes, "cosine", lambda features: _cosines(
+            project(features), project(backbone.encode_label(known))
+        )
+    raise UsageError(
+        f"predicting takes a module named 'classifier' or 'text', or a backbone that encodes labels; {_has(model)}: "
+        f"`vitkit embed` gives its features, `vitkit eval` measures them; a recipe saves a classifier with "
+        f"run.save(backbone=..., classifier=...)"
+    )
+
+
+def _has(model: "Model") -> str:
+    parts = [f"{name} ({spec['name']})" for name, spec in model.config["modules"].items()]
+    return f"this model has {', '.join(parts) or 'no module'}"
+
+
+def _probabilities(model: "Model", logits: Tensor) -> Tensor:
+    if logits.ndim != 2 or logits.shape[1] != len(model.classes):
+        raise UsageError(
+            f"the classifier gives {tuple(logits.shape)}, but the model was saved with {len(model.classes)} classes; "
+            f"expected ({len(logits)}, {len(model.classes)})"
+        )
+    return logits.float().softmax(dim=1)
+
+
+def _cosines(images: Tensor, labels: Tensor) -> Tensor:
+    return F.normalize(images.float(), dim=1) @ F.normalize(labels.float(), dim=1).T
+
+
+__all__ = ["Prediction", "predict"]

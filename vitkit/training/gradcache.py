@@ -1,0 +1,92 @@
+"""Losses over more samples than a device holds at once, with the gradient of one batch.
+
+Features are computed one part of the batch at a time and only they are kept. The loss sees the features of the whole batch.
+In the backward pass the features of each part are computed again, with the random state of the first time, and their gradient
+flows on to the parameters. Memory is that of one part and of all features, time is one more forward pass, and dropout drops
+the same units. A batch norm belongs into `compute_loss`, because in `forward_features` it would see each part alone.
+
+Source: Gao et al., Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup, arXiv 2101.06983.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from vitkit.errors import UsageError
+
+
+class GradCacheable(nn.Module, ABC):
+    """A model whose loss compares samples with each other, split into what each sample gives and the comparison.
+
+    A model declares this by inheriting from it. `model(batch)` is `compute_loss(forward_features(batch))`.
+    """
+
+    @abstractmethod
+    def forward_features(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors `(b ...)` by name, in which row i depends on sample i alone."""
+
+    @abstractmethod
+    def compute_loss(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The scalar `"loss"` and its parts, of the features of a whole batch."""
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.compute_loss(self.forward_features(batch))
+
+
+class GradCache(GradCacheable):
+    """A `GradCacheable` model with batches of any size in the memory of `chunk` samples: the same loss and gradient.
+
+    Ranks: as the model's. Raises `UsageError` for a chunk below one sample and a model that is not `GradCacheable`.
+    """
+
+    def __init__(self, model: GradCacheable, chunk: int) -> None:
+        super().__init__()
+        if chunk < 1:
+            raise UsageError(f"chunk is {chunk}; expected at least 1 sample")
+        if not isinstance(model, GradCacheable):
+            raise UsageError(
+                f"{type(model).__name__} is not GradCacheable: a gradient cache needs a model that inherits from "
+                f"vitkit.training.GradCacheable and defines forward_features and compute_loss"
+            )
+        self.model = model
+        self.chunk = chunk
+
+    def forward_features(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The model's features, computed chunk by chunk."""
+        parts = zip(*(values.split(self.chunk) for values in batch.values()), strict=True)
+        chunks = [dict(zip(batch, part, strict=True)) for part in parts]
+        return _concatenate([recompute(self.model.forward_features, chunk, use_reentrant=False) for chunk in chunks])
+
+    def compute_loss(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The model's loss of these features."""
+        return dict(self.model.compute_loss(features))
+
+
+class Accumulated(nn.Module):
+    """A `GradCacheable` model called with several batches, and a seed for each: the loss and gradient of them as one batch.
+
+    Ranks: as the model's.
+    """
+
+    def __init__(self, model: GradCacheable) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batches: Sequence[dict[str, Tensor]], seeds: Sequence[int]) -> dict[str, Tensor]:
+        features = []
+        single = len(batches) == 1
+        for batch, seed in zip(batches, seeds, strict=True):
+            torch.manual_seed(seed)
+            compute = self.model.forward_features
+            features.append(compute(batch) if single else recompute(compute, batch, use_reentrant=False))
+        return dict(self.model.compute_loss(_concatenate(features)))
+
+
+def _concatenate(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+__all__ = ["Accumulated", "GradCache", "GradCacheable"]
