@@ -7,9 +7,10 @@ pair among all 10,000, and for the pair of a caption.
 from typing import Annotated, Literal
 
 from vitkit import Run, backbones, evaluators, heads, losses, parse_arguments
-from vitkit.errors import UsageError, VitkitError, at_least
+from vitkit.errors import UsageError, VitkitError
 from vitkit.training import adamw, muon_adamw, warmup_cosine
 from vitkit.transforms import ColorJitter, Compose, CutMix, HorizontalFlip, MixUp, RandAugment, RandomAffine, RandomCrop
+from vitkit.validation import at_least
 from vitkit_clip import CLIP, GradCache, Pairs, captions, vocabulary_of
 
 PRESETS = {

@@ -7,9 +7,10 @@ for labels: by M1, the label that moves an image's embedding least, and by M2, t
 from typing import Annotated, Literal
 
 from vitkit import Run, backbones, evaluators, heads, losses, parse_arguments
-from vitkit.errors import UsageError, at_least
+from vitkit.errors import UsageError
 from vitkit.training import muon_adamw, warmup_cosine
 from vitkit.transforms import Compose, RandomAffine
+from vitkit.validation import at_least
 from vitkit_eval import feature_cache
 from vitkit_jepa import JEPA
 

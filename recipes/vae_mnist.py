@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 from torch.optim.lr_scheduler import StepLR
 
 from vitkit import Run, backbones, heads, losses, parse_arguments
-from vitkit.errors import at_least
 from vitkit.training import muon_adamw, warmup_cosine
 from vitkit.transforms import Compose, HorizontalFlip, RandomAffine, RandomCrop
+from vitkit.validation import at_least
 from vitkit_vae import Evaluation, MultiTaskVAE, TripletBatches, figures
 
 PRESETS: dict[str, dict[str, int]] = {

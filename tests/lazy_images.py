@@ -6,10 +6,10 @@ import torch
 class Lazy:
     """Images of a tensor that are read one by one; those of `broken` rows cannot be."""
 
-    def __init__(self, images, broken=(), skipped=None, reach=None):
+    def __init__(self, images, broken=(), skipped=None, locality=None):
         self.images, self.broken, self.skipped = images, set(broken), [] if skipped is None else skipped
         self.shape, self.dtype, self.ndim = tuple(images.shape), images.dtype, images.ndim
-        self.reach = len(images) if reach is None else reach
+        self.locality = len(images) if locality is None else locality
 
     def __len__(self):
         return len(self.images)

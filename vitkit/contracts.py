@@ -1,54 +1,65 @@
-"""What a plugin author implements: five protocols and the few values that pass between them.
+"""What a plugin author implements: five protocols, and the few values that pass between them.
 
-A factory (a class or a function) is registered under an entry-point group; calling it with plain keyword
-arguments returns an object that follows the protocol of its kind. Nothing has to be subclassed.
+A factory (a class or a function) is registered under an entry-point group. Called with plain keyword arguments, it returns an
+object that follows the protocol of its kind. Nothing has to be subclassed.
 
-| kind      | entry-point group   | the factory returns                                             |
-|-----------|---------------------|-----------------------------------------------------------------|
+| kind      | entry-point group   | the factory returns                                               |
+|-----------|---------------------|-------------------------------------------------------------------|
 | backbone  | `vitkit.backbones`  | `nn.Module`: images `(b c h w)` or ids `(b l)` → tokens `(b n d)` |
-| head      | `vitkit.heads`      | `nn.Module`: features `(b d)` → whatever its task needs           |
+| head      | `vitkit.heads`      | `nn.Module`: features `(b d)` → the output of its task            |
 | loss      | `vitkit.losses`     | `nn.Module`: → `{"loss": scalar, part: scalar, ...}`              |
-| dataset   | `vitkit.datasets`   | `Dataset`: splits of tensors and what to know of them             |
-| evaluator | `vitkit.evaluators` | callable `(model, dataset) -> Scores`                             |
+| dataset   | `vitkit.datasets`   | `Dataset`: splits of images, their classes, source and licence    |
+| evaluator | `vitkit.evaluators` | callable `(model, dataset, split="test") -> Scores`               |
 
-A plugin with more models than entry points registers a family: `"timm/*" = "vitkit_timm:TimmBackbone"` has its factory called
-as `TimmBackbone("resnet18", ...)` for `timm/resnet18`.
+A plugin that offers more models than entry points registers a family: with `"timm/*" = "vitkit_timm:TimmBackbone"` the name
+`timm/resnet18` calls `TimmBackbone("resnet18", ...)`.
 
-A plugin may also add a subcommand: `vitkit.commands`, a function whose typed arguments are the command's.
+A plugin can also add a subcommand under `vitkit.commands`: a function whose typed arguments are the command's arguments.
 
-What is saved with `run.save(name=module, ...)` is found again by its name. Commands that work on any saved model know these:
+`run.save(name=module, ...)` saves each module under a name. Commands that work on any saved model look for these names:
 
-| module       | what it is                                                                                         |
-|--------------|----------------------------------------------------------------------------------------------------|
-| `backbone`   | `encode_image(images) -> (b d)`: features of an image; where it offers `encode_label(labels)`, of a label |
-| `classifier` | a head, features `(b d)` → logits `(b k)` over the model's `classes`                                 |
-| `projector`  | a head, features of an image or a label `(b d)` → the space in which they are compared by cosine       |
-| `decoder`    | a head, latents `(b z)` → images `(b c h w)` in [0, 1]; its backbone offers `encode_latent(images)`       |
-| `text`       | ids `(b l)`; `encode_text(list of str) -> (b d)`, behind `text_projector` if any, compared with `projector`'s by cosine |
+| module       | what it is                                                                                            |
+|--------------|-------------------------------------------------------------------------------------------------------|
+| `backbone`   | `encode_image(images) -> (b d)`: features of images; optionally `encode_label(labels)`, of labels      |
+| `classifier` | a head, features `(b d)` → logits `(b k)` over the model's `classes`                                    |
+| `projector`  | a head, features of an image or a label `(b d)` → the space in which cosines compare them              |
+| `decoder`    | a head, latents `(b z)` → images `(b c h w)` in [0, 1]; the backbone offers `encode_latent(images)`      |
+| `text`       | ids `(b l)`; `encode_text(list of str) -> (b d)`, then `text_projector` if there is one                |
 
-The conformance kit (`vitkit check NAME`, `vitkit.testing`) checks a small example of whatever is registered: built with
-its defaults, required arguments by their usual names (`in_dim`, `out_dim`, `num_classes`, `in_chans`, `img_size`,
-`vocab_size`, `context_length`, and `root`, a folder of pictures), and called with random images, ids or features of these
-sizes. A component that needs something else says so, a class in a static method, a function by `with_example`:
+The conformance kit (`vitkit check NAME`, `vitkit.testing`) checks a small example of every registered component. It builds the
+component with its defaults, fills required arguments by their usual names (`in_dim`, `out_dim`, `num_classes`, `in_chans`,
+`img_size`, `vocab_size`, `context_length`, and `root`, a folder of images), and calls it with random images, ids or features of
+these sizes. A component that needs other arguments or inputs declares them, a class by a static method, a function by
+`with_example`:
 
     @staticmethod
     def vitkit_example(samples: int) -> tuple[dict, dict]:
         return {"temperature": 0.1}, {"image": torch.randn(samples, 8), "text": torch.randn(samples, 8)}
 
-The first dict holds the arguments, small ones, that build it; the second, by name, what it is called with for that many
-samples, or nothing for the usual. A loss must have it; an evaluator may give another `model` and `dataset`. The dimension
-of a tensor that is longer for more samples is the one that is divided among processes.
+The first dict holds small arguments that build the component. The second holds, by name, the inputs for that number of samples;
+leave it empty for the usual inputs. A loss must declare its inputs. An evaluator may declare another `model` and `dataset`. The
+dimension of a tensor that grows with the number of samples is the one that is divided among processes.
+
+Terms of this project:
+
+- Spec: the kind, name, distribution and arguments of a component; `spec.build()` builds the component again.
+- recipe: a Python file with a `main(run, ...)` that `vitkit run` calls.
+- run: one execution of a recipe, and the directory that it writes.
+- split: one part of a dataset: train, val or test.
+- protocol of a metric: how it was measured; here a `Measurement`.
+- reference: a line drawn beside a curve or a result, for example a published number.
+- rank: one process of a distributed job; `world_size` is their number.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
 UNLABELLED = -1
-"""The label of an image whose label is not shown."""
+"""The label of an image without a label, or whose label is masked."""
 
 
 @runtime_checkable
@@ -74,7 +85,13 @@ class Head(Protocol):
 
 @runtime_checkable
 class Loss(Protocol):
-    """Anything → a mapping of scalar tensors that holds `"loss"`, the value to minimise, and its named parts."""
+    """Anything → a mapping of scalar tensors that holds `"loss"`, the value to minimise, and its named parts.
+
+    A loss can offer `uninformed(batch_size) -> {part: value}`: the value of each part for a prediction that uses no
+    information about its input, ln K for a softmax over K classes and ln `batch_size` for InfoNCE. `batch_size` counts the samples that
+    are compared with each other, over all ranks and accumulated batches. A report draws these lines, and a run whose loss has not
+    left its line after a tenth of the steps says so.
+    """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Mapping[str, Tensor]: ...
 
@@ -98,15 +115,18 @@ class Batches(Protocol):
 
 @runtime_checkable
 class LazyImages(Protocol):
-    """Images that are read when a batch takes them: a split may hold these in the place of a tensor uint8 `(n c h w)`.
+    """Images that are read when a batch needs them; a split may hold these instead of a tensor uint8 `(n c h w)`.
 
-    Rows, int64 `(m,)`, count the images from 0. `read` gives for each of several index tensors in turn, reading ahead, the
-    images uint8 `(k c h w)` of those rows that can be read, and these rows `(k,)`, still in their order; `index_select` the
-    images of all rows, and raises `DatasetError` for one that cannot be read; `subset` the same images, fewer or repeated,
-    still unread. `order` is a permutation of all rows `(n,)` that depends on the state of `generator` alone and suits batches
-    of `size` images over all ranks, each of which takes a consecutive part of a batch. `reach` is how many places of that
-    order apart images may lie and still be read at the same time at little cost: n or more where any may. `skipped` has a line
-    for each image that could not be read so far.
+    Rows, int64 `(m,)`, count the images from 0.
+
+    - `read(shares)`: for each index tensor, reading ahead, the images uint8 `(k c h w)` that can be read, and their rows `(k,)`, in
+      order.
+    - `index_select(0, rows)`: the images of all these rows; raises `DatasetError` for an image that cannot be read.
+    - `subset(rows)`: the same images, fewer or repeated, still unread.
+    - `order(generator, size)`: a permutation of all rows `(n,)` that depends only on the state of `generator` and suits batches of
+      `size` images over all ranks, each of which takes a consecutive part of a batch.
+    - `locality`: images at most this many positions apart in `order` are cheap to read together; n or more means random access.
+    - `skipped`: a line for each image that could not be read so far.
     """
 
     @property
@@ -122,7 +142,7 @@ class LazyImages(Protocol):
     def skipped(self) -> list[str]: ...
 
     @property
-    def reach(self) -> int: ...
+    def locality(self) -> int: ...
 
     def __len__(self) -> int: ...
 
@@ -147,9 +167,10 @@ class Split(Protocol):
 
 @runtime_checkable
 class Dataset(Protocol):
-    """Two splits of labelled images, and what a person must know of them.
+    """Three splits of images, labelled or not, and facts that a person needs to judge results on them.
 
-    `mean` and `std` are per channel, of pixels scaled to [0, 1]; `shape` is `(c, h, w)` as batches deliver it.
+    `mean` and `std` are per channel, of pixels scaled to [0, 1]; `shape` is `(c, h, w)` as batches deliver it. `val` is split off the
+    training images where the source has no validation split. Labels of images without a label are `UNLABELLED`.
     """
 
     name: str
@@ -160,25 +181,68 @@ class Dataset(Protocol):
     source: str
     licence: str
     train: Split
+    val: Split
     test: Split
+
+
+SplitName = Literal["train", "val", "test"]
 
 
 @runtime_checkable
 class Evaluator(Protocol):
-    """A model and a dataset → `Scores`. It leaves the model's mode, gradients and random state as they were."""
+    """A model, a dataset and the split to measure on → `Scores`.
 
-    def __call__(self, model: Any, dataset: Any) -> "Scores": ...
+    Names of metrics on the validation split begin with `val_`. Training images, where an evaluator needs them (the neighbours of
+    kNN, the fit of a linear probe), always come from `dataset.train`. An evaluator leaves the model's mode, gradients and random state as
+    they were.
+    """
+
+    def __call__(self, model: Any, dataset: Any, split: SplitName = "test") -> "Scores": ...
+
+
+@runtime_checkable
+class TrainedModel(Protocol):
+    """A saved model as other modules use it: `vitkit.models.Model` follows this protocol."""
+
+    config: dict[str, Any]
+    classes: list[str]
+    preprocessing: dict[str, Any]
+
+    def encode_image(self, images: Tensor) -> Tensor: ...
+
+    def preprocess(self, images: Any) -> Tensor: ...
+
+
+MetricKind = Literal["proportion", "error", "score"]
+"""A proportion lies in [0, 1] and counts samples; an error is best at 0; a score is any other number."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """How one number was measured: `frozen` what, on which `split`, over how many `samples`, and its `chance` level."""
+    """How one number was measured: the protocol of a metric.
+
+    - `split`, `samples`: the split, and how many samples of it.
+    - `chance`: the value of guessing, where it is known.
+    - `frozen`: the part of the model that was not trained for the measurement.
+    - `note`: further conditions, for a person.
+    - `kind`, `unit`: what sort of number it is, and its unit ("dB", "images/s"); proportions have none.
+    - `direction`: "max" where higher is better, "min" where lower is better; an error's is "min".
+    - `untrained`: the value for the network before training, where it was measured.
+    """
 
     split: str
     samples: int
     chance: float | None = None
     frozen: str = ""
     note: str = ""
+    kind: MetricKind = "score"
+    unit: str = ""
+    direction: Literal["max", "min"] = "max"
+    untrained: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind == "error":
+            object.__setattr__(self, "direction", "min")
 
 
 @dataclass(frozen=True)
@@ -220,7 +284,10 @@ ReportFigure = Confusion | Embeddings | Attention | Sheet
 
 
 class Scores(dict[str, float]):
-    """Floats by name, each with its protocol, and the pictures that go with them."""
+    """Floats by name, with the protocol of each and the figures that belong to them.
+
+    `a | b` joins two of them with their protocols and figures; on equal names `b` wins.
+    """
 
     def __init__(
         self,
@@ -232,6 +299,26 @@ class Scores(dict[str, float]):
         super().__init__({name: float(value) for name, value in (values or {}).items()})
         self.protocols: dict[str, Measurement] = dict(protocols or {})
         self.figures: dict[str, ReportFigure] = dict(figures or {})
+
+    def __or__(self, other: Mapping[str, float]) -> "Scores":  # type: ignore[override]
+        joined = Scores(self, protocols=self.protocols, figures=self.figures)
+        joined |= other
+        return joined
+
+    def __ior__(self, other: Mapping[str, float]) -> "Scores":  # type: ignore[override]
+        self.update({name: float(value) for name, value in other.items()})
+        if isinstance(other, Scores):
+            self.protocols |= other.protocols
+            self.figures |= other.figures
+        return self
+
+    def prefixed(self, prefix: str) -> "Scores":
+        """The same scores with `prefix` before every name."""
+        return Scores(
+            {prefix + name: value for name, value in self.items()},
+            protocols={prefix + name: protocol for name, protocol in self.protocols.items()},
+            figures={prefix + name: figure for name, figure in self.figures.items()},
+        )
 
 
 _Factory = TypeVar("_Factory", bound=Callable[..., Any])
@@ -262,9 +349,12 @@ __all__ = [
     "LazyImages",
     "Loss",
     "Measurement",
+    "MetricKind",
     "ReportFigure",
     "Scores",
     "Sheet",
     "Split",
+    "SplitName",
+    "TrainedModel",
     "with_example",
 ]

@@ -72,13 +72,6 @@ class RunDirectoryError(UsageError):
     """A run directory is in use or already holds a run."""
 
 
-def at_least(least: int, **values: int) -> None:
-    """`UsageError` for a value below `least`, under the name that it is given by."""
-    for name, value in values.items():
-        if value < least:
-            raise UsageError(f"{name} is {value}; expected at least {least}")
-
-
 def nearest(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the known names nearest to `word`, or an empty string."""
     found = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)

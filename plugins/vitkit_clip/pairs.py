@@ -123,7 +123,7 @@ class Pairs:
         generator = torch.Generator().manual_seed(derive_seed(seed, number))
         rounds, size = -(-count // len(self.split)), self.batch_size * world
         left = torch.cat([self.split.order(generator, size) for _ in range(rounds)])[:count]
-        return left, self._partners(left, max(self.split.reach, size), generator)
+        return left, self._partners(left, max(self.split.locality, size), generator)
 
     def epoch(
         self, number: int, *, seed: int = 0, start: int = 0, device: Any = "cpu", rank: int = 0, world: int = 1

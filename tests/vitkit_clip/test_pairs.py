@@ -181,17 +181,17 @@ def test_images_that_are_read_lazily_make_the_pairs_of_a_tensor(split: ImageSpli
 
 
 def test_partners_of_lazy_images_are_near_in_the_order_of_reading(split: ImageSplit) -> None:
-    reach, labels = 12, split.labels
+    locality, labels = 12, split.labels
     near = far = 0
     for number in range(60):
-        left, right = Pairs(lazily(split, reach=reach), CLASSES, 4).drawn(number)
+        left, right = Pairs(lazily(split, locality=locality), CLASSES, 4).drawn(number)
         assert left.sort().values.tolist() == list(range(len(labels)))
         assert (left != right).all()
         # The classes are those of images in memory, whose order is the same.
         assert torch.equal(labels[right], labels[Pairs(split, CLASSES, 4).drawn(number)[1]])
         place = left.argsort()
         for one, partner in zip(left.tolist(), right.tolist(), strict=True):
-            around = left[max(place[one] - reach, 0) : place[one] + reach + 1]
+            around = left[max(place[one] - locality, 0) : place[one] + locality + 1]
             fitting = set(around[labels[around] == labels[partner]].tolist()) - {one}
             assert partner in fitting or not fitting
             near, far = near + bool(fitting), far + (not fitting)
@@ -202,7 +202,7 @@ def test_partners_of_lazy_images_are_near_in_the_order_of_reading(split: ImageSp
 def test_within_reach_every_image_of_a_class_is_as_likely(split: ImageSplit) -> None:
     apart: Counter[int] = Counter()
     for number in range(700):
-        left, right = Pairs(lazily(split, reach=20), CLASSES, 4).drawn(number)
+        left, right = Pairs(lazily(split, locality=20), CLASSES, 4).drawn(number)
         chosen = (split.labels[left] == 0) & (split.labels[right] == 1)
         chosen[:20] = chosen[52:] = False  # twenty places to either side
         apart.update((left.argsort()[right] - torch.arange(72))[chosen].tolist())
@@ -212,7 +212,7 @@ def test_within_reach_every_image_of_a_class_is_as_likely(split: ImageSplit) -> 
 
 
 def test_a_batch_is_within_reach_of_itself_for_any_number_of_ranks(split: ImageSplit) -> None:
-    pairs, whole = Pairs(lazily(split, reach=0), CLASSES, 12), Pairs(lazily(split, reach=0), CLASSES, 24)
+    pairs, whole = Pairs(lazily(split, locality=0), CLASSES, 12), Pairs(lazily(split, locality=0), CLASSES, 24)
     left, right = pairs.drawn(3, world=2)
     place = left.argsort()
     assert ((place[right] - torch.arange(len(left))).abs() <= 24).float().mean() > 0.9

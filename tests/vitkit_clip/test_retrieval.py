@@ -139,9 +139,9 @@ def test_protocols_say_chance_and_how_many():
 
 
 def test_pictures_fit_together():
-    pictures = PairRetrieval(count=60, shown=3)(real(), dataset()).figures
-    assert set(pictures) == {"pair_hits", "pair_misses", "pair_attention", "pair_confusion", "zero_shot_confusion"}
-    misses, attention = figures["pair_misses"], pictures["pair_attention"]
+    figures = PairRetrieval(count=60, shown=3)(real(), dataset()).figures
+    assert set(figures) == {"pair_hits", "pair_misses", "pair_attention", "pair_confusion", "zero_shot_confusion"}
+    misses, attention = figures["pair_misses"], figures["pair_attention"]
     assert isinstance(misses, Sheet)
     assert misses.images.shape == (3, 1, 8, 16)
     assert all(re.fullmatch(r".+ \| .+\nplace [\d,]+, first\n.+ \| .+", caption) for caption in misses.captions)

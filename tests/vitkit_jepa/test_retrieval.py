@@ -130,8 +130,8 @@ def test_mode_gradients_and_random_state_stay_as_they_were() -> None:
 
 
 def test_pictures_are_plain_arrays_of_matching_sizes() -> None:
-    pictures = LabelRetrieval(attention_samples=4)(real(), dataset()).figures
-    embeddings, attention = figures["embeddings"], pictures["label_attention"]
+    figures = LabelRetrieval(attention_samples=4)(real(), dataset()).figures
+    embeddings, attention = figures["embeddings"], figures["label_attention"]
     assert isinstance(embeddings, Embeddings)
     assert embeddings.features.shape == (30, 16)
     assert isinstance(attention, Attention)

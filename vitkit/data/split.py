@@ -64,9 +64,9 @@ class ImageSplit:
         return torch.randperm(len(self), generator=generator)
 
     @property
-    def reach(self) -> int:
+    def locality(self) -> int:
         """How many places of `order` apart images may lie that are read at the same time: all, but for lazy images."""
-        return self.images.reach if isinstance(self.images, LazyImages) else len(self)
+        return self.images.locality if isinstance(self.images, LazyImages) else len(self)
 
     @property
     def skipped(self) -> list[str]:

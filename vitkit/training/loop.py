@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from vitkit.contracts import Batches, Scores
 from vitkit.distributed.collectives import AnyRank, all_reduce_sum, broadcast
 from vitkit.distributed.fsdp import clone_for_sharding, full_tensor, local
-from vitkit.errors import RunError, UsageError, at_least
+from vitkit.errors import RunError, UsageError
 from vitkit.runs.directory import BEST, LAST
 from vitkit.seeding import derive_seed
 from vitkit.training.checkpoint import load_state, save_state
@@ -31,6 +31,7 @@ from vitkit.training.compile import compile_for
 from vitkit.training.ema import ModelEma
 from vitkit.training.gradcache import Accumulated, GradCacheable
 from vitkit.training.signals import Interrupted, Signals
+from vitkit.validation import at_least
 
 if TYPE_CHECKING:
     from vitkit.training.run import Run

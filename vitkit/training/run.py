@@ -20,7 +20,7 @@ from vitkit import data
 from vitkit.contracts import ReportFigure
 from vitkit.distributed.collectives import broadcast_text
 from vitkit.distributed.watchdog import RankWatchdog
-from vitkit.errors import RunDirectoryError, UsageError, VitkitError, at_least
+from vitkit.errors import RunDirectoryError, UsageError, VitkitError
 from vitkit.files import write_json
 from vitkit.models import saving
 from vitkit.runs.directory import BEST, TRACKERS, Claim, claim, read_summary, trackers_aside
@@ -32,6 +32,7 @@ from vitkit.training.dry_run import preview
 from vitkit.training.loop import Epoch, Fit, check_arguments
 from vitkit.training.progress import Progress
 from vitkit.training.recipe import plain
+from vitkit.validation import at_least
 
 
 class DryRun(Exception):

@@ -47,7 +47,7 @@ class ArrowSamples:
         return f"{self.title}: row {number}"
 
     @property
-    def reach(self) -> int:
+    def locality(self) -> int:
         """All: rows of a mapped file are as near as one another."""
         return len(self)
 

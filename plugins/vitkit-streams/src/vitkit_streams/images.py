@@ -33,7 +33,7 @@ class Samples(Protocol):
         ...
 
     @property
-    def reach(self) -> int:
+    def locality(self) -> int:
         """How many places of `order` apart samples may lie that are read at the same time."""
         ...
 
@@ -74,8 +74,8 @@ class StreamedImages:
         return [f"{self.samples.name(number)}: {problem}" for number, problem in sorted(self._problems.items())]
 
     @property
-    def reach(self) -> int:
-        return self.samples.reach
+    def locality(self) -> int:
+        return self.samples.locality
 
     def __len__(self) -> int:
         return len(self.rows)

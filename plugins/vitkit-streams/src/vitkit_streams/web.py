@@ -43,7 +43,7 @@ class TarSamples:
         return f"{shard.url}: {shard.key(place)}"
 
     @property
-    def reach(self) -> int:
+    def locality(self) -> int:
         """The buffer: samples that lie nearer come from shards that are open at about the same time."""
         return self.shuffle_buffer
 
