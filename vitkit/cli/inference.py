@@ -16,7 +16,7 @@ from rich.text import Text
 from vitkit.errors import UsageError, VitkitError
 
 if TYPE_CHECKING:
-    from vitkit.models.saving import Model
+    from vitkit.models.model import Model
 
 PLAIN_SECONDS = 30.0
 """How often a line is printed where there is no terminal."""

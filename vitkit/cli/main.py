@@ -10,10 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from vitkit import __version__
+from vitkit.arguments import signature_of
 from vitkit.cli import data, hub, inference, new, reproduce
 from vitkit.cli.plugin_commands import Commands
 from vitkit.errors import UsageError, VitkitError, nearest
-from vitkit.registry import KINDS, REGISTRIES, Registry, signature_of
+from vitkit.registry import KINDS, REGISTRIES, Registry
 
 app = typer.Typer(
     cls=Commands,

@@ -7,11 +7,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from vitkit.arguments import check_arguments
 from vitkit.data.preprocess import Preprocessing
 from vitkit.data.split import ImageSplit
 from vitkit.data.store import Stored, read_store, store_lock, store_path, stored_names, write_store
 from vitkit.errors import MissingDatasetError, UnknownNameError, UsageError, nearest
-from vitkit.registry import Spec, check_arguments, datasets
+from vitkit.registry import Spec, datasets
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -21,12 +21,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from vitkit.contracts import TrainedModel
 from vitkit.errors import RunError, UsageError
 from vitkit.files import atomic_write
+from vitkit.models.features import device_of
 from vitkit.models.image_sources import Source
-
-if TYPE_CHECKING:
-    from vitkit.models.saving import Model
 
 FORMAT = "vitkit-features-1"
 PIECE = 1024
@@ -45,7 +44,7 @@ class Embedded:
 
 
 def embed(
-    model: "Model",
+    model: TrainedModel,
     source: Source,
     out: str | Path,
     *,
@@ -70,7 +69,7 @@ def embed(
         raise UsageError(f"-o {out}: expected the name of a .safetensors file")
     if out.exists() and not overwrite:
         raise UsageError(f"-o {out} is there already; choose another name, or give --overwrite")
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     about = {
         "model": {
             "source": model_name, "weights": model.config["weights"]["sha256"], "modules": model.config["modules"],
@@ -189,7 +188,7 @@ def _workplace(out: Path) -> Iterator[Path]:
         lock.release()
 
 
-def _encode(model: "Model", images: Tensor, device: torch.device, precision: str) -> Tensor:
+def _encode(model: TrainedModel, images: Tensor, device: torch.device, precision: str) -> Tensor:
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         return model.encode_image(images.to(device)).float().cpu().contiguous()
 
