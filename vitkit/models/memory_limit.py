@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from vitkit.errors import UsageError
+from vitkit.errors import AmbiguousNameError, ArgumentsError, PluginError, UnknownNameError, UsageError
 
 META = torch.device("meta")
 FEW_TENSORS, TENSORS_PER_SAVED = 256, 16
@@ -87,13 +87,15 @@ class MemoryLimit(TorchDispatchMode):
 
 
 def plan(build: Callable[[], Any], limit: MemoryLimit) -> Any:
-    """`build()` on the meta device, or None where it cannot be built there; `UsageError` beyond the limit.
+    """`build()` on the meta device, or None where that fails; `UsageError` beyond the limit and as the registry raises it.
 
-    A factory that reads values while it builds fails on the meta device. Its errors are not raised: building it shows them.
+    A factory that reads values while it builds fails on the meta device. Its errors are not raised: a real build shows them.
     """
     try:
         with limit:
             return build()
+    except (ArgumentsError, UnknownNameError, AmbiguousNameError, PluginError):
+        raise
     except Exception:
         if limit.exceeded:
             raise UsageError(limit.exceeded) from None
