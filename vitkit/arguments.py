@@ -25,7 +25,7 @@ vitkit, would convert values where a typo should be refused: `fits` compares pla
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -203,12 +203,14 @@ def fits(value: Any, annotation: Any) -> bool:
         return any(fits(value, argument) for argument in arguments)
     if origin is Literal:
         return value in arguments
-    if origin in (list, tuple) and arguments:
+    if origin in (list, tuple, Sequence) and arguments:
         if not isinstance(value, list | tuple):
             return False
         if origin is tuple and Ellipsis not in arguments:
             return len(value) == len(arguments) and all(map(fits, value, arguments))
         return all(fits(item, arguments[0]) for item in value)
+    if origin is Mapping:
+        return isinstance(value, Mapping) and all(fits(item, arguments[1]) for item in value.values())
     if annotation is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if annotation is int:
