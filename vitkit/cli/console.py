@@ -80,8 +80,8 @@ def flush_streams() -> bool:
     return written
 
 
-def _drop_output(console: Console) -> None:
-    _discard(console.file)
+def _drop_output(self: Console) -> None:
+    _discard(self.file)
 
 
 def _similar(error: UnicodeError) -> tuple[str, int]:
