@@ -53,6 +53,11 @@ def run_command(
     recipe: Annotated[Path | None, typer.Argument(metavar="FILE", help="The recipe, a .py file.")] = None,
 ) -> None:
     """Run a recipe: `vitkit run FILE [flags]`; `vitkit run FILE --help` shows the recipe's own flags."""
+    if recipe is None or str(recipe).startswith("-"):
+        if recipe is None and not context.args:
+            raise UsageError("which recipe? vitkit run FILE, for example vitkit run recipes/jepa_mnist.py")
+        typer.echo("Usage: vitkit run FILE [flags]\n\nRun a recipe. `vitkit run FILE --help` shows its flags.")
+        raise typer.Exit(0 if "--help" in [str(recipe), *context.args] else 2)
     from vitkit.cli import run
 
     run.run(recipe, context.args)
@@ -195,6 +200,8 @@ def main() -> None:
     """The `vitkit` command. `--debug` is taken anywhere on the line."""
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
-    if debug:
-        arguments = [argument for argument in arguments if argument != "--debug"]
+    words = [number for number, argument in enumerate(arguments) if not argument.startswith("-")]
+    # What follows a recipe's file is for `vitkit run`, since a recipe may have a flag --debug.
+    end = words[1] if len(words) > 1 and arguments[words[0]] == "run" else len(arguments)
+    arguments = [argument for argument in arguments[:end] if argument != "--debug"] + arguments[end:]
     sys.exit(guarded(lambda: app(arguments, prog_name="vitkit"), debug=debug))
