@@ -117,7 +117,7 @@ def test_nothing_runs_without_consent(vitkit, done, monkeypatch, tmp_path):
         (lambda run: (run / "summary.json").write_text("{"), "holds no finished run"),
         (lambda run: (run / "recipe.py").unlink(), "holds no recipe.py: its run was not started with `vitkit run`"),
         (lambda run: change(run, requested={}), "takes epochs, kind, note, rates, which the run's summary does not record"),
-        (lambda run: change(run, requested={"epochs": 1, "kind": "x", "note": ".", "rates": [1.0]}), "'x' is no Kind"),
+        (lambda run: change(run, requested={"epochs": 1, "kind": "x", "note": ".", "rates": [1.0]}), "'x' is not a Kind"),
         (lambda run: change(run, requested=None, arguments={}), "takes epochs, kind, note, rates, which the run's summary does"),
     ],
 )

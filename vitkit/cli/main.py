@@ -111,7 +111,9 @@ def main() -> None:
     prepare_streams()
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
-    if debug:
-        arguments = [argument for argument in arguments if argument != "--debug"]
+    words = [number for number, argument in enumerate(arguments) if not argument.startswith("-")]
+    # What follows a recipe's file is for `vitkit run`, since a recipe may have a flag --debug.
+    end = words[1] if len(words) > 1 and arguments[words[0]] == "run" else len(arguments)
+    arguments = [argument for argument in arguments[:end] if argument != "--debug"] + arguments[end:]
     code = guarded(lambda: app(arguments, prog_name="vitkit"), debug=debug)
     sys.exit(code if flush_streams() else code or 1)
