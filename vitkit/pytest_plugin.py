@@ -26,7 +26,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
     marks = list(metafunc.definition.iter_markers("vitkit"))
     if not marks:
-        raise pytest.UsageError(f"{metafunc.definition.name} uses vitkit_check without naming a component; add @pytest.mark.vitkit('my-package')")
+        raise pytest.UsageError(f"{metafunc.definition.name} uses vitkit_check for no component; add @pytest.mark.vitkit('my-package')")
     cases = [case for mark in marks for case in find(*mark.args, **mark.kwargs)]
     pairs = [(case, check) for case in cases for check in CHECKS[case.kind]]
     names = [f"{case.kind}-{case.name}-{check}" for case, check in pairs]

@@ -16,15 +16,15 @@ from rich.console import Console
 
 from vitkit.errors import RunDirectoryError, RunError, UsageError, printable
 from vitkit.hub.client import fetch_run
-from vitkit.runs.directory import fresh, read_summary
+from vitkit.runs.directory import MODULES, fresh, read_summary
 from vitkit.runs.settings import SETTINGS, requested
 from vitkit.training.accelerator import resolve_device, resolve_precision
 from vitkit.training.launch import execute
 from vitkit.training.recipe import Recipe, typed
 
 RECIPE = "recipe.py"
-RECIPE_BYTES = 2**20
-"""A longer recipe is refused: nobody could read it before its code runs."""
+CODE_BYTES = 2**20
+"""Longer code is refused: nobody could read it before it runs."""
 HUB_PREFIX = "hf://"
 REPEATED = ("seed", "grad_accum", "compile", "precision")
 """Settings that a reproduction takes from the recorded run."""
@@ -66,20 +66,26 @@ class Reproduction:
 
 @dataclass(frozen=True)
 class Code:
-    """The recipe that is about to run: its bytes as they were read, where they were read, and whether they came from the Hub."""
+    """The code that is about to run: the bytes of the recipe and of the modules copied with it, as they were read.
+
+    `files` are the bytes by path relative to `directory`, the recipe first; `foreign` tells that they came from the Hub.
+    """
 
     source: str
-    path: Path
-    content: bytes
+    directory: Path
+    files: Mapping[str, bytes]
     foreign: bool
     duration: str
 
     @property
     def warning(self) -> str:
-        """The sentence that a person reads before the code runs; it fits into one line and holds no control characters."""
-        digest = hashlib.sha256(self.content).hexdigest()
+        """The sentence that a person reads before the code runs; it is one line without control characters."""
+        digests = {name: hashlib.sha256(content).hexdigest() for name, content in self.files.items()}
+        path = printable(self.directory / RECIPE)
+        modules = [f"{printable(name)} (SHA-256 {digest})" for name, digest in digests.items() if name != RECIPE]
+        beside = f" and in {', '.join(modules)}" if modules else ""
         return (
-            f"this runs the Python code in {printable(self.path)} (of {printable(self.source)}, SHA-256 {digest}), with your rights"
+            f"this runs the Python code in {path} (of {printable(self.source)}, SHA-256 {digests[RECIPE]}){beside}, with your rights"
             f"{self.duration}"
         )
 
@@ -104,12 +110,12 @@ def reproduce(
         raise UsageError("--resume continues a reproduction that was stopped: give its directory with --out")
     directory, foreign = _locate(source)
     summary = _validated(directory, read_summary(directory))
-    code = Code(source, directory / RECIPE, _read_recipe(directory), foreign, _duration(summary))
+    code = Code(source, directory, _read_code(directory), foreign, _duration(summary))
     if not confirm(code):
         return None
-    with _written(code.content) as path:
+    with _written(code.files) as path:
         recipe = Recipe(path, reserved=frozenset(SETTINGS), name=summary["recipe"])
-        flags, settings = _flags(recipe, code.path, summary), _settings(summary)
+        flags, settings = _flags(recipe, directory / RECIPE, summary), _settings(summary)
         command = shlex.join(["vitkit", "reproduce", source])
         if resume and out is not None and read_summary(out).get("command") != command:
             raise RunDirectoryError(f"{out} holds no reproduction of {printable(source)} that was stopped; leave out --resume to start one")
@@ -149,29 +155,37 @@ def _locate(source: str) -> tuple[Path, bool]:
     return directory, False
 
 
-def _read_recipe(directory: Path) -> bytes:
-    path = directory / RECIPE
-    if not path.is_file():
+def _read_code(directory: Path) -> dict[str, bytes]:
+    """The recipe and the modules copied with it, each read once."""
+    if not (directory / RECIPE).is_file():
         raise UsageError(
             f"{printable(directory)} holds no {RECIPE}: its run was not started with `vitkit run`, so it cannot be run again"
         )
-    try:
-        with path.open("rb") as file:
-            content = file.read(RECIPE_BYTES + 1)
-    except OSError as error:
-        raise UsageError(f"cannot read {printable(path)}: {error.strerror or error}") from None
-    if len(content) > RECIPE_BYTES:
-        raise UsageError(f"{printable(path)} is longer than {RECIPE_BYTES:,} bytes; a recipe that nobody can read is not run")
-    return content
+    files: dict[str, bytes] = {}
+    for path in (directory / RECIPE, *sorted((directory / MODULES).rglob("*.py"))):
+        if not path.is_file():
+            raise UsageError(f"{printable(path)} is no plain file; its code is not run")
+        try:
+            with path.open("rb") as file:
+                content = file.read(CODE_BYTES + 1)
+        except OSError as error:
+            raise UsageError(f"cannot read {printable(path)}: {error.strerror or error}") from None
+        files[path.relative_to(directory).as_posix()] = content
+        if sum(map(len, files.values())) > CODE_BYTES:
+            where = printable(directory)
+            raise UsageError(f"the code in {where} is longer than {CODE_BYTES:,} bytes; nobody can read that, so it is not run")
+    return files
 
 
 @contextmanager
-def _written(content: bytes) -> Iterator[Path]:
-    """The recipe's bytes in a folder that only this user may enter, with no other module beside them."""
+def _written(files: Mapping[str, bytes]) -> Iterator[Path]:
+    """The recipe's path in a folder that only this user may enter, and that holds nothing but the given files."""
     with tempfile.TemporaryDirectory(prefix="vitkit-reproduce-") as folder:
-        path = Path(folder) / RECIPE
-        path.write_bytes(content)
-        yield path
+        for name, content in files.items():
+            path = Path(folder) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        yield Path(folder) / RECIPE
 
 
 def _duration(summary: Mapping[str, Any]) -> str:
@@ -180,7 +194,7 @@ def _duration(summary: Mapping[str, Any]) -> str:
 
 def _flags(recipe: Recipe, path: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
     """The recorded values of the recipe's flags, as they were asked for; the recipe resolves them anew."""
-    recorded = requested(summary)
+    recorded = recipe.rename(requested(summary))
     missing = [name for name in recipe.flags if name not in recorded]
     if missing:
         raise RunError(f"{printable(path)} takes {', '.join(missing)}, which the run's summary does not record")

@@ -251,7 +251,27 @@ def test_a_recipe_that_nobody_could_read_is_refused(vitkit, done):
     (done / "recipe.py").write_bytes(b"#" * (2**20 + 1))
     answer = vitkit("reproduce", "first", "--yes")
     assert answer.returncode == 2
-    assert "is longer than 1,048,576 bytes" in answer.stderr
+    assert "the code in first is longer than 1,048,576 bytes; nobody can read that, so it is not run" in answer.stderr
+
+
+def test_modules_beside_a_recipe_are_part_of_the_hashed_code(vitkit, tmp_path):
+    text = RECIPE.replace("from enum import Enum", "from enum import Enum\nfrom beside import EPOCHS")
+    text = text.replace("epochs or 2", "epochs or EPOCHS")
+    (tmp_path / "linear.py").write_text(text)
+    (tmp_path / "beside.py").write_text("EPOCHS = 2\n")
+    run = vitkit("run", "linear.py", "--out", "first")
+    assert run.returncode == 0, run.stderr
+    (tmp_path / "beside.py").unlink()
+    digest = hashlib.sha256(b"EPOCHS = 2\n").hexdigest()
+
+    def swap(code):
+        assert f"and in modules/beside.py (SHA-256 {digest})" in code.warning
+        (tmp_path / "first" / "modules" / "beside.py").write_text("raise AssertionError('the swapped file ran')")
+        return True
+
+    reproduction = reproduce("first", out=Path("second"), confirm=swap, console=Console(stderr=True))
+    assert reproduction is not None
+    assert reproduction.agrees
 
 
 def test_tolerances():
