@@ -139,16 +139,16 @@ def test_trackers_that_do_not_start_leave_those_of_the_earlier_run(tmp_path):
         start(error=True)
     assert [path.name for path in (tmp_path / "trackers").iterdir()] == ["events"]
     start(error=False)
-    assert [path.name for path in tmp_path.rglob("*")] == ["trackers", "new"]
+    assert [path.name for path in (tmp_path / "trackers").iterdir()] == ["new"]
 
 
 def test_an_earlier_runs_trackers_are_found_again_after_a_kill(finished):
-    (finished / ".trackers").mkdir()
-    (finished / ".trackers" / "events").write_text("old")
+    (finished / ".replaced" / "trackers").mkdir(parents=True)
+    (finished / ".replaced" / "trackers" / "events").write_text("old")
     (finished / "trackers").mkdir()
     Run(finished, device="cpu", overwrite=True).close()
     assert [path.name for path in (finished / "trackers").iterdir()] == ["events"]
-    assert not (finished / ".trackers").exists()
+    assert not (finished / ".replaced").exists()
 
 
 def test_a_runs_own_copy_of_its_recipe_replaces_it_and_goes_on_with_it(vitkit, finished):
