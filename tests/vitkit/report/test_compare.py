@@ -191,7 +191,7 @@ def test_the_better_of_two_values_follows_the_recorded_direction_and_units_are_s
         return {"rank": {"direction": direction, "unit": unit, "split": "test"}, "val_rank": {"direction": direction, "split": "val"}}
 
     final = [{"rank": 9.0, "val_rank": 8.0, "top1": 0.1}, {"rank": 4.0, "val_rank": 3.0, "top1": 0.2}]
-    runs = [make_run(name, metrics=[], final=values, protocols=protocols("min", "places")) for name, values in zip("ab", final, strict=True)]
+    runs = [make_run(n, metrics=[], final=f, protocols=protocols("min", "places")) for n, f in zip("ab", final, strict=True)]
     results = {row.name: row for row in read_runs(runs).results}
     assert results["rank"].best == [False, True]
     assert results["rank"].gains[1] == 5.0

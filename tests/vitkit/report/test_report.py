@@ -19,8 +19,15 @@ from vitkit.contracts import Attention, Confusion, Embeddings
 from vitkit.errors import RunError, UsageError
 from vitkit.report import curves, write_report
 from vitkit.report.figures import MAX_POINTS, _sample, confusion, draw_figure, embeddings, plane
+from vitkit.report.formatting import (
+    format_constant,
+    format_difference,
+    format_duration,
+    format_number,
+    split_topk,
+    title_of,
+)
 from vitkit.report.page import page
-from vitkit.report.formatting import format_constant, format_difference, format_duration, format_number, split_topk, title_of
 from vitkit.report.record import read_record
 from vitkit.report.style import class_labels, drawable, house_style, png
 
