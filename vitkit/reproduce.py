@@ -16,7 +16,7 @@ from rich.console import Console
 
 from vitkit.errors import RunDirectoryError, RunError, UsageError, printable
 from vitkit.hub.client import fetch_run
-from vitkit.runs.directory import fresh, read_summary
+from vitkit.runs.directory import MODULES, fresh, read_summary
 from vitkit.runs.settings import SETTINGS, requested
 from vitkit.training.accelerator import resolve_device, resolve_precision
 from vitkit.training.launch import execute
@@ -66,21 +66,28 @@ class Reproduction:
 
 @dataclass(frozen=True)
 class Code:
-    """The recipe that is about to run: its bytes as they were read, where they were read, and whether they came from the Hub."""
+    """The recipe that is about to run: its bytes as they were read, where they were read, and whether they came from the Hub.
+
+    `modules` are the modules that the run copied with the recipe, by their paths relative to the run's directory.
+    """
 
     source: str
     path: Path
     content: bytes
+    modules: Mapping[str, bytes]
     foreign: bool
     duration: str
 
     @property
     def warning(self) -> str:
         """The sentence that a person reads before the code runs; it fits into one line and holds no control characters."""
-        digest = hashlib.sha256(self.content).hexdigest()
+        digest = hashlib.sha256(self.content)
+        for name, content in self.modules.items():
+            digest.update(hashlib.sha256(name.encode()).digest() + hashlib.sha256(content).digest())
+        beside = f" and {len(self.modules)} modules in {MODULES}/" if self.modules else ""
         return (
-            f"this runs the Python code in {printable(self.path)} (of {printable(self.source)}, SHA-256 {digest}), with your rights"
-            f"{self.duration}"
+            f"this runs the Python code in {printable(self.path)}{beside} (of {printable(self.source)}, SHA-256 "
+            f"{digest.hexdigest()}), with your rights{self.duration}"
         )
 
 
@@ -104,10 +111,11 @@ def reproduce(
         raise UsageError("--resume continues a reproduction that was stopped: give its directory with --out")
     directory, foreign = _locate(source)
     summary = _validated(directory, read_summary(directory))
-    code = Code(source, directory / RECIPE, _read_recipe(directory), foreign, _duration(summary))
+    path = directory / RECIPE
+    code = Code(source, path, _read_recipe(directory), _read_modules(directory), foreign, _duration(summary))
     if not confirm(code):
         return None
-    with _written(code.content) as path:
+    with _written({RECIPE: code.content, **code.modules}) as path:
         recipe = Recipe(path, reserved=frozenset(SETTINGS), name=summary["recipe"])
         flags, settings = _flags(recipe, code.path, summary), _settings(summary)
         command = shlex.join(["vitkit", "reproduce", source])
@@ -155,6 +163,16 @@ def _read_recipe(directory: Path) -> bytes:
         raise UsageError(
             f"{printable(directory)} holds no {RECIPE}: its run was not started with `vitkit run`, so it cannot be run again"
         )
+    return _read_source(path)
+
+
+def _read_modules(directory: Path) -> dict[str, bytes]:
+    """The modules that the run copied with its recipe; links are left out."""
+    paths = [path for path in sorted((directory / MODULES).rglob("*.py")) if path.is_file() and not path.is_symlink()]
+    return {path.relative_to(directory).as_posix(): _read_source(path) for path in paths}
+
+
+def _read_source(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
             content = file.read(RECIPE_BYTES + 1)
@@ -166,12 +184,14 @@ def _read_recipe(directory: Path) -> bytes:
 
 
 @contextmanager
-def _written(content: bytes) -> Iterator[Path]:
-    """The recipe's bytes in a folder that only this user may enter, with no other module beside them."""
+def _written(files: Mapping[str, bytes]) -> Iterator[Path]:
+    """The path of the recipe among these files, in a folder that only this user may enter and that holds nothing else."""
     with tempfile.TemporaryDirectory(prefix="vitkit-reproduce-") as folder:
-        path = Path(folder) / RECIPE
-        path.write_bytes(content)
-        yield path
+        for name, content in files.items():
+            path = Path(folder) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        yield Path(folder) / RECIPE
 
 
 def _duration(summary: Mapping[str, Any]) -> str:
