@@ -64,6 +64,10 @@ class ImageDataset:
         for name, value in (("train", train), ("val", val), ("val_note", note)):
             object.__setattr__(self, name, value)
 
+    def __post_init__(self) -> None:
+        for name in ("train", "test"):  # so that what is trained on a split knows the classes
+            object.__setattr__(self, name, replace(getattr(self, name), classes=tuple(self.classes)))
+
     @property
     def shape(self) -> tuple[int, int, int]:
         return self.train.preprocessing.shape

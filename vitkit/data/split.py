@@ -31,6 +31,8 @@ class ImageSplit:
     images: Any
     labels: Tensor
     preprocessing: Preprocessing
+    classes: tuple[str, ...] = ()
+    """Names of the classes; a dataset sets those of its splits."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -156,6 +158,11 @@ class ImageRows:
     @property
     def ndim(self) -> int:
         return 4
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, empty for a split that belongs to no dataset."""
+        return self.split.classes
 
     @property
     def skipped(self) -> list[str]:

@@ -56,7 +56,7 @@ def cache(tmp_path):
 
 
 def build(tmp_path, **options):
-    return datasets.build("webdataset", **{"img_size": 8, "channels": 1, "cache": str(tmp_path / "cache"), "workers": 2, **options})
+    return datasets.build("webdataset", **{"img_size": 8, "channels": 1, "cache": str(tmp_path / "cache"), "workers": 2, "val_size": 0, **options})
 
 
 @pytest.mark.vitkit("vitkit-streams")
