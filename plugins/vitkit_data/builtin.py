@@ -104,7 +104,10 @@ def digits(*, img_size: int | None = None) -> ImageDataset:
     return from_store(
         Stored("digits", [str(digit) for digit in range(10)], tensors),
         img_size=img_size,
-        source="E. Alpaydin, C. Kaynak: Optical Recognition of Handwritten Digits, UCI, 1998 (scikit-learn's load_digits), split by writers",
+        source=(
+            "E. Alpaydin, C. Kaynak: Optical Recognition of Handwritten Digits, UCI, 1998 (scikit-learn's load_digits), "
+            "split by writers"
+        ),
         licence="CC BY 4.0",
         val_note="128 images, a block of one writer who is not in the training images",
     )

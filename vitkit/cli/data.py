@@ -50,7 +50,7 @@ def get_command(
 
     for name in names:
         dataset = datasets.build(name)
-        out.print(f"{printable(name)}: {len(dataset.train):,} + {len(dataset.test):,} images, {len(dataset.classes)} classes")
+        out.print(f"{printable(name)}: {len(dataset.train):,} + {len(dataset.val):,} + {len(dataset.test):,} images, {len(dataset.classes)} classes")
 
 
 @app.command("import")

@@ -1,7 +1,17 @@
 """Datasets: splits of images, how they are stored, preprocessed and cut into batches."""
 
 from vitkit.data.dataloader import ImageBatches, View
-from vitkit.data.dataset import ImageDataset, build, fetched, from_store, held_out, imported, pixel_moments, resolve, stand_in
+from vitkit.data.dataset import (
+    ImageDataset,
+    build,
+    fetched,
+    from_store,
+    held_out,
+    imported,
+    pixel_moments,
+    resolve,
+    stand_in,
+)
 from vitkit.data.decode import LARGEST_FILE_BYTES, SUFFIXES, ImageReadError, read_image, read_square
 from vitkit.data.image_files import ImageListing, class_order, list_images
 from vitkit.data.image_folder import import_folder, read_layout

@@ -45,6 +45,9 @@ class SplitReader(Protocol):
     def preprocessing(self) -> Preprocessing: ...
 
     @property
+    def classes(self) -> tuple[str, ...]: ...
+
+    @property
     def skipped(self) -> list[str]: ...
 
     def __len__(self) -> int: ...
@@ -93,6 +96,11 @@ class ImageBatches:
     def preprocessing(self) -> Preprocessing:
         """The preparation of the images, which a model that is trained on them needs too."""
         return self.split.preprocessing
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, empty for a split that belongs to no dataset."""
+        return self.split.classes
 
     @property
     def skipped(self) -> list[str]:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -50,23 +50,20 @@ class ImageDataset:
     notice: str = ""
     skipped: list[str] = field(default_factory=list)
     spec: Spec | None = None
-    val: ImageSplit = cast(ImageSplit, None)
+    val: ImageSplit = None  # type: ignore[assignment]  # set below
     val_note: str = ""
     val_size: int | None = None
 
     def __post_init__(self) -> None:
-        given: ImageSplit | None = self.val
-        if given is not None:
-            if not self.val_note:
-                object.__setattr__(self, "val_note", f"{len(given):,} images of the validation split that {self.name} has")
-            return
-        train, val, note = held_out(self.train, self.val_size)
-        for name, value in (("train", train), ("val", val), ("val_note", note)):
+        train, val, note = self.train, self.val, self.val_note
+        if val is None:
+            train, val, note = held_out(train, self.val_size)
+        note = note or f"{len(val):,} images of the validation split that {self.name} has"
+        # A split knows the names of its classes, so that a model trained on it does too.
+        splits = {"train": train, "val": val, "test": self.test}
+        values = {name: replace(split, classes=tuple(self.classes)) for name, split in splits.items()}
+        for name, value in (*values.items(), ("val_note", note)):
             object.__setattr__(self, name, value)
-
-    def __post_init__(self) -> None:
-        for name in ("train", "test"):  # so that what is trained on a split knows the classes
-            object.__setattr__(self, name, replace(getattr(self, name), classes=tuple(self.classes)))
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -231,8 +228,8 @@ def _downloaded(
     except Exception as error:  # network, archive and checksum errors of many libraries
         raise MissingDatasetError(
             f"dataset {name!r} is not in the store ({store_path(name)}) and could not be downloaded: "
-            f"{type(error).__name__}: {printable(' '.join(str(error).split()), 500)}; on a machine with a network run `vitkit data get {name}` and copy "
-            f"the file there, or use --dataset digits"
+            f"{type(error).__name__}: {printable(' '.join(str(error).split()), 500)}; on a machine with a network run "
+            f"`vitkit data get {name}` and copy the file there, or use --dataset digits"
         ) from None
 
 

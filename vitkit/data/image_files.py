@@ -84,7 +84,7 @@ def is_system_folder(name: str) -> bool:
 
 def _walk(root: Path) -> Iterator[tuple[Path, str]]:
     """Each entry below a folder with "file", "skipped" for a folder that is not looked into, or the reason why it is left out."""
-    waiting = [(root, (_identity(root),))]
+    waiting: list[tuple[Path, tuple[tuple[int, int], ...]]] = [(root, (_identity(root),))]
     while waiting:
         folder, above = waiting.pop()
         try:

@@ -17,7 +17,7 @@ from vitkit.contracts import UNLABELLED
 from vitkit.data.decode import SUFFIXES, ImageReadError, read_square
 from vitkit.data.image_files import class_folders, class_order, list_images
 from vitkit.data.store import PixelFile, store_path, write_store, writing_to
-from vitkit.errors import DatasetError, UsageError, printable
+from vitkit.errors import DatasetError, printable
 from vitkit.validation import at_least, in_range
 
 SPLIT_FOLDERS = {
@@ -73,7 +73,8 @@ def import_folder(
         readable = list(_decode_into(pixels, layout.files, img_size, skipped))
         rows = {file.path: row for row, file in enumerate(readable)}
         if layout.divided:  # among the readable ones, so that no split is empty without need
-            readable = _with_test([replace(file, split="train" if file.split == "test" else file.split) for file in readable], test_fraction)
+            readable = [replace(file, split="train") if file.split == "test" else file for file in readable]
+            readable = _with_test(readable, test_fraction)
         classes = sorted({file.label for file in readable if file.split == "train" and file.label is not None}, key=class_order)
         skipped += _foreign_classes(layout.files, classes)
         splits = {

@@ -160,11 +160,6 @@ class ImageRows:
         return 4
 
     @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the classes, empty for a split that belongs to no dataset."""
-        return self.split.classes
-
-    @property
     def skipped(self) -> list[str]:
         return []
 

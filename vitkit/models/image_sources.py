@@ -77,7 +77,7 @@ class Files:
         return len(self.paths)
 
     def name(self, index: int) -> str:
-        return printable(self.paths[index], limit=4096)
+        return str(self.paths[index])
 
     def describe(self) -> dict[str, Any]:
         """What an output's metadata says of the source, besides its files."""

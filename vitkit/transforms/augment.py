@@ -91,8 +91,9 @@ def cropped_views(
     """
     steps = list(transform.transforms) if isinstance(transform, Compose) else [transform]
     moves: list[Geometric] = []
-    while steps and isinstance(steps[0], Geometric) and steps[0].axis_aligned:
-        moves.append(steps.pop(0))
+    while steps and isinstance(step := steps[0], Geometric) and step.axis_aligned:
+        moves.append(step)
+        del steps[0]
     # A turn or a shift that comes next belongs to the same sampling; it can read pixels beyond the crop.
     if not moves or (steps and isinstance(steps[0], Geometric)):
         return None

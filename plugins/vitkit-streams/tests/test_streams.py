@@ -32,10 +32,8 @@ def png(value: int = 0, side: int = 8) -> bytes:
 
 
 def build(shards, **options):
-    return datasets.build(
-        "webdataset",
-        **{"urls": str(shards), "img_size": 8, "channels": 1, "cache": str(shards.parent / "cache"), "workers": 2, "val_size": 0, **options},
-    )
+    common = {"urls": str(shards), "img_size": 8, "channels": 1, "cache": str(shards.parent / "cache"), "workers": 2, "val_size": 0}
+    return datasets.build("webdataset", **common | options)
 
 
 def numbers(data, batch, split="train"):

@@ -7,7 +7,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vitkit.data import ImageDataset, ImageSplit, Preprocessing, class_order, held_out, pixel_moments, stratified_indices
+from vitkit.data import (
+    ImageDataset,
+    ImageSplit,
+    Preprocessing,
+    class_order,
+    held_out,
+    pixel_moments,
+    stratified_indices,
+)
 from vitkit.errors import DatasetError, UsageError, nearest, printable
 from vitkit.validation import at_least
 from vitkit_streams.images import Samples, StreamedImages, default_workers
@@ -105,11 +113,11 @@ def assemble(
     if not len(readable):
         raise DatasetError(f"none of {len(sample)} images of {name} can be read: {'; '.join(train.skipped[:3])}")
     preprocessing = Preprocessing((channels, img_size, img_size), *pixel_moments(readable.images))
-    loaded = {"train": train, "val": val.in_memory(), "test": held.in_memory()}
+    train, val_images, test_images = (replace(split, preprocessing=preprocessing) for split in (train, val.in_memory(), held.in_memory()))
     left_out = [*skipped, *val.skipped, *(line for line in held.skipped if line not in val.skipped)]
     return ImageDataset(
-        name, classes, source=source, licence=licence, hub_id=hub_id, notice=_notice(left_out), skipped=left_out, val_note=val_note,
-        **{split: replace(images, preprocessing=preprocessing) for split, images in loaded.items()},
+        name, classes, train, test_images, source, licence, hub_id, notice=_notice(left_out), skipped=left_out, val=val_images,
+        val_note=val_note,
     )  # fmt: skip
 
 
