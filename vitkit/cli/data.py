@@ -50,7 +50,8 @@ def get_command(
 
     for name in names:
         dataset = datasets.build(name)
-        out.print(f"{printable(name)}: {len(dataset.train):,} + {len(dataset.val):,} + {len(dataset.test):,} images, {len(dataset.classes)} classes")
+        counts = " + ".join(f"{len(split):,}" for split in (dataset.train, dataset.val, dataset.test))
+        out.print(f"{printable(name)}: {counts} images, {len(dataset.classes)} classes")
 
 
 @app.command("import")
