@@ -77,7 +77,7 @@ def test_eval_prints_values_with_their_protocol_and_writes_them(vitkit, tmp_path
     told = json.loads((tmp_path / "scores.json").read_text())
     assert set(told["scores"]) == {"knn_top1", "linear_top1"}
     for row in told["scores"].values():
-        assert (row["chance"], row["samples"], row["split"]) == (0.1, 355, "test")
+        assert (row["chance"], row["samples"], row["split"]) == (0.1, 382, "test")
         assert f"{row['value']:.4f}" in done.stdout
     assert told["evaluators"]["knn"]["kwargs"] == {"train_size": 200, "k": 3}
     assert told["evaluators"]["linear_probe"]["kwargs"] == {"train_size": 200}
@@ -116,7 +116,7 @@ def test_export_says_what_goes_in_and_comes_out(vitkit, tmp_path):
         (["eval", "features", "--dataset", "digits", "--evaluator", "knn", "--arg", "k=a"], "k is 'a', expected int"),
         (["eval", "features", "--dataset", "digits", "--evaluator", "knn", "--arg", "kk=1"], "takes no argument 'kk'"),
         (["eval", "features", "--dataset", "digits", "--evaluator", "label_retrieval"], "label retrieval needs a model"),
-        (["export", "nowhere"], "where to? give -o FILE"),
+        (["export", "nowhere"], "nowhere is no local directory, so the output has no default place; give -o FILE"),
         (["export", "features", "-o", "x.h5"], "cannot export to x.h5"),
         (["embed", "features", "digits", "-o", "x.npy"], "expected the name of a .safetensors file"),
     ],

@@ -139,16 +139,16 @@ def test_trackers_that_do_not_start_leave_those_of_the_earlier_run(tmp_path):
         start(error=True)
     assert [path.name for path in (tmp_path / "trackers").iterdir()] == ["events"]
     start(error=False)
-    assert [path.name for path in tmp_path.rglob("*")] == ["trackers", "new"]
+    assert [path.name for path in (tmp_path / "trackers").iterdir()] == ["new"]
 
 
 def test_an_earlier_runs_trackers_are_found_again_after_a_kill(finished):
-    (finished / ".trackers").mkdir()
-    (finished / ".trackers" / "events").write_text("old")
+    (finished / ".replaced" / "trackers").mkdir(parents=True)
+    (finished / ".replaced" / "trackers" / "events").write_text("old")
     (finished / "trackers").mkdir()
     Run(finished, device="cpu", overwrite=True).close()
     assert [path.name for path in (finished / "trackers").iterdir()] == ["events"]
-    assert not (finished / ".trackers").exists()
+    assert not (finished / ".replaced").exists()
 
 
 def test_a_runs_own_copy_of_its_recipe_replaces_it_and_goes_on_with_it(vitkit, finished):
@@ -172,7 +172,7 @@ def test_what_was_asked_for_is_kept_beside_what_it_was_resolved_to(vitkit, tmp_p
     }  # fmt: skip
     wrong = vitkit("run", "tiny.py", "--out", "a", "--resume", "--kind", "large")
     assert wrong.returncode == 2
-    assert "--kind was 'auto' when a was started and is now 'large'; leave the flag out to go on" in wrong.stderr
+    assert "--kind was 'auto' when a was started and is now 'large'; leave the flag out to resume" in wrong.stderr
     assert summary_of(tmp_path / "a") == kept  # a refusal changes nothing
     on = vitkit("run", "tiny.py", "--out", "a", "--resume", *asked, "--width", "64", "--precision", kept["settings"]["precision"])
     assert on.returncode == 0, on.stderr
@@ -208,7 +208,7 @@ def test_a_device_that_is_gone(vitkit, tmp_path):
     path.write_text(json.dumps({**kept, "requested": {**kept["requested"], "device": "cuda"}}))
     on = vitkit("run", "tiny.py", "--out", "a", "--resume")
     assert on.returncode == 0, on.stderr
-    assert "a was started with --device cuda: this machine has cpu; going on with --device auto" in on.stderr
+    assert "a was started with --device cuda: this machine has cpu; resuming with --device auto" in on.stderr
 
 
 @pytest.fixture
@@ -223,7 +223,7 @@ def shelf(monkeypatch):
             raise MissingDatasetError("no network")
         return build(name, **kwargs)
 
-    monkeypatch.setattr(data, "build", from_shelf)
+    monkeypatch.setattr("vitkit.data.dataset.build", from_shelf)
     return found
 
 
@@ -286,7 +286,7 @@ def test_a_reproduction_that_is_stopped_goes_on(vitkit, tmp_path):
     assert summary_of(tmp_path / "second one")["final"] == summary_of(first)["final"]
     nowhere = vitkit("reproduce", "first one", "--yes", "--resume")
     assert nowhere.returncode == 2
-    assert "--resume goes on with a reproduction that was stopped: give its directory with --out" in nowhere.stderr
+    assert "--resume continues a reproduction that was stopped: give its directory with --out" in nowhere.stderr
     none = vitkit("reproduce", "first one", "--yes", "--resume", "--out", "third")
     assert none.returncode == 2
     assert "third holds no reproduction of first one that was stopped; leave out --resume to start one" in none.stderr
