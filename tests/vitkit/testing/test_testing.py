@@ -287,7 +287,7 @@ def _changed(**fields: Any) -> Callable[[], ImageDataset]:
     [
         ({"classes": ["one"]}, r"\[splits\] dataset 'shades': train.labels name other classes than 0 … 0"),
         ({"licence": ""}, r"\[fields\] dataset 'shades': licence is ''; expected a text for a person"),
-        ({"test": None}, r"\[splits\] dataset 'shades'.*AttributeError"),
+        ({"test": None}, r"\[splits\] dataset 'shades'.*TypeError"),
     ],
 )
 def test_a_broken_dataset_is_told(fields: dict[str, Any], text: str) -> None:
