@@ -15,7 +15,7 @@ from vitkit.cli.console import cell, err, is_utf8, out
 from vitkit.errors import UsageError, VitkitError, printable
 
 if TYPE_CHECKING:
-    from vitkit.models.saving import Model
+    from vitkit.models.model import Model
 
 PROGRESS_SECONDS = 30.0
 """Seconds between two lines of progress where there is no terminal."""

@@ -144,13 +144,13 @@ def pace(record: Record) -> Plot | None:
     columns = {name: series for name, series in record.pace.items() if series}
     if not columns:
         return None
-    figure, axes = panels(len(columns), height=3.4, width=5.6)
+    figure, axes = panels(len(columns))
     for name, axis, color in zip(columns, axes, (PALETTE[6], PALETTE[7]), strict=False):
         draw(axis, columns[name], color=color)
         fit_axes(axis, [columns[name]], from_zero=True)
         axis.set_title(PACE[name])
     alt = " ".join(_description(PACE[name], series) for name, series in columns.items())
-    return Plot("pace", "Learning rate and speed", figure, alt)
+    return Plot("pace", "Learning rate and speed", figure, alt, wide=len(columns) > 1)
 
 
 def bars(record: Record) -> Plot | None:
