@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from vitkit.distributed.fsdp import full_tensor, local, shard_like
+from vitkit.distributed.fsdp import full_tensor, is_sharded, local, shard_like
 from vitkit.training.processor import has_fast_bf16
 from vitkit.validation import at_least, one_of
 
@@ -97,9 +97,9 @@ class Muon(Optimizer):
             local(parameter).add_(part, alpha=-float(group["lr"]) * scale(*parameter.shape))
 
 
-def like_shards(part: Tensor, like: Tensor) -> Tensor:
-    """A rank's part of a tensor as a tensor that is sharded as `like` is; the part itself where `like` is not sharded."""
-    if not hasattr(like, "full_tensor"):
+def like_shards(part: Tensor, like: Any) -> Tensor:
+    """A rank's part of a tensor as a tensor that is sharded as `like` is; the part itself if `like` is not sharded."""
+    if not is_sharded(like):
         return part
     from torch.distributed.tensor import DTensor
 

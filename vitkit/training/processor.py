@@ -23,11 +23,12 @@ def cpu_unit() -> str:
         "AVX-512": ("_is_avx512_supported", "avx512"),
         "AVX2": ("_is_avx2_supported", "avx2"),
     }
-    limits = [value.lower() for name in ISA_VARIABLES if (value := os.environ.get(name)) and value.lower() != "default"]
     names = list(units)
-    for limit in limits:
-        allowed = [name for name in names if units[name][1] in limit]
-        names = names[names.index(allowed[0]) :] if allowed else []
+    for variable in ISA_VARIABLES:
+        limit = os.environ.get(variable, "").lower()
+        if limit and limit != "default":
+            allowed = [index for index, (_, tag) in enumerate(units.values()) if tag in limit]
+            names = [name for name in list(units)[allowed[0] if allowed else len(units) :] if name in names]
     for name in names:
         check = getattr(torch.cpu, units[name][0], None)
         if check is not None and check():
