@@ -8,10 +8,10 @@ from typing import Annotated, Literal
 
 from vitkit import Run, backbones, evaluators, heads, losses, parse_arguments
 from vitkit.errors import UsageError
+from vitkit.models import feature_cache
 from vitkit.training import muon_adamw, warmup_cosine
 from vitkit.transforms import Compose, RandomAffine
 from vitkit.validation import at_least
-from vitkit_eval import feature_cache
 from vitkit_jepa import JEPA
 
 PRESETS = {

@@ -1,4 +1,4 @@
-"""The README's Python examples run as they stand there."""
+"""The Python examples of the READMEs run as they stand there."""
 
 import re
 from pathlib import Path
@@ -9,15 +9,29 @@ import vitkit
 from vitkit.cli.run import run
 from vitkit.data import build
 
-README = Path(__file__).parent.parent / "README.md"
-BLOCKS = re.findall(r"<!-- run: (\w+) -->\n```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+ROOT = Path(__file__).parent.parent
+READMES = [ROOT / folder / "README.md" for folder in (".", "plugins", "vitkit/models")]
+BLOCKS = [
+    block
+    for readme in READMES
+    for block in re.findall(r"<!-- run: (\w+) -->\n```python\n(.*?)```", readme.read_text(encoding="utf-8"), flags=re.DOTALL)
+]
 
 
-def test_the_readme_holds_examples():
+def test_the_readmes_hold_examples():
     assert {name for name, _ in BLOCKS} >= {"recipe", "plugin", "load", "use"}
 
 
-@pytest.mark.parametrize(("name", "code"), [block for block in BLOCKS if block[0] not in ("recipe",)])
+
+def test_every_relative_link_of_a_readme_leads_somewhere():
+    for readme in ROOT.rglob("README.md"):
+        if ".venv" in readme.parts:
+            continue
+        for target in re.findall(r"\]\(([^)#]+)", readme.read_text(encoding="utf-8")):
+            assert "://" in target or (readme.parent / target).exists(), f"{readme}: {target}"
+
+
+@pytest.mark.parametrize(("name", "code"), [block for block in BLOCKS if block[0] != "recipe"])
 def test_an_example_runs(name, code, tmp_path, monkeypatch, trained_run):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()

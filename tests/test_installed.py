@@ -18,7 +18,8 @@ from vitkit.cli.scaffold import new_plugin
 from vitkit.registry import KINDS
 from vitkit.testing import CHECKS
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PLUGINS_README = ROOT / "plugins" / "README.md"
 
 pytestmark = pytest.mark.slow
 
@@ -97,8 +98,8 @@ def env(tmp_path_factory: pytest.TempPathFactory) -> Environment:
 
 
 def test_the_readmes_first_plugin_works_as_it_stands(env: Environment):
-    (script,) = re.findall(r"<!-- shell: plugin -->\n```bash\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
-    (env.folder / "recipes").symlink_to(README.parent / "recipes")
+    (script,) = re.findall(r"<!-- shell: plugin -->\n```bash\n(.*?)```", PLUGINS_README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    (env.folder / "recipes").symlink_to(ROOT / "recipes")
     said = env.call(["sh", "-e", "-c", script])
     assert "my-head registers the head 'my_head'" in said
     assert re.search(r"my_head +│ my-head +│ 0\.1\.0", said)

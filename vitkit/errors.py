@@ -1,10 +1,11 @@
-"""What can go wrong, as exceptions that a person can act on.
+"""Exceptions with messages that a person can act on, and the function that makes foreign text safe to print.
 
-Every message says what was given, what was expected and what to do next. The command line prints the
-message alone and leaves with `exit_code`; `--debug` adds the traceback.
+Every message says what was given, what was expected and what to do next. The command line prints the message and exits with
+`exit_code`; `--debug` adds the traceback.
 """
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
 
 
@@ -15,17 +16,17 @@ class VitkitError(Exception):
 
 
 class UsageError(VitkitError):
-    """The caller asked for something that cannot be: the command line exits with 2."""
+    """The caller gave an argument that is not valid: the command line exits with 2."""
 
     exit_code = 2
 
 
 class UnknownNameError(UsageError):
-    """A registry was asked for a name that nothing registers."""
+    """No plugin registers the name that a registry was asked for."""
 
 
 class AmbiguousNameError(UsageError):
-    """Two distributions register one name and the caller named no distribution."""
+    """Two distributions register the same name, and the caller named no distribution."""
 
 
 class ArgumentsError(UsageError):
@@ -33,15 +34,15 @@ class ArgumentsError(UsageError):
 
 
 class PluginError(VitkitError):
-    """A plugin is installed but cannot be imported, or what it registers is no callable."""
+    """An installed plugin cannot be imported, or it registers something that is not callable."""
 
 
 class ConformanceError(VitkitError, AssertionError):
-    """A registered component does not do what the contract of its kind asks."""
+    """A registered component does not follow the contract of its kind."""
 
 
 class RecipeError(UsageError):
-    """A recipe file is missing, cannot be read, or its `main` cannot be turned into flags."""
+    """A recipe file is missing or unreadable, or the arguments of its `main` do not give flags."""
 
 
 class DatasetError(VitkitError):
@@ -49,7 +50,7 @@ class DatasetError(VitkitError):
 
 
 class MissingDatasetError(DatasetError):
-    """A dataset is neither in the store nor could it be downloaded."""
+    """A dataset is not in the store, and it could not be downloaded."""
 
 
 class CheckpointError(VitkitError):
@@ -61,18 +62,48 @@ class MissingPluginError(CheckpointError):
 
 
 class HubError(VitkitError):
-    """The Hub cannot be reached, refuses what was asked, or holds something that is not taken from it."""
+    """The Hub is not reachable, refuses the request, or holds a file that vitkit does not accept."""
 
 
 class RunError(VitkitError):
-    """A run cannot start, go on or be written."""
+    """A run cannot start, continue or write its files."""
 
 
 class RunDirectoryError(UsageError):
     """A run directory is in use or already holds a run."""
 
 
+JOINERS = "\u200c\u200d"
+"""Zero-width characters that Persian text and emoji need; they move nothing on the screen."""
+
+
+def printable(text: object, limit: int = 300) -> str:
+    """Return `text` in one line that is safe to print: every foreign string takes this way to a terminal or a log.
+
+    Line breaks and tabs become spaces. Control characters, bidirectional overrides, invisible characters and undecodable bytes of
+    file names become visible escapes such as `\\x1b`. Text longer than `limit` characters is cut, and ends with `…`.
+    Square brackets stay: print with `markup=False` or as `rich.text.Text`.
+    """
+    try:
+        words = str(text)
+    except Exception as error:  # the text of a plugin's exception is the plugin's code
+        words = f"<{type(text).__name__} without text: {type(error).__name__}>"
+    if len(words) > limit:
+        words = words[: max(0, limit - 1)] + "…"
+    return "".join(map(_visible, words))
+
+
+def _visible(character: str) -> str:
+    if " " <= character <= "~" or character in JOINERS:
+        return character
+    if character in "\t\n\r\v\f\x85\u2028\u2029":
+        return " "
+    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Cn", "Co"):
+        return character.encode("unicode_escape").decode("ascii")
+    return character
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the known names nearest to `word`, or an empty string."""
-    found = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
-    return f"; did you mean {' or '.join(repr(name) for name in found)}?" if found else ""
+    names = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(repr(name) for name in names)}?" if names else ""

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from vitkit.cli.run import SETTINGS, requested
 from vitkit.errors import RunDirectoryError, RunError, UsageError
 from vitkit.hub.client import resolve
 from vitkit.runs.directory import fresh, read_summary
+from vitkit.runs.settings import SETTINGS, requested
 from vitkit.training.accelerator import resolve_device, resolve_precision
 from vitkit.training.launch import execute
 from vitkit.training.recipe import Recipe, typed

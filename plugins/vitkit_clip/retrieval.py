@@ -13,19 +13,10 @@ from vitkit.contracts import Attention, Confusion, Measurement, ReportFigure, Sc
 from vitkit.data import Preprocessing
 from vitkit.distributed import all_gather, rank, world_size
 from vitkit.errors import UsageError, VitkitError
-from vitkit.models import encode_image
+from vitkit.models import Features, encode_image, evaluating
 from vitkit_clip.pairs import FIXED, Pairs, captions
 from vitkit_clip.text import vocabulary_of
-from vitkit_eval import (
-    Features,
-    Ranking,
-    adapted,
-    classification,
-    confusion_matrix,
-    evaluating,
-    rank_relevant,
-    retrieval_scores,
-)
+from vitkit_eval import Ranking, adapted, classification, confusion_matrix, rank_relevant, retrieval_scores
 
 TOPS = (1, 10, 100)
 TEXTS = 500

@@ -12,10 +12,10 @@ from torch import Tensor
 from vitkit.contracts import Sheet
 from vitkit.data import Preprocessing, preprocess
 from vitkit.errors import UsageError
-from vitkit.models import pictures_below, read_picture
+from vitkit.models import evaluating, pictures_below, read_picture
 from vitkit_clip.pairs import Pairs, captions
 from vitkit_clip.retrieval import check_embeddings, check_towers, embed_images, embed_texts
-from vitkit_eval import evaluating, nearest_items
+from vitkit_eval import nearest_items
 
 BATCH = 250
 WIDE = 0.75

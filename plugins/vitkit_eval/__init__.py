@@ -2,12 +2,8 @@
 
 from vitkit_eval.accuracy import Accuracy
 from vitkit_eval.features import (
-    Features,
     classification,
     confusion_matrix,
-    evaluating,
-    extract_features,
-    feature_cache,
     frozen_features,
     topk_accuracy,
 )
@@ -22,7 +18,6 @@ from vitkit_eval.transfer import Transfer, adapted
 __all__ = [
     "KNN",
     "Accuracy",
-    "Features",
     "FewShot",
     "LinearProbe",
     "Ranking",
@@ -31,9 +26,6 @@ __all__ = [
     "adapted",
     "classification",
     "confusion_matrix",
-    "evaluating",
-    "extract_features",
-    "feature_cache",
     "fit_logistic",
     "frozen_features",
     "nearest_items",

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from vitkit import backbones, heads
 from vitkit.contracts import Scores
 from vitkit.errors import UsageError
-from vitkit_eval.features import check_labels, classification, evaluating, extract_features
+from vitkit.models import evaluating, extract_features
+from vitkit_eval.features import check_labels, classification
 
 
 class Accuracy:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from vitkit.contracts import Measurement, Scores
 from vitkit.errors import UsageError
-from vitkit_eval.features import Features, FrozenProbe, check_classes
+from vitkit.models import Features
+from vitkit_eval.features import FrozenProbe, check_classes
 
 
 class FewShot(FrozenProbe):

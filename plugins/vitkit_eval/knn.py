@@ -8,7 +8,8 @@ from torch import Tensor
 
 from vitkit.contracts import Scores
 from vitkit.errors import UsageError
-from vitkit_eval.features import Features, FrozenProbe, check_classes, classification
+from vitkit.models import Features
+from vitkit_eval.features import FrozenProbe, check_classes, classification
 
 SIMILARITIES = 2**25
 """How many similarities of test to training images stand in memory at once: 128 MiB, whatever the training set."""

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from vitkit.contracts import Scores
 from vitkit.errors import UsageError
-from vitkit_eval.features import Features, FrozenProbe, check_classes, classification
+from vitkit.models import Features
+from vitkit_eval.features import FrozenProbe, check_classes, classification
 
 
 class LinearProbe(FrozenProbe):

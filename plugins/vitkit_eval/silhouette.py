@@ -8,7 +8,8 @@ from torch import Tensor
 
 from vitkit.contracts import Measurement, Scores
 from vitkit.errors import UsageError
-from vitkit_eval.features import Features, check_labels, extract_features
+from vitkit.models import Features, extract_features
+from vitkit_eval.features import check_labels
 
 DISTANCES = 2**24
 """How many distances stand in memory at once: 128 MiB, however many images there are."""

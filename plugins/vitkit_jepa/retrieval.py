@@ -10,8 +10,8 @@ from vitkit import backbones, heads
 from vitkit.contracts import Attention, Confusion, Embeddings, Measurement, ReportFigure, Scores
 from vitkit.distributed import all_gather, rank, world_size
 from vitkit.errors import UsageError
+from vitkit.models import evaluating
 from vitkit_eval import confusion_matrix
-from vitkit_eval.features import evaluating
 
 SHOWN = 2_000
 """Test embeddings handed to the report's map: more make its picture no clearer."""

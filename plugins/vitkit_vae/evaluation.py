@@ -4,7 +4,8 @@ from typing import Any, Literal
 
 from vitkit import evaluators
 from vitkit.contracts import Scores
-from vitkit_eval import adapted, feature_cache
+from vitkit.models import feature_cache
+from vitkit_eval import adapted
 from vitkit_vae.transfer import PatchFeatures
 
 

@@ -11,7 +11,7 @@ from vitkit import backbones, heads
 from vitkit.contracts import Measurement, Scores
 from vitkit.distributed import all_gather, all_reduce_sum, rank, world_size
 from vitkit.errors import UsageError, VitkitError
-from vitkit_eval import evaluating
+from vitkit.models import evaluating
 from vitkit_vae.generate import classes_of, decoder_of, encode, reconstruct, reconstructions
 
 BATCH = 500

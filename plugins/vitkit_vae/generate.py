@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vitkit.contracts import Attention, Embeddings, ReportFigure, Sheet
 from vitkit.data import ImageSplit
 from vitkit.errors import UsageError
-from vitkit_eval import evaluating, extract_features
+from vitkit.models import evaluating, extract_features
 
 DECODED = 256
 """So many images are decoded at once."""

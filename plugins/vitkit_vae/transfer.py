@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from vitkit.data import ImageSplit
 from vitkit.errors import UsageError
-from vitkit_eval import evaluating
+from vitkit.models import evaluating
 
 
 class PatchFeatures(nn.Module):

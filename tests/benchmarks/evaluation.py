@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 
 from vitkit import backbones, evaluators, heads, losses
 from vitkit.data import Stored, from_store
-from vitkit_eval import Features
+from vitkit.models import Features
 from vitkit_jepa import JEPA
 
 from .timing import Options, Row, in_turn, share, times

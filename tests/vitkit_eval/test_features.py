@@ -10,14 +10,8 @@ from torch import Tensor, nn
 from vitkit import evaluators
 from vitkit.data import Stored, from_store
 from vitkit.errors import UsageError, VitkitError
-from vitkit_eval import (
-    confusion_matrix,
-    evaluating,
-    extract_features,
-    feature_cache,
-    frozen_features,
-    topk_accuracy,
-)
+from vitkit.models import evaluating, extract_features, feature_cache
+from vitkit_eval import confusion_matrix, frozen_features, topk_accuracy
 
 NAMES = ["linear_probe", "knn"]
 ALL = [*NAMES, "few_shot", "silhouette"]
@@ -193,7 +187,7 @@ def test_what_cannot_be_measured_says_so(dataset, encoder):
         extract_features(broken, dataset.test)
     with pytest.raises(UsageError, match="the split to evaluate on holds no images"):
         extract_features(encoder, dataset.test.subset(torch.arange(0)))
-    with pytest.raises(UsageError, match=r"hides labels \(-1\); give the dataset as it was before mask_labels"):
+    with pytest.raises(UsageError, match=r"has masked labels \(-1\); give the dataset as it was before mask_labels"):
         extract_features(encoder, dataset.train.mask_labels(0.5))
     with pytest.raises(UsageError, match=r"Flatten gave \(45, 16\) for 45 images; expected tokens \(45, n, d\)"):
         extract_features(nn.Flatten(), dataset.test)

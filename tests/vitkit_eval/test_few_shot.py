@@ -7,7 +7,8 @@ from sklearn.neighbors import NearestCentroid
 
 from vitkit import evaluators
 from vitkit.errors import UsageError
-from vitkit_eval import Features, FewShot
+from vitkit.models import Features
+from vitkit_eval import FewShot
 from vitkit_eval.few_shot import _draws, nearest_centroid
 
 CLASSES = ["a", "b", "c", "d"]

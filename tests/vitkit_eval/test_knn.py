@@ -7,7 +7,8 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from vitkit import evaluators
 from vitkit.errors import UsageError
-from vitkit_eval import KNN, Features, knn
+from vitkit.models import Features
+from vitkit_eval import KNN, knn
 from vitkit_eval.knn import nearest, vote
 
 

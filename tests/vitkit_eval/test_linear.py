@@ -7,7 +7,8 @@ from sklearn.linear_model import LogisticRegression
 
 from vitkit import evaluators
 from vitkit.errors import UsageError
-from vitkit_eval import Features, LinearProbe, fit_logistic
+from vitkit.models import Features
+from vitkit_eval import LinearProbe, fit_logistic
 from vitkit_eval.linear import moments
 
 

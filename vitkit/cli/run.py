@@ -4,31 +4,16 @@ import inspect
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
 from rich.console import Console
 
 from vitkit.errors import RunDirectoryError, UsageError
 from vitkit.runs.directory import read_summary
+from vitkit.runs.settings import FREE, ONE_WAY, SETTINGS, requested
 from vitkit.training.recipe import Recipe, plain, typed
 
-SETTINGS: dict[str, tuple[Any, Any, str]] = {
-    "out": (Path | None, None, "the run's directory; default runs/RECIPE/TIME"),
-    "seed": (int, 0, "fixes every random choice"),
-    "device": (Literal["auto", "cpu", "cuda", "mps"], "auto", "where to compute"),
-    "precision": (Literal["auto", "fp32", "bf16", "fp16"], "auto", "auto: bf16 where the hardware has it"),
-    "compile": (Literal["auto", "on", "off"], "auto", "compile the model; auto decides by the length of the run"),
-    "resume": (bool, False, "go on with the run in --out, or with the newest unfinished one"),
-    "overwrite": (bool, False, "replace the run in --out"),
-    "grad_accum": (int, 1, "batches whose gradient is taken together before a step"),
-    "report_to": (str, "csv", "csv and accelerate's trackers, e.g. csv,tensorboard"),
-    "dry_run": (bool, False, "show every resolved value and build the model, without training"),
-    "devices": (int | None, None, "with --dry-run: memory, FLOPs and time of a run on so many devices"),
-}
-ONE_WAY = ("resume", "overwrite", "dry_run")
-FREE = ("device", "compile", "report_to")
-"""Settings that a run may go on with other ones of."""
 PANEL = "Every run"
 
 
@@ -70,10 +55,10 @@ def _command(recipe: Recipe) -> Any:
         default = ... if flag.default is flag.empty else flag.default
         option = typer.Option(help=text, rich_help_panel="The recipe")
         parameters.append(_parameter(name, Annotated[hint, option], default))
-    for name, (hint, default, text) in SETTINGS.items():
+    for name, setting in SETTINGS.items():
         names = (f"--{name.replace('_', '-')}",) if name in ONE_WAY else ()
-        option = typer.Option(*names, help=text, rich_help_panel=PANEL)
-        parameters.append(_parameter(name, Annotated[hint, option], default))
+        option = typer.Option(*names, help=setting.help, rich_help_panel=PANEL)
+        parameters.append(_parameter(name, Annotated[setting.annotation, option], setting.default))
     command.__dict__["__signature__"] = inspect.Signature(parameters)
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
@@ -121,18 +106,9 @@ def _recorded(
         values[name] = typed(recipe.flags[name].annotation, asked[name]) if name in flags else asked[name]
     if "device" not in given:
         settings["device"] = _device(settings["device"], directory, console)
-    given |= {name for name in asked if name in settings and settings[name] != SETTINGS[name][1]}
+    given |= {name for name in asked if name in settings and settings[name] != SETTINGS[name].default}
     given |= {name for name in flags if name in asked and flags[name] != recipe.flags[name].default}
     return {**settings, "out": directory}, flags
-
-
-def requested(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run was asked for, by a recipe's flags and the runner's settings, before anything was resolved."""
-    found = summary.get("requested")
-    if isinstance(found, dict):
-        return dict(found)
-    settings = summary.get("settings", {})  # a run of before this was recorded
-    return {**summary.get("arguments", {}), **{name: settings[name] for name in ("seed", "precision", "grad_accum") if name in settings}}
 
 
 def _is_copy(path: Path, directory: Path) -> bool:
@@ -167,4 +143,4 @@ def _command_line(recipe: Recipe, values: Mapping[str, Any], given: set[str]) ->
     return shlex.join(words)
 
 
-__all__ = ["SETTINGS", "requested", "run"]
+__all__ = ["run"]

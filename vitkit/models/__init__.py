@@ -1,7 +1,20 @@
 """Saved models: loading, features, prediction, embedding of whole folders and export."""
 
+from vitkit.models.features import Features, encode_image, evaluating, extract_features, feature_cache
 from vitkit.models.image_sources import pictures_below, read_picture
 from vitkit.models.predict import Prediction
-from vitkit.models.saving import Model, encode_image, load, save
+from vitkit.models.saving import Model, load, save
 
-__all__ = ["Model", "Prediction", "encode_image", "load", "pictures_below", "read_picture", "save"]
+__all__ = [
+    "Features",
+    "Model",
+    "Prediction",
+    "encode_image",
+    "evaluating",
+    "extract_features",
+    "feature_cache",
+    "load",
+    "pictures_below",
+    "read_picture",
+    "save",
+]

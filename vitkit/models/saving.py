@@ -18,6 +18,7 @@ from vitkit.contracts import Scores
 from vitkit.data.preprocess import Preprocessing, preprocess
 from vitkit.errors import CheckpointError, MissingPluginError, UnknownNameError, UsageError
 from vitkit.files import atomic_write, write_json
+from vitkit.models.features import encode_image
 from vitkit.models.image_sources import prepared
 from vitkit.models.memory_limit import MemoryLimit, check_size
 from vitkit.models.predict import Prediction, predict
@@ -107,22 +108,6 @@ class Model(nn.Module):
         from vitkit.models.export import export
 
         return export(self, out, overwrite=overwrite)
-
-
-def encode_image(backbone: Any, images: Tensor) -> Tensor:
-    """Pooled features `(b d)`: a backbone's own `encode_image`, or the mean over its tokens `(b n d)`.
-
-    Raises `UsageError` where it returns something else.
-    """
-    pooled = getattr(backbone, "encode_image", None)
-    found = (backbone if pooled is None else pooled)(images)
-    axes = 3 if pooled is None else 2
-    # Sizes rather than len(), which an export would take for the constant that it saw.
-    if not isinstance(found, Tensor) or found.ndim != axes or found.shape[0] != images.shape[0]:
-        what = f"tokens ({len(images)}, n, d)" if pooled is None else f"encode_image to give ({len(images)}, d)"
-        given = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise UsageError(f"{type(backbone).__name__} gave {given} for {len(images)} images; expected {what}")
-    return found.mean(dim=1) if pooled is None else found
 
 
 def save(
@@ -330,4 +315,4 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") if names else "nothing"
 
 
-__all__ = ["Model", "VersionWarning", "check", "encode_image", "load", "save"]
+__all__ = ["Model", "VersionWarning", "check", "load", "save"]

@@ -182,7 +182,7 @@ def test_taking_some_takes_of_every_class_alike():
     assert torch.equal(some.images, split().stratified_subset(20, seed=1).images)
     assert not torch.equal(some.images, split().stratified_subset(20, seed=2).images)
     assert len(split().stratified_subset(1000)) == 50
-    with pytest.raises(UsageError, match=r"take\(0\): expected at least 1 image"):
+    with pytest.raises(UsageError, match=r"stratified_subset\(0\): expected at least 1 image"):
         split().stratified_subset(0)
 
 

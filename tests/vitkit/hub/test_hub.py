@@ -56,7 +56,7 @@ def test_a_model_is_loaded_by_its_name(hub_server, model_run, monkeypatch, tmp_p
 
 
 def test_the_readme_loads_what_it_pushes(hub_server, model_run, monkeypatch, tmp_path):
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parents[3] / "vitkit/hub/README.md").read_text(encoding="utf-8")
     code = re.search(r"(?s)<!-- hub: load -->\n```python\n(.*?)```", readme)[1]
     client.push(model_run, "me/jepa-mnist")
     monkeypatch.chdir(tmp_path)

@@ -1,0 +1,48 @@
+"""The settings that the runner adds to every recipe's flags, and the values that a run was asked for."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting of the runner: the type that its flag parses, its default value and its help text."""
+
+    annotation: Any
+    default: Any
+    help: str
+
+
+SETTINGS: dict[str, Setting] = {
+    "out": Setting(Path | None, None, "the run's directory (default: runs/RECIPE/TIME)"),
+    "seed": Setting(int, 0, "fixes every random choice"),
+    "device": Setting(Literal["auto", "cpu", "cuda", "mps"], "auto", "device to compute on"),
+    "precision": Setting(Literal["auto", "fp32", "bf16", "fp16"], "auto", "auto: bf16 where the hardware supports it"),
+    "compile": Setting(Literal["auto", "on", "off"], "auto", "compile the model; auto decides by the length of the run"),
+    "resume": Setting(bool, False, "resume the run in --out, or the newest unfinished one"),
+    "overwrite": Setting(bool, False, "replace the run in --out"),
+    "grad_accum": Setting(int, 1, "batches whose gradients are added up before a step"),
+    "report_to": Setting(str, "csv", "csv and accelerate's trackers, e.g. csv,tensorboard"),
+    "dry_run": Setting(bool, False, "show every resolved value and build the model, without training"),
+    "devices": Setting(int | None, None, "with --dry-run: memory, FLOPs and time of a run on this many devices"),
+}
+
+ONE_WAY = ("resume", "overwrite", "dry_run")
+"""Switches without a `--no-` form."""
+
+FREE = ("device", "compile", "report_to")
+"""Settings that may change when a run is resumed."""
+
+
+def requested(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that a run was asked for, by name: the recipe's flags and the runner's settings, before anything was resolved."""
+    recorded = summary.get("requested")
+    if isinstance(recorded, Mapping):
+        return dict(recorded)
+    settings = summary.get("settings", {})  # older summaries have no "requested"
+    return {**summary.get("arguments", {}), **{name: settings[name] for name in ("seed", "precision", "grad_accum") if name in settings}}
+
+
+__all__ = ["FREE", "ONE_WAY", "SETTINGS", "Setting", "requested"]
