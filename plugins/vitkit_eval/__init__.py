@@ -1,11 +1,17 @@
 """Evaluators of frozen features, and of a model's own classifier."""
 
 from vitkit_eval.accuracy import Accuracy
+from vitkit_eval.collapse import RankMe, AlphaReQ, FeatureStd, LiDAR
 from vitkit_eval.features import (
+    FeatureEvaluator,
+    FrozenProbe,
+    check_labels,
     classification,
     confusion_matrix,
     frozen_features,
-    topk_accuracy,
+    model_classes,
+    named,
+    split_of,
 )
 from vitkit_eval.few_shot import FewShot
 from vitkit_eval.knn import KNN
@@ -13,9 +19,20 @@ from vitkit_eval.linear import LinearProbe, fit_logistic
 from vitkit_eval.ranking import Ranking, nearest_items, rank_relevant
 from vitkit_eval.retrieval import retrieval_scores
 from vitkit_eval.silhouette import Silhouette
+from vitkit_eval.ties import topk_accuracy
 from vitkit_eval.transfer import Transfer, adapted
 
 __all__ = [
+    "AlphaReQ",
+    "FeatureEvaluator",
+    "FeatureStd",
+    "FrozenProbe",
+    "LiDAR",
+    "RankMe",
+    "check_labels",
+    "model_classes",
+    "named",
+    "split_of",
     "KNN",
     "Accuracy",
     "FewShot",
