@@ -6,7 +6,7 @@ Importing it imports no torch: what needs torch is loaded when it is first asked
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from vitkit.registry import REGISTRIES, Registry, Spec, backbones, datasets, evaluators, heads, losses
+from vitkit.registry import REGISTRIES, Component, Registry, Spec, backbones, datasets, evaluators, heads, losses
 
 if TYPE_CHECKING:
     from vitkit.contracts import Scores
@@ -34,6 +34,7 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "REGISTRIES",
+    "Component",
     "Model",
     "Registry",
     "Run",

@@ -5,6 +5,7 @@ Every message says what was given, what was expected and what to do next. The co
 """
 
 import difflib
+import shlex
 import unicodedata
 from collections.abc import Iterable
 
@@ -101,6 +102,11 @@ def _visible(character: str) -> str:
     if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Cn", "Co"):
         return character.encode("unicode_escape").decode("ascii")
     return character
+
+
+def shell_command(*words: object) -> str:
+    """A command that a person may paste into a shell: every word is printable and quoted."""
+    return shlex.join(printable(word) for word in words)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

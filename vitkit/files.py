@@ -1,17 +1,18 @@
-"""Files that are written whole or not at all."""
+"""Atomic file writes, and the rule for output files that exist already."""
 
 import errno
 import json
 import os
-import tempfile
-from collections.abc import Iterator
+import secrets
+import stat
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vitkit.errors import RunError
+from vitkit.errors import RunError, UsageError, printable
 
-_WAYS_OUT = {
+_SOLUTIONS = {
     errno.ENOSPC: "free some room, or choose another --out",
     errno.EDQUOT: "free some room, or choose another --out",
     errno.EACCES: "choose a directory that you may write to",
@@ -21,22 +22,22 @@ _WAYS_OUT = {
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path`; when the block ends well it takes the place of `path` in one step.
+    """Yield a temporary path beside `path`; when the block ends without an exception, it replaces `path` in one step.
 
-    When the block raises, `path` is as it was and nothing is left behind. Raises `RunError` where the file
-    cannot be written, with what to do.
+    When the block raises, `path` is unchanged and no temporary file is left. A file that is replaced keeps its permissions; a new
+    file gets those of the umask. A symbolic link is replaced and never followed. Raises `RunError` where the file cannot be written.
     """
     path = Path(path)
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
-        os.close(descriptor)
-        temporary = Path(name)
+        mode = _mode(path)
+        temporary = _create(path, 0o666 if mode is None else 0o600)
         yield temporary
-        with temporary.open("r+b") as file:  # Windows flushes only what may be written to
+        with temporary.open("r+b") as file:  # Windows flushes only files that are open for writing
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
+        if mode is not None:
+            temporary.chmod(mode)
         os.replace(temporary, path)
         _sync_directory(path.parent)
         temporary = None
@@ -47,31 +48,71 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def _mode(path: Path) -> int | None:
+    """The permissions of a regular file, None where there is none."""
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return None
+    return stat.S_IMODE(status.st_mode) if stat.S_ISREG(status.st_mode) else None
+
+
+def _create(path: Path, mode: int) -> Path:
+    """A new empty file beside `path`. The system applies the umask, so that it is neither read nor changed here."""
+    while True:
+        temporary = path.with_name(f".{path.name[:60]}.{secrets.token_hex(4)}.partial")
+        try:
+            os.close(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode))
+        except FileExistsError:
+            continue
+        return temporary
+
+
 def is_leftover(path: Path) -> bool:
-    """Whether a file is one that `atomic_write` could not finish, for its process was killed."""
+    """Whether `path` is named as the unfinished file of an `atomic_write` whose process was killed."""
     return path.name.startswith(".") and path.suffix == ".partial"
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove the unfinished files of killed processes in a directory and below; nobody else may be writing there."""
+    """Remove the unfinished files of killed processes in a directory and below; no other process may write there."""
     for path in directory.rglob(".*.partial"):
         path.unlink(missing_ok=True)
 
 
+def check_output(
+    path: Path, *, overwrite: bool, is_ours: Callable[[Path], bool], kind: str, option: str = "-o"
+) -> None:
+    """Check an output file before the work begins: a file is replaced only on request, and only if the command wrote it.
+
+    `is_ours` tells whether an existing file is an earlier output of the same command, `kind` names such a file ("a file of
+    scores"). Raises `UsageError` for a directory, for an existing file without `overwrite`, and for a file that is not ours.
+    """
+    if path.is_dir():
+        raise UsageError(f"{option} {printable(path)} is a directory; expected the name of {kind}")
+    if not (path.exists() or path.is_symlink()):
+        return
+    if not overwrite:
+        raise UsageError(f"{option} {printable(path)} exists already; choose another name, or give --overwrite")
+    if path.is_symlink() or not is_ours(path):
+        raise UsageError(
+            f"{option} {printable(path)} is not {kind}, so --overwrite does not replace it; choose another name"
+        )
+
+
 def explain(path: Path, error: OSError) -> str:
     """`cannot write PATH: No space left on device; free some room, ...`."""
-    way = _WAYS_OUT.get(error.errno or 0, "nothing was left half-written")
-    return f"cannot write {path}: {error.strerror or error}; {way}"
+    solution = _SOLUTIONS.get(error.errno or 0, "nothing was left half-written")
+    return f"cannot write {printable(path)}: {error.strerror or error}; {solution}"
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write `text` as UTF-8, whole or not at all."""
+    """Write `text` as UTF-8 in one step; undecodable bytes of file names become escapes such as `\\udce9`, also valid in JSON."""
     with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as indented JSON, whole or not at all; numbers that are not finite become null."""
+    """Write `value` as indented JSON in one step; numbers that are not finite become null."""
     write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False) + "\n")
 
 
@@ -85,14 +126,8 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def _sync_directory(directory: Path) -> None:
-    """Make the new name last through a power failure, where directories can be opened (not on Windows)."""
+    """Let the new name survive a power failure, where directories can be opened (not on Windows)."""
     try:
         descriptor = os.open(directory, os.O_RDONLY)
     except OSError:

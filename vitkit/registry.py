@@ -330,6 +330,28 @@ def fits(value: Any, annotation: Any) -> bool:
     return True
 
 
+@dataclass(frozen=True, init=False)
+class Component:
+    """A registered name with keyword arguments, not built yet: `Component("head", "mlp", hidden=256)`.
+
+    As the default of a recipe's argument it makes two flags, see `vitkit.training.recipe`.
+    """
+
+    kind: str
+    name: str
+    kwargs: dict[str, Any]
+
+    def __init__(self, kind: str, name: str, /, **kwargs: Any) -> None:
+        for field_name, value in (("kind", kind), ("name", name), ("kwargs", kwargs)):
+            object.__setattr__(self, field_name, value)
+        if kind not in KINDS:
+            raise UsageError(f"no registry for kind {kind!r}{nearest(kind, KINDS)}; expected one of {', '.join(KINDS)}")
+
+    def build(self, **kwargs: Any) -> Any:
+        """Build it through its registry; of equal names the component's own arguments win. Errors are those of `Registry.build`."""
+        return REGISTRIES[self.kind].build(self.name, **{**kwargs, **self.kwargs})
+
+
 backbones = Registry("backbone")
 heads = Registry("head")
 losses = Registry("loss")

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic file writes, and output files that exist already."""
 
 import errno
 import json
@@ -8,8 +8,8 @@ import threading
 
 import pytest
 
-from vitkit.errors import RunError
-from vitkit.files import atomic_write, write_json, write_text
+from vitkit.errors import RunError, UsageError
+from vitkit.files import atomic_write, check_output, write_json, write_text
 
 
 def test_a_file_takes_its_place_in_one_step_and_only_when_all_went_well(tmp_path):
@@ -105,3 +105,63 @@ def test_what_is_flushed_may_be_written_to(tmp_path, monkeypatch):
     monkeypatch.setattr("vitkit.files.os.fsync", noting)
     write_text(tmp_path / "file.txt", "x")
     assert modes == [os.O_RDWR]
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o755])
+def test_a_file_that_is_replaced_keeps_its_permissions(tmp_path, mode):
+    path = tmp_path / "secret.json"
+    path.write_text("before")
+    path.chmod(mode)
+    seen = []
+    with atomic_write(path) as temporary:
+        temporary.write_text("after")
+        seen.append(stat.S_IMODE(temporary.stat().st_mode))
+    assert stat.S_IMODE(path.stat().st_mode) == mode
+    assert seen == [0o600]
+    assert path.read_text() == "after"
+
+
+def test_the_umask_is_never_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        os, "umask", lambda mask: pytest.fail("other threads would create files that everyone may write")
+    )
+    write_text(tmp_path / "new", "x")
+    write_text(tmp_path / "new", "y")
+
+
+def test_a_link_is_replaced_and_its_target_stays(tmp_path):
+    (tmp_path / "target").write_text("precious")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    write_text(tmp_path / "link", "new")
+    assert (tmp_path / "target").read_text() == "precious"
+    assert not (tmp_path / "link").is_symlink()
+    assert (tmp_path / "link").read_text() == "new"
+
+
+def test_a_name_as_long_as_the_file_system_allows_can_be_written(tmp_path):
+    write_text(tmp_path / ("x" * 255), "x")
+    assert (tmp_path / ("x" * 255)).read_text() == "x"
+
+
+def test_a_file_name_that_is_not_utf_8_survives_json(tmp_path):
+    write_json(tmp_path / "names.json", {"file": "caf\udce9.png"})
+    assert json.loads((tmp_path / "names.json").read_text()) == {"file": "caf\udce9.png"}
+
+
+def test_an_output_file_is_replaced_only_on_request_and_only_if_it_is_ours(tmp_path):
+    path = tmp_path / "out.json"
+    ours = {"is_ours": lambda path: path.read_text() == "scores", "kind": "a file of scores"}
+    check_output(path, overwrite=False, **ours)
+    path.write_text("scores")
+    with pytest.raises(UsageError, match=r"-o .*out.json exists already; choose another name, or give --overwrite"):
+        check_output(path, overwrite=False, **ours)
+    check_output(path, overwrite=True, **ours)
+    path.write_text("a letter")
+    with pytest.raises(UsageError, match=r"-o .*out.json is not a file of scores, so --overwrite does not replace it"):
+        check_output(path, overwrite=True, **ours)
+    with pytest.raises(UsageError, match="is a directory; expected the name of a file of scores"):
+        check_output(tmp_path, overwrite=True, **ours)
+    path.write_text("scores")
+    (tmp_path / "link").symlink_to(path)
+    with pytest.raises(UsageError, match="--overwrite does not replace it"):
+        check_output(tmp_path / "link", overwrite=True, **ours)

@@ -1,12 +1,14 @@
-"""A run once more: the same numbers here, a verdict within tolerances elsewhere, and never without being asked."""
+"""A run again: the same numbers here, a verdict within tolerances elsewhere, and no code runs without consent."""
 
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 from recipe_text import CLASSIFIER
+from rich.console import Console
 
-from vitkit.reproduce import Verdict, tolerance
+from vitkit.reproduce import Verdict, reproduce, tolerance
 
 RECIPE = (
     '''
@@ -35,7 +37,7 @@ def main(run: Run, epochs: Annotated[int | None, "passes"] = None, kind: Kind = 
         test = next(iter(data.test.batches(355).epoch(0)))
         with torch.no_grad():
             hits = (model.head(test["images"].flatten(1)).argmax(1) == test["labels"]).float().mean()
-        epoch.log(Scores({"top1": hits}, protocols={"top1": Measurement("test", 355, chance=0.1)}))
+        epoch.log(Scores({"top1": hits}, protocols={"top1": Measurement("test", 355, chance=0.1, kind="proportion")}))
     run.save(classifier=model.head)
 '''
 )
@@ -91,7 +93,7 @@ def test_elsewhere_a_metric_has_a_tolerance(vitkit, done):
     assert again.returncode == 0, again.stdout
     assert "95 % of 355 samples" in again.stdout
     assert "5% of the value" in again.stdout
-    assert "not as it was: machine: 'another' then, " in again.stdout
+    assert "not as recorded: machine: 'another' then, " in again.stdout
     change(done, final={**final, "gone": 0.5})
     missing = vitkit("reproduce", "first", "--yes", "--out", "third")
     assert missing.returncode == 1
@@ -101,7 +103,7 @@ def test_nothing_runs_without_consent(vitkit, done, monkeypatch, tmp_path):
     (done / "recipe.py").write_text("raise AssertionError('it ran')")
     silent = vitkit("reproduce", "first", "--out", "second")
     assert silent.returncode == 2
-    assert "nobody is there to be asked whether that code may run; give --yes if you trust it" in silent.stderr
+    assert "nobody can be asked whether this code may run; give --yes if you trust it" in silent.stderr
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     monkeypatch.setattr("typer.confirm", lambda *_, **__: False)
     assert vitkit("reproduce", "first", "--out", "second").returncode == 130
@@ -115,7 +117,7 @@ def test_nothing_runs_without_consent(vitkit, done, monkeypatch, tmp_path):
         (lambda run: (run / "summary.json").write_text("{"), "holds no finished run"),
         (lambda run: (run / "recipe.py").unlink(), "holds no recipe.py: its run was not started with `vitkit run`"),
         (lambda run: change(run, requested={}), "takes epochs, kind, note, rates, which the run's summary does not record"),
-        (lambda run: change(run, requested={"epochs": 1, "kind": "x", "note": ".", "rates": [1.0]}), "'x' is no Kind"),
+        (lambda run: change(run, requested={"epochs": 1, "kind": "x", "note": ".", "rates": [1.0]}), "'x' is not a Kind"),
         (lambda run: change(run, requested=None, arguments={}), "takes epochs, kind, note, rates, which the run's summary does"),
     ],
 )
@@ -127,11 +129,129 @@ def test_what_cannot_be_reproduced(vitkit, done, spoil, text):
     assert "Traceback" not in answer.stderr
 
 
-def test_a_place_without_a_run(vitkit):
-    answer = vitkit("reproduce", "nowhere", "--yes")
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"recipe": "../../x"}, "first/summary.json: recipe is '../../x'; expected the name of a recipe, without folders"),
+        ({"recipe": "/tmp/x"}, "recipe is '/tmp/x'; expected the name"),
+        ({"recipe": ".."}, "recipe is '..'; expected the name"),
+        ({"recipe": "x\x1b[2J"}, "recipe is 'x\\x1b[2J'; expected the name"),
+        ({"recipe": None}, "recipe is None; expected the name"),
+        ({"settings": []}, "settings is []; expected an object"),
+        ({"settings": {"threads": "many"}}, "settings.threads is 'many'; expected a whole number in [1, 4096]"),
+        ({"settings": {"threads": 10**9}}, "settings.threads is 1000000000; expected a whole number"),
+        ({"settings": {"device": 3}}, "settings.device is 3; expected a text"),
+        ({"settings": {"seed": 0.5}}, "settings.seed is 0.5; expected a whole number"),
+        ({"seconds": "long"}, "seconds is 'long'; expected a number"),
+        ({"final": {"top1": "high"}}, "final.top1 is 'high'; expected a number"),
+        ({"protocols": {"top1": 3}}, "protocols.top1 is 3; expected an object"),
+        ({"protocols": {"top1": {"samples": "x"}}}, "protocols.top1.samples is 'x'; expected a whole number"),
+        ({"protocols": {"top1": {"chance": []}}}, "protocols.top1.chance is []; expected a number"),
+        ({"dataset": "digits"}, "dataset is 'digits'; expected an object"),
+        ({"versions": 1}, "versions is 1; expected an object"),
+        ({"requested": 3}, "requested is 3; expected an object"),
+    ],
+)
+def test_a_summary_is_validated_before_anything_is_asked_or_run(vitkit, done, tmp_path, fields, text):
+    change(done, **fields)
+    answer = vitkit("reproduce", "first", "--yes", "--out", "second")
     assert answer.returncode == 2
-    assert "nowhere holds no finished run" in answer.stderr
-    assert "or a repository OWNER/NAME" in answer.stderr
+    assert text in answer.stderr
+    assert "this runs the Python code" not in answer.stderr
+    assert not (tmp_path / "second").exists()
+
+
+def test_a_place_without_a_run(vitkit, tmp_path):
+    (tmp_path / "empty").mkdir()
+    answer = vitkit("reproduce", "empty", "--yes")
+    assert answer.returncode == 2
+    assert "empty holds no finished run" in answer.stderr
+    assert "or a repository hf://OWNER/NAME" in answer.stderr
+
+
+@pytest.mark.parametrize("flags", [["--yes"], ["--trust-remote-code"], ["--yes", "--trust-remote-code"], []])
+def test_a_missing_directory_is_never_fetched_from_the_hub(vitkit, hub_server, flags):
+    answer = vitkit("reproduce", "runs/jepa", *flags)
+    assert answer.returncode == 2
+    assert "there is no directory runs/jepa; give the directory of a finished run" in answer.stderr
+    assert "for a repository of the Hub give hf://runs/jepa" in answer.stderr
+    assert hub_server.requests == []
+
+
+@pytest.fixture
+def published(hub_server, done):
+    """The run `first` as a stranger's repository."""
+    names = ("model.safetensors", "config.json", "summary.json", "recipe.py", "metrics.csv", "losses.csv")
+    hub_server.put("stranger/linear", {name: (done / name).read_bytes() for name in names})
+    return hub_server
+
+
+def test_yes_does_not_cover_code_of_the_hub(vitkit, published, tmp_path):
+    answer = vitkit("reproduce", "hf://stranger/linear", "--yes", "--out", "second")
+    assert answer.returncode == 2
+    assert "(of hf://stranger/linear, SHA-256 " in answer.stderr
+    assert "give --trust-remote-code (--yes does not cover it)" in answer.stderr
+    assert not (tmp_path / "second").exists()
+
+
+def test_code_of_the_hub_runs_after_its_own_flag(vitkit, published, tmp_path):
+    answer = vitkit("reproduce", "hf://stranger/linear", "--trust-remote-code", "--out", "second")
+    assert answer.returncode == 0, answer.stderr
+    assert "every metric agrees" in answer.stdout
+    assert (tmp_path / "second" / "recipe.py").read_text() == RECIPE
+
+
+def test_trust_in_remote_code_does_not_cover_a_local_run(vitkit, done, tmp_path):
+    answer = vitkit("reproduce", "first", "--trust-remote-code", "--out", "second")
+    assert answer.returncode == 2
+    assert "give --yes if you trust it" in answer.stderr
+    assert not (tmp_path / "second").exists()
+
+
+def test_a_local_directory_of_that_name_does_not_replace_a_repository(vitkit, published, tmp_path):
+    (tmp_path / "stranger" / "linear").mkdir(parents=True)
+    answer = vitkit("reproduce", "hf://stranger/linear", "--out", "second")
+    assert "SHA-256" in answer.stderr
+    assert "--trust-remote-code" in answer.stderr
+
+
+@pytest.mark.parametrize("name", ["hf://", "hf://one", "hf://a/b/c", "hf://../x", "hf://a/../b"])
+def test_a_name_that_no_repository_can_have_is_refused(vitkit, hub_server, name):
+    answer = vitkit("reproduce", name, "--trust-remote-code")
+    assert answer.returncode == 2
+    assert "no name of a Hub repository" in answer.stderr
+    assert hub_server.requests == []
+
+
+def test_the_bytes_that_were_hashed_are_the_bytes_that_run(done, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seen = []
+
+    def swap(code):
+        seen.append(code.warning)
+        (done / "recipe.py").write_text("raise AssertionError('the swapped file ran')")
+        (done / "enum.py").write_text("raise AssertionError('a module beside the recipe ran')")
+        return True
+
+    reproduction = reproduce("first", out=Path("second"), confirm=swap, console=Console(stderr=True))
+    assert reproduction is not None
+    assert reproduction.agrees
+    assert hashlib.sha256((tmp_path / "second" / "recipe.py").read_bytes()).hexdigest() in seen[0]
+    assert (tmp_path / "second" / "recipe.py").read_text() == RECIPE
+
+
+def test_the_question_cannot_be_overwritten_by_the_run_that_it_is_about(vitkit, done):
+    change(done, machine="\r\x1b[2K\x1b[1Athis is harmless\x07\u202e")
+    answer = vitkit("reproduce", "first", "--out", "second")
+    assert "\\x1b[2K\\x1b[1Athis is harmless\\x07\\u202e" in answer.stderr
+    assert not set(answer.stderr) & set("\x1b\r\x07\u202e")
+
+
+def test_a_recipe_that_nobody_could_read_is_refused(vitkit, done):
+    (done / "recipe.py").write_bytes(b"#" * (2**20 + 1))
+    answer = vitkit("reproduce", "first", "--yes")
+    assert answer.returncode == 2
+    assert "is longer than 1,048,576 bytes" in answer.stderr
 
 
 def test_tolerances():
@@ -144,8 +264,14 @@ def test_tolerances():
     assert tolerance(0.5, {"samples": 100, "chance": None})[1] == "5% of the value"
 
 
+def test_the_recorded_kind_decides_the_tolerance():
+    error = {"kind": "error", "samples": 10_000, "chance": 0.08}
+    assert tolerance(0.05, error) == (pytest.approx(0.0025), "5% of the value")
+    assert tolerance(0.5, {"kind": "proportion", "samples": 10_000, "chance": None})[1] == "95 % of 10,000 samples"
+
+
 @pytest.mark.parametrize(
-    ("recorded", "found", "agrees"), [(0.5, 0.6, True), (0.5, 0.61, False), (None, None, True), (None, 0.5, False), (0.5, None, False)]
+    ("recorded", "reproduced", "agrees"), [(0.5, 0.6, True), (0.5, 0.61, False), (None, None, True), (None, 0.5, False), (0.5, None, False)]
 )
-def test_verdicts(recorded, found, agrees):
-    assert Verdict("x", recorded, found, 0.1 + 1e-12, "").agrees is agrees
+def test_verdicts(recorded, reproduced, agrees):
+    assert Verdict("x", recorded, reproduced, 0.1 + 1e-12, "").agrees is agrees

@@ -4,17 +4,17 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from vitkit.cli.console import cell, out
+from vitkit.errors import printable
+
 app = typer.Typer(no_args_is_help=True)
-out = Console(highlight=False, soft_wrap=True)
 
 
 @app.command("list")
 def list_command() -> None:
-    """List the store's datasets, and those that are registered besides."""
+    """List the datasets in the store, and the other registered ones."""
     from vitkit.data.store import read_store, store_directory, store_path, stored_names
     from vitkit.errors import DatasetError
     from vitkit.registry import datasets
@@ -27,30 +27,30 @@ def list_command() -> None:
         try:
             stored = read_store(path)
         except DatasetError as error:
-            broken.append(f"[red]broken:[/] {escape(str(error))}")
+            broken.append(printable(error, 1000))
             continue
         shape = "×".join(map(str, stored.train.images.shape[1:]))
         counts = (f"{len(stored.train):,}", f"{len(stored.test):,}")
-        table.add_row(name, *counts, shape, str(len(stored.classes)), f"{path.stat().st_size / 1e6:.1f}")
-    out.print(f"dataset store {store_directory()}{'' if here else ': empty'}", markup=False)
+        table.add_row(cell(name), *counts, shape, str(len(stored.classes)), f"{path.stat().st_size / 1e6:.1f}")
+    out.print(f"dataset store {printable(store_directory())}{'' if here else ': empty'}")
     if table.rows:
         out.print(table)
     for line in broken:
-        out.print(line)
+        out.print(f"broken: {line}", style="red")
     others = [name for name in datasets.names() if name not in here]
-    out.print(f"registered besides: {', '.join(others) or 'none'}")
+    out.print(f"registered besides: {printable(', '.join(others), 10_000) or 'none'}")
 
 
 @app.command("get")
 def get_command(
     names: Annotated[list[str], typer.Argument(help="registered datasets, such as mnist cifar10")],
 ) -> None:
-    """Download datasets into the store; those that are there already are checked and left alone."""
+    """Download datasets into the store; a dataset that is there already is checked and stays as it is."""
     from vitkit.registry import datasets
 
     for name in names:
-        found = datasets.build(name)
-        out.print(f"{name}: {len(found.train):,} + {len(found.test):,} images, {len(found.classes)} classes")
+        dataset = datasets.build(name)
+        out.print(f"{printable(name)}: {len(dataset.train):,} + {len(dataset.test):,} images, {len(dataset.classes)} classes")
 
 
 @app.command("import")
@@ -73,7 +73,7 @@ def import_command(
     if path.exists() and not overwrite:
         raise UsageError(f"--name {name}: {path} is there already; choose another name, or give --overwrite")
     for line in import_folder(folder, name, img_size=img_size, test_fraction=test_fraction):
-        out.print(f"left out: {line}", markup=False)
+        out.print(f"left out: {printable(line)}")
     stored = read_store(path)
     counts = f"{len(stored.train):,} + {len(stored.test):,} images in {len(stored.classes)} classes"
-    out.print(f"{name}: {counts} at {path}", markup=False)
+    out.print(f"{name}: {counts} at {printable(path)}")

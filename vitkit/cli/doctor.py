@@ -1,4 +1,4 @@
-"""`vitkit doctor`: what is installed, what is broken and why."""
+"""`vitkit doctor`: installed plugins, versions, devices and datasets, and what is broken or has a known security hole."""
 
 import platform
 import sys
@@ -6,35 +6,42 @@ import time
 from collections.abc import Collection
 from importlib.metadata import distributions
 
-from rich.console import Console
+import typer
 from rich.table import Table
 
 from vitkit import __version__
-from vitkit.cli.plugin_commands import command_of, commands
-from vitkit.errors import DatasetError, PluginError
+from vitkit.cli.console import cell, out
+from vitkit.cli.known_holes import known_holes
+from vitkit.cli.plugin_commands import Commands, command_of, commands
+from vitkit.errors import DatasetError, PluginError, printable
 from vitkit.registry import REGISTRIES, version_of
 
-LIBRARIES = ("torch", "torchvision", "accelerate", "safetensors", "huggingface_hub", "einops", "numpy", "scikit-learn")
+LIBRARIES = ("torch", "torchvision", "accelerate", "safetensors", "huggingface_hub", "einops", "numpy", "pillow", "scikit-learn")
 SLOW_IMPORT_SECONDS = 5.0
 
 
-def examine(console: Console, own_commands: Collection[str] = ()) -> list[str]:
-    """Print what is here and return a line for each thing that is broken; `own_commands` are vitkit's, which always win."""
-    broken = _plugins(console, own_commands) + _unreadable_metadata()
-    console.print(_versions())
-    broken += _devices(console) + _store(console)
+def doctor(context: typer.Context) -> None:
+    """Show plugins, versions, devices and datasets, and name what is broken; the exit code is 1 where something is."""
+    root = context.find_root()
+    assert isinstance(root.command, Commands)
+    broken = _plugins(root.command.built_in(root)) + _unreadable_metadata()
+    out.print(_versions())
+    broken += _devices() + _store()
+    for line in known_holes(version_of):
+        out.print(f"warning: {line}", style="yellow")
     if broken:
-        console.print(f"\n[bold red]{len(broken)} broken:[/]")
+        out.print(f"\n{len(broken)} broken:", style="bold red")
         for line in broken:
-            console.print(f"- {line}", markup=False)
+            out.print(f"- {printable(line, 1000)}")
     else:
-        console.print("\n[bold green]nothing is broken[/]")
-    return broken
+        out.print("\nnothing is broken", style="bold green")
+    raise typer.Exit(1 if broken else 0)
 
 
-def _plugins(console: Console, own_commands: Collection[str]) -> list[str]:
+def _plugins(built_in: Collection[str]) -> list[str]:
+    """Print each distribution with its counts of registered names, and return a line for each that is broken."""
     broken: list[str] = []
-    owners: dict[tuple[str, str], tuple[int, int]] = {}
+    counts: dict[tuple[str, str], tuple[int, int]] = {}
     notes: list[str] = []
     for registry in [*REGISTRIES.values(), commands]:
         entries = registry.entries()
@@ -46,26 +53,27 @@ def _plugins(console: Console, own_commands: Collection[str]) -> list[str]:
             except PluginError as error:
                 broken.append(str(error))
                 fault = 1
-            if time.perf_counter() - began > SLOW_IMPORT_SECONDS:
-                notes.append(f"{entry.distribution} took {time.perf_counter() - began:.0f} s to import")
+            seconds = time.perf_counter() - began
+            if seconds > SLOW_IMPORT_SECONDS:
+                notes.append(f"{entry.distribution} took {seconds:.0f} s to import")
             if names.count(entry.name) > 1:
                 notes.append(
                     f"{registry.kind} {entry.name!r} is registered by several distributions; "
                     f"{entry.distribution}:{entry.name} names this one"
                 )
-            if registry is commands and entry.name in own_commands:
+            if registry is commands and entry.name in built_in:
                 notes.append(
                     f"command {entry.name!r} of {entry.distribution} is hidden by vitkit's own; "
                     f"{entry.distribution}:{entry.name} runs it"
                 )
-            good, bad = owners.get((entry.distribution, entry.version), (0, 0))
-            owners[(entry.distribution, entry.version)] = (good + 1 - fault, bad + fault)
+            good, bad = counts.get((entry.distribution, entry.version), (0, 0))
+            counts[(entry.distribution, entry.version)] = (good + 1 - fault, bad + fault)
     table = Table("distribution", "version", "registers", "broken", title="plugins", title_justify="left")
-    for (name, number), (good, bad) in sorted(owners.items()):
-        table.add_row(name, number, str(good), f"[red]{bad}[/]" if bad else "0")
-    console.print(table)
+    for (name, version), (good, bad) in sorted(counts.items()):
+        table.add_row(cell(name), cell(version), str(good), cell(bad, "red" if bad else ""))
+    out.print(table)
     for line in notes:
-        console.print(f"note: {line}", markup=False)
+        out.print(f"note: {printable(line)}")
     return broken
 
 
@@ -74,7 +82,7 @@ def _unreadable_metadata() -> list[str]:
     for distribution in distributions():
         try:
             _ = distribution.entry_points
-        except Exception as error:  # whatever a damaged file makes the parser raise
+        except Exception as error:  # a damaged file makes the parser raise any type
             name = getattr(distribution, "_path", "a distribution")
             broken.append(f"{name}: entry points cannot be read ({type(error).__name__}: {error}); reinstall it")
     return broken
@@ -83,13 +91,14 @@ def _unreadable_metadata() -> list[str]:
 def _versions() -> Table:
     table = Table(title="versions", title_justify="left", show_header=False)
     table.add_row("vitkit", __version__)
-    table.add_row("python", f"{platform.python_version()} ({sys.executable})")
+    table.add_row("python", f"{platform.python_version()} ({printable(sys.executable)})")
     for name in LIBRARIES:
-        table.add_row(name, version_of(name) or "[red]not installed[/]")
+        version = version_of(name)
+        table.add_row(name, cell(version) if version else cell("not installed", "red"))
     return table
 
 
-def _devices(console: Console) -> list[str]:
+def _devices() -> list[str]:
     try:
         import torch
 
@@ -98,23 +107,24 @@ def _devices(console: Console) -> list[str]:
     except Exception as error:
         return [f"torch cannot be imported: {type(error).__name__}: {error}; pip install --force-reinstall torch"]
     table = Table(title="devices", title_justify="left", show_header=False)
-    bf16 = {True: "bf16 in hardware", False: "no bf16 in hardware: fp32 is the default"}
+    bf16 = {True: "computes bf16 in hardware: --precision auto is bf16", False: "has no bf16 units: --precision auto is fp32"}
     table.add_row("cpu", f"{torch.get_num_threads()} threads, {bf16[has_fast_bf16('cpu')]}")
     for index in range(torch.cuda.device_count()):
-        table.add_row(f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, {bf16[has_fast_bf16('cuda')]}")
+        table.add_row(f"cuda:{index}", f"{printable(torch.cuda.get_device_name(index))}, {bf16[has_fast_bf16('cuda')]}")
     if torch.backends.mps.is_available():
         table.add_row("mps", "Apple GPU")
     table.add_row("default", resolve_device("auto"))
-    table.add_row("C++ compiler", "found" if has_compiler() else "none: --compile falls back to eager")
-    console.print(table)
+    table.add_row("C++ compiler", "available" if has_compiler() else "not available: --compile on falls back to eager mode")
+    out.print(table)
     return []
 
 
-def _store(console: Console) -> list[str]:
+def _store() -> list[str]:
     from vitkit.data.store import read_store, store_directory
 
     folder = store_directory()
-    table = Table("dataset", "train", "test", "shape", title=f"dataset store {folder}", title_justify="left")
+    title = f"dataset store {printable(folder)}"
+    table = Table("dataset", "train", "test", "shape", title=cell(title), title_justify="left")
     broken = []
     for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else []:
         try:
@@ -123,6 +133,9 @@ def _store(console: Console) -> list[str]:
             broken.append(str(error))
             continue
         train, test = stored.train, stored.test
-        table.add_row(path.stem, str(len(train)), str(len(test)), "×".join(map(str, train.images.shape[1:])))
-    console.print(table if table.rows else f"dataset store {folder}: empty")
+        table.add_row(cell(path.stem), str(len(train)), str(len(test)), "×".join(map(str, train.images.shape[1:])))
+    out.print(table if table.rows else f"{title}: empty")
     return broken
+
+
+__all__ = ["doctor"]

@@ -1,23 +1,25 @@
-"""`vitkit push` and `vitkit pull`: runs and the Hugging Face Hub."""
+"""`vitkit push` and `vitkit pull`: runs on the Hugging Face Hub."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-out = Console(highlight=False, soft_wrap=True)
+from vitkit.cli.console import out
+from vitkit.errors import printable
+
+LISTED_FILES = 10
 
 
 def push(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="the directory of a run")],
-    name: Annotated[str, typer.Argument(metavar="[OWNER/]NAME", help="the repository; without an owner your own")],
+    name: Annotated[str, typer.Argument(metavar="[OWNER/]NAME", help="the repository; without an owner, your own")],
     private: Annotated[bool, typer.Option("--private", help="make a new repository private")] = False,
-    revision: Annotated[str | None, typer.Option(help="the branch; made where it is missing")] = None,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="propose it as a pull request")] = False,
+    revision: Annotated[str | None, typer.Option(help="the branch; it is created where it is missing")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="open a pull request instead")] = False,
     message: Annotated[str | None, typer.Option(help="the commit's message")] = None,
     license: Annotated[str, typer.Option(help="the licence of the weights, as the Hub writes it")] = "apache-2.0",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the files and the card; no network")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the files and the model card; no network")] = False,
 ) -> None:
     """Publish a run on the Hugging Face Hub: model, recipe, metrics, plots and a model card written from the run."""
     from vitkit.hub import client
@@ -26,16 +28,17 @@ def push(
         plan = client.plan(run, name, licence=license)
         sizes = {**plan.files, "README.md": len(plan.card.encode())}
         for file, size in sizes.items():
-            out.print(f"{size:>14,}  {file}", markup=False)
-        out.print(f"{sum(sizes.values()):>14,}  bytes in {len(sizes)} files for {plan.repo}\n", markup=False)
-        out.print(plan.card, markup=False)
+            out.print(f"{size:>14,}  {printable(file)}")
+        out.print(f"{sum(sizes.values()):>14,}  bytes in {len(sizes)} files for {printable(plan.repo)}\n")
+        for line in plan.card.split("\n"):
+            out.print(printable(line, 10_000))
         return
-    done = client.push(
+    pushed = client.push(
         run, name, private=private, revision=revision, create_pr=create_pr, message=message, licence=license
     )
-    if done.card_kept:
-        out.print("README.md there was edited by hand and stays as it is; delete it there for a new one", markup=False)
-    out.print(f"{'nothing has changed' if done.unchanged else 'pushed'}: {done.url}", markup=False)
+    if pushed.card_kept:
+        out.print("README.md of the repository was edited by hand, so it stays; delete it there to get a new one")
+    out.print(f"{'nothing has changed' if pushed.unchanged else 'pushed'}: {printable(pushed.url)}")
 
 
 def pull(
@@ -43,15 +46,15 @@ def pull(
     revision: Annotated[str | None, typer.Option(help="a branch, a tag or a commit")] = None,
     directory: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="default: ./NAME")] = None,
 ) -> None:
-    """Fetch a run from the Hugging Face Hub into a new directory; no code from it is run."""
+    """Download a run from the Hugging Face Hub into a new directory; none of its code is run."""
     from vitkit.hub import client
 
     where, others = client.pull(repo, directory, revision=revision)
-    for name in others[:10]:
-        out.print(f"left out, not a file of a run: {name!r:.100}", markup=False)
-    if len(others) > 10:
-        out.print(f"left out besides: {len(others) - 10} more", markup=False)
-    out.print(f"pulled {repo} into {where}; vitkit.load({str(where)!r}) loads its model", markup=False)
+    for name in others[:LISTED_FILES]:
+        out.print(f"left out, not a file of a run: {name!r:.100}")
+    if len(others) > LISTED_FILES:
+        out.print(f"left out: {len(others) - LISTED_FILES} more")
+    out.print(f"pulled {printable(repo)} into {printable(where)}; vitkit.load({str(where)!r}) loads its model")
 
 
 __all__ = ["pull", "push"]

@@ -1,7 +1,7 @@
 """Subcommands that plugins add to the command line: `[project.entry-points."vitkit.commands"]`.
 
-`sample = "vitkit_vae.commands:sample"` names a function whose typed arguments are the command's arguments and flags, as
-typer reads them, and whose docstring is its help. `vitkit --help` lists it without importing its plugin.
+`sample = "vitkit_vae.commands:sample"` names a function. Its typed arguments are the command's arguments and flags, as typer
+reads them; its docstring is the help. `vitkit --help` lists the command without importing the plugin.
 """
 
 from functools import cached_property
@@ -10,63 +10,62 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from vitkit.errors import PluginError, UnknownNameError, nearest
+from vitkit.errors import PluginError, UnknownNameError, nearest, printable
 from vitkit.registry import Entry, Registry
 
 commands = Registry("command")
 
 
 class Commands(TyperGroup):
-    """vitkit's own commands and those of installed plugins; an own command always wins over a plugin's."""
+    """The built-in commands and those of installed plugins; a built-in command goes before a plugin's of the same name."""
 
     @cached_property
-    def _added(self) -> dict[str, Entry]:
-        """What plugins add, by name: one look through all installed distributions for one command line."""
-        return {entry.name: entry for entry in reversed(commands.entries())}  # of two of a name the first is shown
+    def _of_plugins(self) -> dict[str, Entry]:
+        """The commands of plugins by name; installed distributions are searched once."""
+        return {entry.name: entry for entry in reversed(commands.entries())}  # of equal names the first is listed
 
-    def own_commands(self, ctx: Any) -> list[str]:
-        """vitkit's own alone."""
+    def built_in(self, ctx: Any) -> list[str]:
+        """The names of vitkit's own commands."""
         return super().list_commands(ctx)
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return list(dict.fromkeys([*super().list_commands(ctx), *sorted(self._added)]))
+        return list(dict.fromkeys([*super().list_commands(ctx), *sorted(self._of_plugins)]))
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """An own command, or for listing alone a stand-in with a plugin's first line of help."""
-        own = super().get_command(ctx, cmd_name)
-        if own is not None or cmd_name not in self._added:
-            return own
-        return _stand_in(self._added[cmd_name])
+        """A built-in command, or for a plugin's command a stand-in with its name and summary, for listing."""
+        command = super().get_command(ctx, cmd_name)
+        if command is not None or cmd_name not in self._of_plugins:
+            return command
+        return _stand_in(self._of_plugins[cmd_name])
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name = args[0]
-        own = super().list_commands(ctx)
-        if name.startswith("-") or name in own:
+        if name.startswith("-") or name in super().list_commands(ctx):
             return super().resolve_command(ctx, args)
-        known = self.list_commands(ctx)
-        if name.rpartition(":")[2] not in known:
-            raise UnknownNameError(f"no command named {name!r}{nearest(name, known) or ';'} known: {', '.join(known)}")
+        names = self.list_commands(ctx)
+        if name.rpartition(":")[2] not in names:
+            raise UnknownNameError(f"no command named {name!r}{nearest(name, names) or ';'} known: {', '.join(names)}")
         return name, command_of(commands.entry(name)), args[1:]
 
 
 def command_of(entry: Entry) -> Any:
-    """The command that an entry names; `PluginError` where its function cannot be imported or is no command to typer."""
+    """The command of an entry; `PluginError` where its function cannot be imported or is not a command for typer."""
     function = entry.load()
     app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
     try:
         app.command(entry.name)(function)
         return typer.main.get_command(app)
-    except Exception as error:  # typer answers an argument that it cannot read in several ways
+    except Exception as error:  # typer raises several types for an argument that it cannot read
         raise PluginError(
-            f"command {entry.name!r} of {entry.distribution} {entry.version} ({entry.value}) cannot be read: "
-            f"{type(error).__name__}: {error}; its author must mend it"
+            f"command {entry.name!r} of {printable(entry.distribution)} {printable(entry.version)} ({printable(entry.value)}) cannot be "
+            f"read: {type(error).__name__}: {printable(error)}; the plugin's author has to fix it"
         ) from error
 
 
 def _stand_in(entry: Entry) -> Any:
     app = typer.Typer(add_completion=False)
 
-    @app.command(entry.name, help=entry.summary or f"of {entry.distribution} {entry.version}")
+    @app.command(entry.name, help=printable(entry.summary or f"of {entry.distribution} {entry.version}"))
     def stand_in() -> None: ...
 
     return typer.main.get_command(app)

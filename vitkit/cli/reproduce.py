@@ -1,4 +1,4 @@
-"""`vitkit reproduce`: a run once more, and whether it gives the same numbers."""
+"""`vitkit reproduce`: run a finished run again, and compare its numbers."""
 
 import sys
 from pathlib import Path
@@ -7,59 +7,70 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
-from vitkit.errors import UsageError
+from vitkit.cli.console import cell, err, out
+from vitkit.errors import UsageError, printable
 
 if TYPE_CHECKING:
-    from vitkit.reproduce import Reproduction
+    from vitkit.reproduce import Code, Reproduction
 
 
 def reproduce(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="a finished run: its directory, or OWNER/NAME on the Hub")],
-    out: Annotated[Path | None, typer.Option(help="the new run's directory; default runs/RECIPE/TIME")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on with the one in --out that was stopped")] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="run the recipe's code without asking")] = False,
+    run: Annotated[str, typer.Argument(metavar="RUN", help="a finished run: its directory, or hf://OWNER/NAME on the Hub")],
+    directory: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="the new run's directory (default: runs/RECIPE/TIME)")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="resume the reproduction in --out that was stopped")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="run the code of a local run without asking")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="run the code of a Hub repository without asking")
+    ] = False,
 ) -> None:
     """Run a run's recipe again with its arguments and seed, and give a verdict for each metric.
 
-    The exit code is 1 where one differs by more than its tolerance. It runs the run's copy of its recipe, and asks before.
+    This executes Python code: the run's copy of its recipe. You are asked first. The exit code is 1 where a metric differs by
+    more than its tolerance.
     """
     from vitkit.reproduce import reproduce as again
 
-    err = Console(stderr=True, highlight=False)
-
-    def confirm(text: str) -> bool:
-        err.print(text, markup=False, soft_wrap=True)
-        if yes:
+    def confirm(code: "Code") -> bool:
+        err.print(code.warning)
+        if trust_remote_code if code.foreign else yes:
             return True
         if not sys.stdin.isatty():
-            raise UsageError("nobody is there to be asked whether that code may run; give --yes if you trust it")
+            if code.foreign:
+                raise UsageError(
+                    "this code comes from the Hub, and nobody can be asked whether it may run: read it, then give "
+                    "--trust-remote-code (--yes does not cover it)"
+                )
+            raise UsageError("nobody can be asked whether this code may run; give --yes if you trust it")
         return typer.confirm("Run it?", err=True)
 
-    done = again(run, out=out, resume=resume, confirm=confirm, console=err)
-    if done is None:
+    reproduction = again(run, out=directory, resume=resume, confirm=confirm, console=Console(stderr=True, highlight=False))
+    if reproduction is None:
         raise typer.Exit(130)
-    _show(done, run)
-    raise typer.Exit(0 if done.agrees else 1)
+    _print(reproduction, run)
+    raise typer.Exit(0 if reproduction.agrees else 1)
 
 
-def _show(done: "Reproduction", run: str) -> None:
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=160)
-    table = Table("metric", "recorded", "now", "difference", "allowed", "verdict", title=Text(f"{run} again"), title_justify="left")
-    for one in done.verdicts:
-        both = one.recorded is not None and one.found is not None
-        shown = ["none" if value is None else f"{value:.6g}" for value in (one.recorded, one.found)]
-        difference = f"{one.found - one.recorded:+.2g}" if one.recorded is not None and one.found is not None else ""
-        verdict = Text("agrees", "green") if one.agrees else Text("differs", "bold red")
-        table.add_row(Text(one.metric), *shown, difference, f"{one.tolerance:.2g} ({one.rule})" if both else one.rule, verdict)
-    console.print(table)
-    for line in done.differences:
-        console.print(Text(f"not as it was: {line}", style="yellow"), soft_wrap=True)
-    whole = "every metric agrees" if done.agrees else "not every metric agrees"
-    console.print(Text(f"{whole}; the new run: {done.directory}"), soft_wrap=True)
+def _print(reproduction: "Reproduction", run: str) -> None:
+    table = Table(
+        "metric", "recorded", "now", "difference", "allowed", "verdict",
+        title=cell(f"reproduction of {run}"), title_justify="left",
+    )  # fmt: skip
+    for verdict in reproduction.verdicts:
+        values = ["none" if value is None else f"{value:.6g}" for value in (verdict.recorded, verdict.reproduced)]
+        difference, allowed = "", verdict.rule
+        if verdict.recorded is not None and verdict.reproduced is not None:
+            difference = f"{verdict.reproduced - verdict.recorded:+.2g}"
+            allowed = f"{verdict.tolerance:.2g} ({verdict.rule})"
+        word = cell("agrees", "green") if verdict.agrees else cell("differs", "bold red")
+        table.add_row(cell(verdict.metric), *values, difference, allowed, word)
+    out.print_table(table)
+    for line in reproduction.differences:
+        out.print(cell(f"not as recorded: {line}", "yellow"))
+    result = "every metric agrees" if reproduction.agrees else "not every metric agrees"
+    out.print(f"{result}; the new run: {printable(reproduction.directory)}")
 
 
 __all__ = ["reproduce"]

@@ -4,57 +4,51 @@ import inspect
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from vitkit.errors import RunDirectoryError, UsageError
-from vitkit.runs.directory import read_summary
+from vitkit.runs.directory import newest_unfinished, read_summary
 from vitkit.runs.settings import FREE, ONE_WAY, SETTINGS, requested
+from vitkit.training.accelerator import resolve_device
+from vitkit.training.launch import execute
 from vitkit.training.recipe import Recipe, plain, typed
 
 PANEL = "Every run"
+CONTEXT = "_typer_context"
+"""The parameter that typer fills; a recipe may have a flag `context`."""
 
 
-def run(path: Path | None, arguments: list[str]) -> None:
+def run(path: Path, arguments: list[str]) -> None:
     """Read the recipe, parse its flags and run it; leaves with the run's exit code."""
-    if path is None or str(path).startswith("-"):
-        if path is None and not arguments:
-            raise UsageError("which recipe? vitkit run FILE, for example vitkit run recipes/jepa_mnist.py")
-        typer.echo("Usage: vitkit run FILE [flags]\n\nRun a recipe. `vitkit run FILE --help` shows its flags.")
-        raise typer.Exit(0 if "--help" in [str(path), *arguments] else 2)
     recipe = Recipe(path, reserved=frozenset(SETTINGS))
+    if "debug" not in recipe.flags:  # otherwise it is `vitkit --debug`, which may stand anywhere on the line
+        arguments = [word for word in arguments if word != "--debug"]
     app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
     app.command(help=recipe.help)(_command(recipe))
-    app(arguments, prog_name=f"vitkit run {path}")
+    app(recipe.rewrite(arguments), prog_name=f"vitkit run {path}")
 
 
 def _command(recipe: Recipe) -> Any:
     """A function whose signature is the recipe's flags and the runner's settings, for typer to parse."""
 
-    def command(context: typer.Context, **values: Any) -> None:
-        given = {name for name in values if _is_given(context, name)}
+    def command(**values: Any) -> None:
+        given = {name for name in values if _is_given(values[CONTEXT], name)}
         settings = {name: values[name] for name in SETTINGS}
-        flags = {name: values[name] for name in recipe.flags}
+        flags = {name: values[name] if name in given or name not in recipe.preset_flags else None for name in recipe.flags}
         console = Console(stderr=True, highlight=False)
         if settings["resume"] and not settings["overwrite"]:
             settings, flags = _recorded(recipe, settings, flags, given, console)
-        from vitkit.training.launch import execute
-
         line = _command_line(recipe, {**flags, **settings}, given)
         raise typer.Exit(execute(recipe, {**settings, "command": line}, flags, console))
 
-    kind = inspect.Parameter.KEYWORD_ONLY
-    parameters = [inspect.Parameter("context", kind, annotation=typer.Context)]
+    parameters = [inspect.Parameter(CONTEXT, inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
     for name, flag in recipe.flags.items():
-        hint, text = flag.annotation, None
-        if get_origin(hint) is Annotated:
-            hint, *extra = get_args(hint)
-            text = next((item for item in extra if isinstance(item, str)), None)
-        default = ... if flag.default is flag.empty else flag.default
-        option = typer.Option(help=text, rich_help_panel="The recipe")
-        parameters.append(_parameter(name, Annotated[hint, option], default))
+        shown: Any = flag.default_text if flag.default_text is not None else flag.default != []
+        option = typer.Option(help=flag.help or None, rich_help_panel="The recipe", metavar=flag.metavar, show_default=shown)
+        parameters.append(_parameter(name, Annotated[flag.annotation, option], flag.default))
     for name, setting in SETTINGS.items():
         names = (f"--{name.replace('_', '-')}",) if name in ONE_WAY else ()
         option = typer.Option(*names, help=setting.help, rich_help_panel=PANEL)
@@ -65,10 +59,7 @@ def _command(recipe: Recipe) -> Any:
 
 
 def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
-    kind = inspect.Parameter.KEYWORD_ONLY
-    if default is ...:
-        return inspect.Parameter(name, kind, annotation=annotation)
-    return inspect.Parameter(name, kind, annotation=annotation, default=default)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
 
 
 def _is_given(context: typer.Context, name: str) -> bool:
@@ -79,9 +70,7 @@ def _is_given(context: typer.Context, name: str) -> bool:
 def _recorded(
     recipe: Recipe, settings: dict[str, Any], flags: dict[str, Any], given: set[str], console: Console
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """On `--resume`, the flags that the run was started with; one that is given and would change its numbers is refused."""
-    from vitkit.runs.directory import newest_unfinished
-
+    """On `--resume`, the settings and flags that the run was started with; refuse a given one that would change its numbers."""
     directory = settings["out"] or newest_unfinished(recipe.name)
     summary = read_summary(directory)
     if not summary:
@@ -90,40 +79,38 @@ def _recorded(
         recipe.name = str(summary.get("recipe"))
     if summary.get("recipe") != recipe.name:
         raise RunDirectoryError(f"{directory} holds a run of {summary.get('recipe')!r}, not of {recipe.name!r}")
-    resolved: Mapping[str, Any] = {**summary.get("arguments", {}), **summary.get("settings", {})}
-    asked: Mapping[str, Any] = requested(summary)
+    resolved = {**recipe.rename(summary.get("arguments", {})), **summary.get("settings", {})}
+    asked = recipe.rename(requested(summary))
     for name in (*flags, "seed", "precision", "grad_accum", *FREE):
         values = flags if name in flags else settings
         if name not in asked or (name in FREE and name in given):
             continue
-        # Where the recipe chose for want of a flag, and where `auto` was a precision, what was chosen is the same.
-        same = [asked[name]] + ([resolved.get(name)] if asked[name] is None or name == "precision" else [])
+        # A flag that was not given means the value that was chosen then; so does `auto` of a precision or preset.
+        same = [asked[name]] + ([resolved.get(name)] if asked[name] is None or name in ("precision", "preset") else [])
         if name in given and plain(values[name]) not in same:
             raise RunDirectoryError(
                 f"--{name.replace('_', '-')} was {asked[name]!r} when {directory} was started and is now "
-                f"{plain(values[name])!r}; leave the flag out to go on, or start another run with another --out"
+                f"{plain(values[name])!r}; leave the flag out to resume, or start another run with another --out"
             )
         values[name] = typed(recipe.flags[name].annotation, asked[name]) if name in flags else asked[name]
     if "device" not in given:
         settings["device"] = _device(settings["device"], directory, console)
     given |= {name for name in asked if name in settings and settings[name] != SETTINGS[name].default}
-    given |= {name for name in flags if name in asked and flags[name] != recipe.flags[name].default}
+    given |= {name for name in flags if asked.get(name) is not None and flags[name] != recipe.flags[name].default}
     return {**settings, "out": directory}, flags
 
 
 def _is_copy(path: Path, directory: Path) -> bool:
-    """Whether a recipe is the copy that the run in a directory keeps of its own."""
+    """True for the copy of the recipe that the run in `directory` keeps."""
     return path.name == "recipe.py" and path.resolve().parent == directory.resolve()
 
 
 def _device(asked: str, directory: Path, console: Console) -> str:
-    """The device that a run was started with, or `auto` and a line where this machine has none such."""
-    from vitkit.training.accelerator import resolve_device
-
+    """The device that a run was started with, or `auto` and a line if this machine does not have it."""
     try:
         resolve_device(asked)
     except UsageError as error:
-        console.print(f"{directory} was started with {error}; going on with --device auto", markup=False, soft_wrap=True)
+        console.print(f"{directory} was started with {error}; resuming with --device auto", markup=False, soft_wrap=True)
         return "auto"
     return asked
 

@@ -35,6 +35,10 @@ class ImageDataset:
     skipped: list[str] = field(default_factory=list)
     spec: Spec | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("train", "test"):  # so that what is trained on a split knows the classes
+            object.__setattr__(self, name, replace(getattr(self, name), classes=tuple(self.classes)))
+
     @property
     def shape(self) -> tuple[int, int, int]:
         return self.train.preprocessing.shape

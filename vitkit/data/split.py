@@ -26,6 +26,8 @@ class ImageSplit:
     images: Any
     labels: Tensor
     preprocessing: Preprocessing
+    classes: tuple[str, ...] = ()
+    """Names of the classes; a dataset sets those of its splits."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -156,6 +158,11 @@ class ImageBatches:
     def preprocessing(self) -> Preprocessing:
         """How the images are prepared: what a model that is trained on them must be given."""
         return self.split.preprocessing
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, empty for a split that belongs to no dataset."""
+        return self.split.classes
 
     @property
     def skipped(self) -> list[str]:

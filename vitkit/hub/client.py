@@ -157,6 +157,15 @@ def resolve(source: str | Path, *, revision: str | None = None, model_alone: boo
         raise HubError(f"there is no directory {source}{looked} was looked for on the Hub: {error}") from None
 
 
+def fetch_run(repo: str, *, revision: str | None = None) -> Path:
+    """The Hub cache's copy of a repository `OWNER/NAME`: its model, records and recipe. A local directory of that name is ignored.
+
+    Raises `UsageError` for any other name, and `HubError`.
+    """
+    folder, _, _ = _snapshot(_repo_id(repo), revision, model_alone=False)
+    return folder
+
+
 def load(source: str | Path, *, revision: str | None = None, device: str | torch.device = "cpu") -> Model:
     """Rebuild a saved model from a directory or a Hub repository `OWNER/NAME`, in evaluation mode.
 
@@ -333,4 +342,4 @@ def _redacted(text: str) -> str:
     return re.sub(r"hf_[A-Za-z0-9]{8,}", "hf_***", text)
 
 
-__all__ = ["Plan", "Pushed", "is_repo", "load", "plan", "pull", "push", "resolve"]
+__all__ = ["Plan", "Pushed", "fetch_run", "is_repo", "load", "plan", "pull", "push", "resolve"]

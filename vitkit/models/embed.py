@@ -1,14 +1,13 @@
-"""Features of many images into one safetensors file, in pieces that outlast a stop.
+"""Features of many images, written into one safetensors file in pieces that survive an interruption.
 
-`OUT.partial/` beside the output holds the finished pieces, a safetensors file each, written whole or not at all. Each says
-which job it belongs to: a digest of the model's weights and preprocessing, the images, the batch size, the device and the
-precision. Asked for again, a job takes its own sound pieces and computes the others, in the same batches as without a
-stop, so that the output is the same to the bit. When the output stands, the folder is removed.
+`OUT.partial/` beside the output holds a marker file and the finished pieces, a safetensors file each. Each piece names its job,
+a digest of the model's weights and preprocessing, the images, the batch size, the device and the precision, and a digest of its own
+content. Called again, a job takes its intact pieces and computes the others, in the same batches as without an interruption, so that
+the output is the same to the bit. In the end the pieces are removed.
 """
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from vitkit.errors import RunError, UsageError
-from vitkit.files import atomic_write
+from vitkit.errors import RunError, UsageError, printable
+from vitkit.files import atomic_write, check_output, is_leftover, write_text
 from vitkit.models.image_sources import Source
 
 if TYPE_CHECKING:
@@ -30,12 +29,15 @@ if TYPE_CHECKING:
 
 FORMAT = "vitkit-features-1"
 PIECE = 1024
-"""Images in a piece, about: what a stop costs at most."""
+"""Images in a piece, about: an interruption costs at most this many."""
+LOCK = ".lock"
+MARKER = "vitkit-embed"
+"""The file that shows that a folder of pieces is ours; no other folder is written to or removed."""
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """What `embed` wrote: `count` rows of `width` features, how many of them were there before, and lines for the rest."""
+    """The output of `embed`: `count` rows of `width` features, `resumed` of them from an earlier call; a line for each skipped image."""
 
     path: Path
     count: int
@@ -57,19 +59,18 @@ def embed(
 ) -> Embedded:
     """Write `features` float32 `(n d)`, `labels` int64 `(n,)` where they are known, and metadata, to `out`.
 
-    The metadata `vitkit` is a JSON object: `format`, `files` (the name of each row's; not for a dataset, whose rows are in
-    its order) or `dataset` and `split`, `classes` of the labels, `skipped` (a line for each picture that could not be read),
-    `model` and `preprocessing`. `precision` is fp32, or bf16 by autocast. `progress(done, total)` is called after each batch. Raises
-    `UsageError` for a file that is there without `overwrite`, a batch size below 1 and where no picture can be read;
-    `RunError` where the file cannot be written or another process writes it.
+    The metadata `vitkit` is a JSON object: `format`, `files` (the name of each row's; a dataset's rows are in its order and have
+    none) or `dataset` and `split`, `classes` of the labels, `skipped` (a line for each image that could not be read), `model` and
+    `preprocessing`. `precision` is fp32, or bf16 by autocast. `progress(done, total)` is called after each batch. `overwrite` replaces
+    a file of features, never another file. Raises `UsageError` for an output that exists, a folder `OUT.partial` that is not ours, a
+    batch size below 1 and where no image can be read; `RunError` where the file cannot be written or another process writes it.
     """
     out = Path(out)
     if batch_size < 1:
         raise UsageError(f"--batch-size {batch_size}: expected at least 1")
-    if out.is_dir() or out.suffix != ".safetensors":
-        raise UsageError(f"-o {out}: expected the name of a .safetensors file")
-    if out.exists() and not overwrite:
-        raise UsageError(f"-o {out} is there already; choose another name, or give --overwrite")
+    if out.suffix != ".safetensors":
+        raise UsageError(f"-o {printable(out)}: expected the name of a .safetensors file")
+    check_output(out, overwrite=overwrite, is_ours=_holds_features, kind="a .safetensors file of features")
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     about = {
         "model": {
@@ -79,15 +80,15 @@ def embed(
         "preprocessing": model.preprocessing, **source.describe(),
     }  # fmt: skip
     job = hashlib.sha256(json.dumps([FORMAT, about, source.fingerprint()], sort_keys=True).encode()).hexdigest()
-    with _workplace(out) as folder:
+    with _partial_folder(out) as folder:
         pieces, resumed = _Pieces(folder, job, len(source), batch_size), 0
         for start in pieces.starts:
-            if pieces.is_sound(start):
+            if pieces.is_intact(start):
                 resumed += pieces.stop(start) - start
         done = resumed
         progress(done, len(source))
         for start in pieces.starts:
-            if pieces.is_sound(start):
+            if pieces.is_intact(start):
                 continue
             features: list[Tensor] = []
             rows: list[int] = []
@@ -104,85 +105,123 @@ def embed(
         tensors, rows, problems = pieces.joined()
         skipped = [f"{source.name(index)}: {problem}" for index, problem in problems.items()]
         if not rows:
-            raise UsageError(f"none of the {len(source)} pictures can be read: {'; '.join(skipped[:3])}")
+            raise UsageError(f"none of the {len(source)} pictures can be read: {'; '.join(map(printable, skipped[:3]))}")
         if source.labels is not None:
             tensors["labels"] = source.labels[rows].clone()
-        told: dict[str, Any] = {"format": FORMAT, **about, "skipped": skipped}
+        description: dict[str, Any] = {"format": FORMAT, **about, "skipped": skipped}
         if "dataset" not in about:
-            told["files"] = [source.name(index) for index in rows]
-        metadata = {"vitkit": json.dumps(told, ensure_ascii=False)}  # safetensors puts several keys into any order
+            description["files"] = [source.name(index) for index in rows]
+        text = json.dumps(description, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()  # names may not be UTF-8
+        metadata = {"vitkit": text}  # one key: safetensors does not keep the order of several
         with atomic_write(out) as temporary:
             temporary.write_bytes(save(tensors, metadata=metadata))
-        shutil.rmtree(folder)
+        pieces.remove()
     return Embedded(out, len(rows), tensors["features"].shape[1], resumed, skipped)
 
 
 class _Pieces:
-    """The finished pieces of a job in a folder."""
+    """The finished pieces of a job, in a folder."""
 
     def __init__(self, folder: Path, job: str, count: int, batch_size: int) -> None:
         self.folder, self.job, self.count = folder, job, count
         self.size = max(1, PIECE // batch_size) * batch_size  # whole batches, the same ones as without a stop
         self.starts = range(0, count, self.size)
-        self._sound = {start for start in self.starts if self._read(start) is not None}
+        self._intact = {start for start in self.starts if self._read(start) is not None}
 
     def stop(self, start: int) -> int:
         return min(start + self.size, self.count)
 
-    def is_sound(self, start: int) -> bool:
-        return start in self._sound
+    def is_intact(self, start: int) -> bool:
+        return start in self._intact
 
     def write(self, start: int, features: list[Tensor], rows: list[int], problems: dict[int, str]) -> None:
         joined = torch.cat(features) if features else torch.zeros(0, 0)
         if not bool(joined.isfinite().all()):
-            raise RunError("the model's features are not finite: it has diverged, or try --precision fp32")
-        tensors = {"features": joined, "rows": torch.tensor(rows, dtype=torch.int64)}
+            raise RunError("the model's features are not finite: its training has diverged, or try --precision fp32")
+        piece, text = (joined, torch.tensor(rows, dtype=torch.int64)), json.dumps(problems)
+        metadata = {"job": self.job, "problems": text, "digest": _digest(*piece, text)}
         with atomic_write(self._path(start)) as temporary:
-            temporary.write_bytes(save(tensors, metadata={"job": self.job, "problems": json.dumps(problems)}))
+            temporary.write_bytes(save({"features": piece[0], "rows": piece[1]}, metadata=metadata))
 
     def joined(self) -> tuple[dict[str, Tensor], list[int], dict[int, str]]:
-        """`features` of all pieces, their rows, and what was wrong with the others."""
+        """`features` of all pieces, their rows, and the problem of each other row."""
         features: list[Tensor] = []
         rows: list[int] = []
         problems: dict[int, str] = {}
         for start in self.starts:
-            found = self._read(start)
-            if found is None:
-                raise RunError(f"{self._path(start)} was changed meanwhile; the same command computes it again")
-            features.append(found[0])
-            rows += found[1].tolist()
-            problems |= found[2]
-        filled = [one for one in features if len(one)]
+            piece = self._read(start)
+            if piece is None:
+                raise RunError(f"{printable(self._path(start))} was changed meanwhile; the same command computes it again")
+            features.append(piece[0])
+            rows += piece[1].tolist()
+            problems |= piece[2]
+        filled = [tensor for tensor in features if len(tensor)]
         return {"features": torch.cat(filled) if filled else torch.zeros(0, 0)}, rows, problems
+
+    def remove(self) -> None:
+        """Remove the files of this format, and the folder where nothing else is in it."""
+        for path in self.folder.iterdir():
+            is_piece = path.suffix == ".safetensors" and path.stem.isdigit()
+            if is_piece or path.name in (MARKER, LOCK) or is_leftover(path):
+                path.unlink()
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
 
     def _path(self, start: int) -> Path:
         return self.folder / f"{start:09d}.safetensors"
 
     def _read(self, start: int) -> tuple[Tensor, Tensor, dict[int, str]] | None:
-        """A piece of this job, or None where there is none that is sound."""
+        """An intact piece of this job, or None."""
         try:
             with safe_open(self._path(start), framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("job") != self.job:
                     return None
-                problems = {int(index): said for index, said in json.loads(metadata["problems"]).items()}
-                return file.get_tensor("features"), file.get_tensor("rows"), problems
+                features, rows = file.get_tensor("features"), file.get_tensor("rows")
+                if metadata["digest"] != _digest(features, rows, metadata["problems"]):
+                    return None
+                problems = {int(index): problem for index, problem in json.loads(metadata["problems"]).items()}
+                return features, rows, problems
         except (OSError, SafetensorError, ValueError, KeyError):
             return None
 
 
+def _digest(features: Tensor, rows: Tensor, problems: str) -> str:
+    digest = hashlib.sha256(f"{tuple(features.shape)} {features.dtype} {problems}".encode())
+    digest.update(features.numpy().tobytes())
+    digest.update(rows.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _holds_features(path: Path) -> bool:
+    """Whether a file is an earlier output: a model, a dataset and any other file are not."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return bool(json.loads((file.metadata() or {})["vitkit"])["format"] == FORMAT)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return False
+
+
 @contextmanager
-def _workplace(out: Path) -> Iterator[Path]:
-    """`OUT.partial`, held by this process alone."""
+def _partial_folder(out: Path) -> Iterator[Path]:
+    """`OUT.partial`, locked by this process; a folder without our marker is refused, unless it is empty."""
     folder = out.with_name(f"{out.name}.partial")
     try:
+        is_foreign = folder.is_symlink() or (
+            folder.exists() and not (folder / MARKER).is_file() and (not folder.is_dir() or any(folder.iterdir()))
+        )
+        if is_foreign:
+            raise UsageError(
+                f"{printable(folder)} exists and was not made by vitkit embed, which keeps its pieces there; move it, or choose another -o"
+            )
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
+        write_text(folder / MARKER, "Pieces of an output of `vitkit embed`; the same command resumes from them.\n")
+        lock = FileLock(folder / LOCK)
         lock.acquire(timeout=0)
     except Timeout:
-        raise RunError(f"{out} is being written by another process; wait until it ends, or choose another name") from None
+        raise RunError(f"{printable(out)} is being written by another process; wait until it ends, or choose another name") from None
     except OSError as error:
-        raise RunError(f"cannot write beside {out}: {error.strerror or error}; choose another -o") from None
+        raise RunError(f"cannot write beside {printable(out)}: {error.strerror or error}; choose another -o") from None
     try:
         yield folder
     finally:

@@ -170,6 +170,8 @@ def find_source(images: Sequence[str], *, split: str = "test") -> Source:
         raise UsageError(f"--split {split}: expected train or test")
     if not images:
         raise UsageError("which images? give a folder, a dataset's name, or picture files")
+    if not all(word.strip() for word in images):
+        raise UsageError("an argument for the images is empty, perhaps an unset variable; give a folder, a dataset's name, or files")
     if len(images) == 1 and not Path(images[0]).expanduser().exists() and Path(images[0]).suffix.lower() not in SUFFIXES:
         return DatasetSplit(_dataset(images[0]), split)
     root = Path(images[0]).expanduser() if len(images) == 1 else None

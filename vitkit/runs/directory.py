@@ -18,7 +18,9 @@ FILES = (
     "metrics.csv", "losses.csv", "summary.json", "model.safetensors", "config.json", "report.html", "recipe.py", "log.txt",
 )  # fmt: skip
 TRACKERS, ASIDE = "trackers", ".trackers"
-FOLDERS = ("checkpoints", "plots", TRACKERS)
+MODULES = "modules"
+"""Copies of the modules that the recipe imports from its own folder."""
+FOLDERS = ("checkpoints", "plots", TRACKERS, MODULES)
 LAST = Path("checkpoints/last.safetensors")
 BEST = Path("checkpoints/best.safetensors")
 

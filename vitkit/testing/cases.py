@@ -32,8 +32,8 @@ USUAL: dict[str, Any] = {
 class Case:
     """A component of a kind with the arguments that it is built with; `name` as messages call it.
 
-    A registered component is built through its registry, a bare factory by calling it. `store` is the dataset store that
-    it is built with, the user's own where it is None.
+    A registered component is built through its registry, a bare factory by calling it. `store` is the dataset store that it is
+    built with, by default the user's. A check adds remarks that are no failures to `notes`.
     """
 
     kind: str
@@ -43,6 +43,7 @@ class Case:
     distribution: str = ""
     draw: Callable[[int], dict[str, Any]] | None = field(default=None, compare=False)
     store: Path | None = None
+    notes: list[str] = field(default_factory=list, compare=False, repr=False)
 
     def __str__(self) -> str:
         return f"{self.kind} {self.name!r}"

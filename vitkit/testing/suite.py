@@ -46,12 +46,13 @@ CHECKS: dict[str, dict[str, Check]] = {
 
 @dataclass(frozen=True)
 class Result:
-    """One check of one component: `problem` is empty where it passed, `seen` what it saw."""
+    """One check of one component: `seen` says what it saw, `problem` is empty where it passed, `notes` are remarks for the author."""
 
     case: Case
     check: str
     seen: str
     problem: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def examine(case: Case, names: Iterable[str] | None = None) -> list[Result]:
@@ -61,9 +62,11 @@ def examine(case: Case, names: Iterable[str] | None = None) -> list[Result]:
     for name in checks if names is None else names:
         if name not in checks:
             raise UsageError(f"no check named {name!r} for a {case.kind}{nearest(name, checks) or ';'} known: {', '.join(checks)}")
+        case.notes.clear()
         try:
             with torch.random.fork_rng(devices=[]):
-                results.append(Result(case, name, checks[name](case)))
+                seen = checks[name](case)
+            results.append(Result(case, name, seen, notes=tuple(case.notes)))
         except ConformanceError as error:
             results.append(Result(case, name, "", str(error)))
         except Exception as error:  # a component may raise anything

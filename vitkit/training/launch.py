@@ -14,9 +14,9 @@ from vitkit.training.signals import ignore_termination
 
 def execute(recipe: Any, run_arguments: Mapping[str, Any], arguments: Mapping[str, Any], console: Console) -> int:
     """Run a recipe as `vitkit run` does; the exit code: 0, or 130 after Ctrl-C."""
-    run = Run(**run_arguments, name=recipe.name, recipe=recipe.path, arguments=arguments, console=console)
+    run = Run(**run_arguments, name=recipe.name, recipe=recipe, arguments=arguments, console=console)
     try:
-        recipe.main(run, **arguments)
+        recipe.run(run, arguments)
     except DryRun:
         return 0
     except KeyboardInterrupt:

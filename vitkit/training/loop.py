@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from vitkit.contracts import Batches, Scores
+from vitkit.contracts import Batches, Evaluator, Scores, SplitName
 from vitkit.distributed.collectives import AnyRank, all_reduce_sum, broadcast
 from vitkit.distributed.fsdp import clone_for_sharding, full_tensor, local
 from vitkit.errors import RunError, UsageError
+from vitkit.models.features import feature_cache
 from vitkit.runs.directory import BEST, LAST
 from vitkit.seeding import derive_seed
 from vitkit.training.checkpoint import load_state, save_state
@@ -66,6 +67,18 @@ class Epoch:
                 self.run.history.add_scores(score)
         self.logged |= {name: float(value) for name, value in values.items()}
         self.run.log_metrics(self)
+
+    def evaluate(self, model: nn.Module, data: Any, *evaluators: Evaluator, split: SplitName = "test") -> Scores:
+        """Call evaluators on a split of `data`, log their scores and return them joined.
+
+        They compute in the run's precision, and features of the same images are computed once for all of them.
+        """
+        scores = Scores()
+        with self.run.autocast(), feature_cache():
+            for evaluator in evaluators:
+                scores |= evaluator(model, data) if split == "test" else evaluator(model, data, split=split)
+        self.log(scores)
+        return scores
 
 
 def check_arguments(

@@ -1,13 +1,15 @@
 """A run: a directory, a device and a log, and the loop that trains in between."""
 
 import contextlib
+import hashlib
+import json
 import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from rich.console import Console
@@ -21,17 +23,19 @@ from vitkit.contracts import ReportFigure
 from vitkit.distributed.collectives import broadcast_text
 from vitkit.distributed.watchdog import RankWatchdog
 from vitkit.errors import RunDirectoryError, UsageError, VitkitError
-from vitkit.files import write_json
+from vitkit.files import atomic_write, write_json
 from vitkit.models import saving
-from vitkit.runs.directory import BEST, TRACKERS, Claim, claim, read_summary, trackers_aside
+from vitkit.registry import Spec
+from vitkit.runs.directory import BEST, MODULES, TRACKERS, Claim, claim, read_summary, trackers_aside
 from vitkit.runs.history import History
 from vitkit.runs.summary import processor, versions
 from vitkit.training.accelerator import make_accelerator, resolve_device, resolve_precision, resolve_trackers, shards
 from vitkit.training.checkpoint import load_state
 from vitkit.training.dry_run import preview
+from vitkit.training.gradcache import GradCache
 from vitkit.training.loop import Epoch, Fit, check_arguments
 from vitkit.training.progress import Progress
-from vitkit.training.recipe import plain
+from vitkit.training.recipe import Recipe, plain
 from vitkit.validation import at_least
 
 
@@ -66,7 +70,7 @@ class Run:
         dry_run: bool = False,
         devices: int | None = None,
         name: str = "notebook",
-        recipe: Path | None = None,
+        recipe: Recipe | None = None,
         arguments: Mapping[str, Any] | None = None,
         command: str = "",
         console: Console | None = None,
@@ -99,7 +103,7 @@ class Run:
         self.directory = Path(out or "runs")
         self._claim: Claim | None = None
         if not dry_run and os.environ.get("RANK", "0") == "0":  # the others are told below; launchers set RANK
-            source = recipe.read_bytes() if recipe is not None else None  # it may lie in the directory that is replaced
+            source = recipe.source if recipe else None
             self._claim = claim(Path(out) if out else None, name, recipe=source, resume=resume, overwrite=overwrite)
             self.directory = self._claim.directory
         try:
@@ -121,6 +125,8 @@ class Run:
         torch.manual_seed(seed)
         self.history = History()
         self._dataset: dict[str, Any] = {}
+        self._datasets: list[Any] = []
+        self._classes: list[str] = []
         self._preprocessing: dict[str, Any] = {}
         self._progress: Progress | None = None
         self._fit: dict[str, Any] = {}
@@ -136,7 +142,7 @@ class Run:
         saved model. A run that goes on does so with the dataset that it began with. Raises `UnknownNameError`, `DatasetError`
         and, where that dataset is not what it was, `RunDirectoryError`.
         """
-        earlier = self._earlier.get("dataset") or {}
+        earlier = ({} if self._datasets else self._earlier.get("dataset")) or {}
         earlier = earlier if earlier.get("asked") == name else {}
         wanted = earlier.get("fallback_for")
         if wanted:
@@ -150,10 +156,20 @@ class Run:
                 f"the run in {self.directory} began with {before} images of {earlier.get('name')}, and now there are {now} of "
                 f"{found.name}; put that dataset back to go on, or start another run with another --out"
             )
+        digest = _digest(found)
+        if earlier.get("digest", digest) != digest:
+            raise RunDirectoryError(
+                f"the run in {self.directory} began with other labels or classes of {found.name} than there are now; put that "
+                f"dataset back to resume, or start another run with another --out"
+            )
         if found.notice and self.is_main:
             self.console.print("[bold yellow]WARNING[/]", Text(found.notice), soft_wrap=True)
+        self._datasets.append(found)
+        if len(self._datasets) > 1:  # a dataset to evaluate on
+            return found
         self._dataset = {
             "name": found.name, "asked": name, "fallback_for": found.fallback_for, "notice": found.notice,
+            "arguments": {key: plain(value) for key, value in kwargs.items()}, "digest": digest,
             "classes": list(found.classes), **counts,
             "source": found.source, "licence": found.licence, "hub_id": found.hub_id,
         }  # fmt: skip
@@ -223,9 +239,7 @@ class Run:
         self.steps(batches, epochs)
         check_arguments(optimizer=optimizer, clip=clip, ema=ema, monitor=monitor, mode=mode, patience=patience)
         self._parameters = sum(parameter.numel() for parameter in model.parameters())
-        preprocessing = getattr(batches, "preprocessing", None)  # what training really sees is what a saved model must be given
-        if isinstance(preprocessing, data.Preprocessing):
-            self._preprocessing = preprocessing.to_json()
+        self._note_data(batches)
         if self.dry_run:
             shown = preview(
                 self, model, batches, epochs=epochs, optimizer=optimizer, ema=ema is not None, devices=self.devices
@@ -260,15 +274,32 @@ class Run:
             raise UsageError(f"{path} is another model's: {said:.400}; give load_best the model that run.fit was given") from None
         return int(state.progress["fit"]["best_epoch"])
 
-    def save(self, **modules: nn.Module) -> Path:
-        """Write `model.safetensors` and `config.json`: modules by name, each built through a registry."""
+    def _note_data(self, batches: Any) -> None:
+        """Keep the classes and the preprocessing of the data that is trained on, for `save`."""
+        preprocessing = getattr(batches, "preprocessing", None)
+        if isinstance(preprocessing, data.Preprocessing):
+            self._preprocessing = preprocessing.to_json()
+        for source in (batches, getattr(batches, "split", None), getattr(batches, "dataset", None)):  # a DataLoader has a dataset
+            self._classes = self._classes or list(getattr(source, "classes", ()))
+
+    def save(self, model: nn.Module | None = None, **modules: nn.Module) -> Path:
+        """Write `model.safetensors` and `config.json`.
+
+        `model` is the one that was trained: its parts that a registry built are saved under their attributes' names, losses only
+        if they have parameters. Or give the modules by name: `run.save(backbone=backbone)`. Classes and preprocessing are those
+        of the data that was trained on. Raises `UsageError` if no part was built by a registry.
+        """
+        if model is not None:
+            modules = {**_registered_parts(model), **modules}
+        if self._fit and not (self._classes and self._preprocessing):
+            self.say("the batches name no classes or no preprocessing: the saved model takes preprocessed images alone")
         self._open()
         if self.is_main:
             saving.save(
                 self.directory,
                 {name: self.accelerator.unwrap_model(module) for name, module in modules.items()},
                 preprocessing=self._preprocessing,
-                classes=self._dataset.get("classes", []),
+                classes=self._classes or (list(self._datasets[0].classes) if len(self._datasets) == 1 else []),
                 arguments=self.arguments,
                 extra={"recipe": self.name, "dataset": self._dataset.get("name"), "seed": self.seed},
             )
@@ -332,6 +363,7 @@ class Run:
             from vitkit.report import write_report  # matplotlib takes a second to import, and only this needs it
 
             self._open()
+            self._copy_modules()
             summary = self._summary(status)
             if self.history.losses:
                 write_report(self.directory, self.history.figures, summary)
@@ -423,8 +455,19 @@ class Run:
         }  # fmt: skip
 
     def _open(self, keep: tuple[str, ...] = ()) -> None:
-        if self._claim is not None:
+        if self._claim is not None and not self._claim.opened:
             self._claim.open(self._summary("running"), keep=keep)
+            self._copy_modules()
+
+    def _copy_modules(self) -> None:
+        """Write the modules that the recipe has imported from its folder beside the copy of the recipe."""
+        if self.recipe is not None:
+            self.recipe.modules.note()
+            for relative, source in self.recipe.modules.sources.items():
+                path = self.directory / MODULES / relative
+                if not path.exists():
+                    with atomic_write(path) as temporary:
+                        temporary.write_bytes(source)
 
     def _write_summary(self, status: str) -> None:
         if self._claim is not None and not self._claim.keeps_earlier:
@@ -447,6 +490,28 @@ class Run:
             "machine": f"{processor()}, {os.cpu_count()} cores",
             "command": self.command,
         }
+
+
+def _digest(dataset: Any) -> str:
+    """SHA-256 of the classes and labels of a dataset, which tells whether labels were exchanged."""
+    digest = hashlib.sha256(json.dumps(list(dataset.classes)).encode())
+    for split in (dataset.train, dataset.test):
+        digest.update(split.labels.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _registered_parts(model: nn.Module) -> dict[str, nn.Module]:
+    """The parts of a model that a registry built, by the names of their attributes; losses without parameters left out."""
+    if isinstance(model, GradCache):
+        model = model.model
+    parts = {name: part for name, part in model.named_children() if isinstance(getattr(part, "spec", None), Spec)}
+    kept = {name: part for name, part in parts.items() if cast(Spec, part.spec).kind != "loss" or any(True for _ in part.parameters())}
+    if not kept:
+        raise UsageError(
+            f"no attribute of {type(model).__name__} was built by a registry; build the parts with backbones.build(...) or "
+            f"heads.build(...), or name the modules: run.save(backbone=...)"
+        )
+    return kept
 
 
 __all__ = ["DryRun", "Epoch", "Run"]

@@ -177,7 +177,7 @@ def test_the_commands(hub_server, model_run, tmp_path, monkeypatch, capsys):
     assert f"pushed: {hub_server.url}/me/tiny\n" in run.invoke(app, ["push", str(model_run), "tiny"]).output
     hub_server.put("me/tiny", {**hub_server.files("me/tiny"), "README.md": b"mine", "weights.pt": b"x", "\x1b[31m.pt": b"x"})
     pushed = run.invoke(app, ["push", str(model_run), "tiny"]).output
-    assert "README.md there was edited by hand and stays as it is" in pushed
+    assert "README.md of the repository was edited by hand, so it stays" in pushed
     assert "nothing has changed: http://" in pushed
     pulled = run.invoke(app, ["pull", "me/tiny", "-o", "here"]).output
     assert "left out, not a file of a run: 'weights.pt'\n" in pulled

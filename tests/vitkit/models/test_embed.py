@@ -148,7 +148,7 @@ def test_pieces_of_another_job_and_damaged_ones_are_computed_anew(model, picture
 def test_what_is_refused(model, pictures, tmp_path):
     source = find_source([str(pictures)])
     out = embed(model, source, tmp_path / "out.safetensors").path
-    with pytest.raises(UsageError, match="is there already; choose another name, or give --overwrite"):
+    with pytest.raises(UsageError, match="exists already; choose another name, or give --overwrite"):
         embed(model, source, out)
     embed(model, source, out, overwrite=True)
     with pytest.raises(UsageError, match=r"expected the name of a .safetensors file"):
@@ -171,9 +171,90 @@ def test_what_is_refused(model, pictures, tmp_path):
 
 
 def test_two_processes_do_not_write_one_file(model, pictures, tmp_path):
-    with embedding._workplace(tmp_path / "out.safetensors"):
+    with embedding._partial_folder(tmp_path / "out.safetensors"):
         with pytest.raises(RunError, match="is being written by another process"):
             embed(model, find_source([str(pictures)]), tmp_path / "out.safetensors")
+
+
+@pytest.fixture
+def stopped(model, pictures, tmp_path):
+    """The output's path after an interruption at the end: all pieces are there, the output is not."""
+
+    def stop(done, total):
+        if done == total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        embed(model, find_source([str(pictures)]), tmp_path / "out.safetensors", batch_size=2, progress=stop)
+    return tmp_path / "out.safetensors"
+
+
+def test_a_flipped_byte_anywhere_in_a_piece_is_noticed(model, pictures, stopped):
+    piece = stopped.with_name("out.safetensors.partial") / "000000000.safetensors"
+    intact = piece.read_bytes()
+    expected = embed(model, find_source([str(pictures)]), stopped, batch_size=2).path.read_bytes()
+    for place in range(0, len(intact), 7):
+        stopped.unlink()
+        piece.parent.mkdir()
+        (piece.parent / embedding.MARKER).write_text("")
+        piece.write_bytes(intact[:place] + bytes([intact[place] ^ 0x10]) + intact[place + 1 :])
+        result = embed(model, find_source([str(pictures)]), stopped, batch_size=2)
+        assert result.path.read_bytes() == expected
+        assert result.resumed == 0
+
+
+def test_a_folder_of_that_name_that_is_not_ours_stays(model, pictures, tmp_path):
+    folder = tmp_path / "out.safetensors.partial"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("ten years")
+    with pytest.raises(UsageError, match=r"partial exists and was not made by vitkit embed, .*; move it, or choose another -o"):
+        embed(model, find_source([str(pictures)]), tmp_path / "out.safetensors")
+    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+    (folder / "thesis.txt").unlink()
+    embed(model, find_source([str(pictures)]), tmp_path / "out.safetensors")
+    assert not folder.exists()
+
+
+def test_a_link_of_that_name_is_not_followed(model, pictures, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out.safetensors.partial").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UsageError, match="was not made by vitkit embed"):
+        embed(model, find_source([str(pictures)]), tmp_path / "out.safetensors")
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_a_file_that_somebody_put_among_the_pieces_stays(model, pictures, stopped):
+    note = stopped.with_name("out.safetensors.partial") / "note.txt"
+    note.write_text("mine")
+    assert embed(model, find_source([str(pictures)]), stopped, batch_size=2).resumed == 8
+    assert [path.name for path in note.parent.iterdir()] == ["note.txt"]
+
+
+def test_neither_the_model_nor_any_other_file_is_overwritten(model, pictures, tmp_path):
+    weights = tmp_path / "model" / "model.safetensors"
+    before = weights.read_bytes()
+    with pytest.raises(UsageError, match=r"is not a .safetensors file of features, so --overwrite does not replace it"):
+        embed(model, find_source([str(pictures)]), weights, overwrite=True)
+    assert weights.read_bytes() == before
+    (tmp_path / "link.safetensors").symlink_to(weights)
+    with pytest.raises(UsageError, match="--overwrite does not replace it"):
+        embed(model, find_source([str(pictures)]), tmp_path / "link.safetensors", overwrite=True)
+    (tmp_path / "text.safetensors").write_text("a letter")
+    with pytest.raises(UsageError, match="--overwrite does not replace it"):
+        embed(model, find_source([str(pictures)]), tmp_path / "text.safetensors", overwrite=True)
+
+
+def test_a_name_that_is_not_utf_8_reaches_the_metadata(model, pictures, tmp_path):
+    name = "caf\udce9.png"
+    (pictures / "a" / "0.png").rename(pictures / "a" / name)
+    embed(model, find_source([str(pictures)]), tmp_path / "out.safetensors")
+    assert any(file.endswith(name) for file in read(tmp_path / "out.safetensors")[1]["files"])
+
+
+@pytest.mark.parametrize("words", [[""], ["  "], ["pictures", ""]])
+def test_an_empty_argument_is_not_the_working_directory(words):
+    with pytest.raises(UsageError, match="an argument for the images is empty, perhaps an unset variable"):
+        find_source(words)
 
 
 def test_folders_train_and_test_are_no_classes(pictures, tmp_path):

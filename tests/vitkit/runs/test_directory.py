@@ -172,7 +172,7 @@ def test_what_was_asked_for_is_kept_beside_what_it_was_resolved_to(vitkit, tmp_p
     }  # fmt: skip
     wrong = vitkit("run", "tiny.py", "--out", "a", "--resume", "--kind", "large")
     assert wrong.returncode == 2
-    assert "--kind was 'auto' when a was started and is now 'large'; leave the flag out to go on" in wrong.stderr
+    assert "--kind was 'auto' when a was started and is now 'large'; leave the flag out to resume" in wrong.stderr
     assert summary_of(tmp_path / "a") == kept  # a refusal changes nothing
     on = vitkit("run", "tiny.py", "--out", "a", "--resume", *asked, "--width", "64", "--precision", kept["settings"]["precision"])
     assert on.returncode == 0, on.stderr
@@ -208,7 +208,7 @@ def test_a_device_that_is_gone(vitkit, tmp_path):
     path.write_text(json.dumps({**kept, "requested": {**kept["requested"], "device": "cuda"}}))
     on = vitkit("run", "tiny.py", "--out", "a", "--resume")
     assert on.returncode == 0, on.stderr
-    assert "a was started with --device cuda: this machine has cpu; going on with --device auto" in on.stderr
+    assert "a was started with --device cuda: this machine has cpu; resuming with --device auto" in on.stderr
 
 
 @pytest.fixture
@@ -223,7 +223,7 @@ def shelf(monkeypatch):
             raise MissingDatasetError("no network")
         return build(name, **kwargs)
 
-    monkeypatch.setattr(data, "build", from_shelf)
+    monkeypatch.setattr("vitkit.data.dataset.build", from_shelf)
     return found
 
 

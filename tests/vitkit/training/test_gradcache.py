@@ -50,11 +50,11 @@ def test_the_loss_and_the_gradient_are_those_of_one_batch(call):
         (lambda model: GradCache(model, 10)(joined(batches())), 2),
     ],
 )
-def test_what_is_embedded_again_drops_the_same(monkeypatch, call, times):
+def test_recomputed_features_drop_the_same_units(monkeypatch, call, times):
     torch.manual_seed(0)
     model, calls = Comparing(dropout=0.5), []
-    embed = model.embed
-    monkeypatch.setattr(model, "embed", lambda batch: calls.append(1) or embed(batch))
+    compute = model.forward_features
+    monkeypatch.setattr(model, "forward_features", lambda batch: calls.append(1) or compute(batch))
     again = gradient(model, call)
     assert len(calls) == 2 * times
     monkeypatch.setattr("vitkit.training.gradcache.recompute", lambda function, batch, use_reentrant: function(batch))
@@ -62,10 +62,10 @@ def test_what_is_embedded_again_drops_the_same(monkeypatch, call, times):
     assert len(calls) == 3 * times
 
 
-def test_without_gradients_nothing_is_embedded_twice(monkeypatch):
+def test_without_gradients_features_are_computed_once(monkeypatch):
     model, calls = Comparing(), []
-    embed = model.embed
-    monkeypatch.setattr(model, "embed", lambda batch: calls.append(1) or embed(batch))
+    compute = model.forward_features
+    monkeypatch.setattr(model, "forward_features", lambda batch: calls.append(1) or compute(batch))
     with torch.no_grad():
         GradCache(model, 10)(joined(batches()))
     assert len(calls) == 2
@@ -76,5 +76,5 @@ def test_what_a_gradient_cache_needs():
     assert isinstance(GradCache(Comparing(), 2), GradCacheable)
     with pytest.raises(UsageError, match="chunk is 0; expected at least 1 sample"):
         GradCache(Comparing(), 0)
-    with pytest.raises(UsageError, match="Linear has no embed and compute_loss: a gradient cache needs both"):
+    with pytest.raises(UsageError, match="Linear is not GradCacheable: a gradient cache needs a model that inherits from"):
         GradCache(nn.Linear(1, 1), 2)

@@ -1,0 +1,107 @@
+"""The consoles of the command line: results go to `out`, all other lines to `err`.
+
+Neither interprets its text as markup. A console that cannot encode a character shows a similar one, and a closed pipe ends the
+output, never the command.
+"""
+
+import codecs
+import os
+import sys
+from typing import IO, Any
+
+from rich.console import Console, RenderableType
+from rich.text import Text
+
+from vitkit.errors import printable
+
+PIPE_COLUMNS = 240
+"""Width of a table where the output is not a terminal: wide enough to keep a row on one line."""
+MESSAGE_CHARACTERS = 4000
+"""Length at which a line of an error message is cut."""
+_SIMILAR = {"→": "->", "×": "x", "…": "...", "−": "-", "–": "-", "—": "-", "·": "*", "≥": ">=", "≤": "<=", "√": "sqrt", "‖": "||"}
+_BOX_LINES = {"─": "-", "━": "-", "═": "-", "╌": "-", "│": "|", "┃": "|", "║": "|", "╎": "|"}
+
+
+class TextConsole(Console):
+    """A rich console that prints plain text and tables, and drops its output once the reader has closed the pipe."""
+
+    def __init__(self, *, stderr: bool = False, width: int | None = None) -> None:
+        super().__init__(stderr=stderr, width=width, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+    def on_broken_pipe(self) -> None:
+        _discard(self.file)
+
+    def print_table(self, table: RenderableType) -> None:
+        """Print a table as wide as the terminal, or `PIPE_COLUMNS` wide where there is none."""
+        console = self if self.is_terminal else TextConsole(stderr=self.stderr, width=PIPE_COLUMNS)
+        console.print(table, soft_wrap=False)
+
+
+out = TextConsole()
+err = TextConsole(stderr=True)
+
+
+def cell(text: object, style: str = "") -> Text:
+    """A foreign string as it goes into a table or a line."""
+    return Text(printable(text), style)
+
+
+def print_error(message: str) -> None:
+    """Print an error message; each of its lines is made printable."""
+    lines = [printable(line, MESSAGE_CHARACTERS) for line in message.split("\n")]
+    err.print(Text.assemble(("error:", "bold red"), " ", "\n".join(lines)))
+
+
+def is_utf8() -> bool:
+    """Whether the standard output can encode every character."""
+    return (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "").replace("_", "") == "utf8"
+
+
+def prepare_streams() -> None:
+    """Let both standard streams write every text: a character outside of their encoding becomes a similar one, or `?`."""
+    codecs.register_error("vitkit.similar", _similar)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="vitkit.similar")
+
+
+def flush_streams() -> bool:
+    """Write what is still buffered; False where that fails for another reason than a closed pipe."""
+    written = True
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            _discard(stream)
+        except (OSError, ValueError):
+            _discard(stream)
+            written = False
+    return written
+
+
+def _similar(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    characters = error.object[error.start : error.end]
+    return "".join(map(_ascii, characters)), error.end
+
+
+def _ascii(character: str) -> str:
+    if "\u2500" <= character <= "\u257f":
+        return _BOX_LINES.get(character, "+")
+    if "\ud800" <= character <= "\udfff":
+        return f"\\u{ord(character):04x}"
+    return _SIMILAR.get(character, "?")
+
+
+def _discard(stream: IO[Any]) -> None:
+    """Send the rest of a stream to nowhere, so that no later write fails."""
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+    except (OSError, ValueError):  # a stream in memory has no descriptor
+        return
+
+
+__all__ = ["TextConsole", "cell", "err", "flush_streams", "is_utf8", "out", "prepare_streams", "print_error"]
