@@ -16,6 +16,7 @@ from vitkit.models import Features
 from vitkit.validation import at_least, positive
 from vitkit_eval.features import FrozenProbe, classification
 
+
 class LinearProbe(FrozenProbe):
     """Accuracy of a linear classifier on frozen features: `linear_top1`, with more than ten classes `linear_top5` too.
 
@@ -85,7 +86,8 @@ def fit_logistic(
     """Weights and biases that minimise the mean of CE(W·x + b, y) plus ‖W‖²/(2·C·n) over features `(n d)`, labels `(n,)`.
 
     Full-batch L-BFGS from zero in the features' precision, until no entry of the gradient exceeds 1e-5, or a step changes
-    the loss by less than 1e-9, or for `max_iter` iterations; biases are not regularised. Labels are in [0, classes), at least two different ones.
+    the loss by less than 1e-9, or for `max_iter` iterations; biases are not regularised. Labels are in [0, classes), at
+    least two different ones.
 
     Ranks: each computes the gradient of its share of the rows, and all of them return the same.
     """

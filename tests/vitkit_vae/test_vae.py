@@ -7,7 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitkit.errors import UsageError
-from vitkit_vae import ConvDecoder, KLLoss, MultiTaskLoss, MultiTaskVAE, ReconstructionLoss, TripletLoss, VAEEncoder, sample_latent
+from vitkit_vae import (
+    ConvDecoder,
+    KLLoss,
+    MultiTaskLoss,
+    MultiTaskVAE,
+    ReconstructionLoss,
+    TripletLoss,
+    VAEEncoder,
+    sample_latent,
+)
 
 PARTS = {"classification": 1.0, "triplet": 1.0, "reconstruction": 1.0, "kl": 1.0}
 

@@ -1,6 +1,7 @@
 """Datasets: splits of images, how they are stored, preprocessed and cut into batches."""
 
 from vitkit.data.dataset import ImageDataset, build, fetched, from_store, imported, pixel_moments, resolve, stand_in
+from vitkit.data.digest import dataset_digest
 from vitkit.data.image_folder import SUFFIXES, import_folder, pictures_of, read_square
 from vitkit.data.preprocess import Preprocessing, preprocess
 from vitkit.data.split import ImageBatches, ImageSplit, stratified_indices
@@ -14,6 +15,7 @@ __all__ = [
     "Preprocessing",
     "Stored",
     "build",
+    "dataset_digest",
     "fetched",
     "from_store",
     "import_folder",
