@@ -33,7 +33,7 @@ def training_data(model: Any, run: str) -> data.ImageDataset:
         )
     dataset = data.build(asked, **arguments)
     digest = record.get("digest")
-    same = dataset.classes == model.classes if digest is None else data.dataset_digest(dataset) == digest
+    same = dataset.classes == model.classes if digest is None else dataset.digest == digest
     if not same:
         raise UsageError(
             f"the dataset {printable(asked)} is not the one that the model in {run} was trained on: classes or labels differ; "

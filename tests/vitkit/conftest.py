@@ -52,7 +52,8 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         _write(directory / "losses.csv", losses)
         _write(directory / "metrics.csv", metrics)
         last = {k: v for k, v in (metrics[-1] if metrics else {}).items() if k not in ("epoch", "step")}
-        protocol = {"split": "test", "samples": 10_000, "chance": 0.1, "frozen": "encoder", "note": "on every pixel"}
+        protocol = {"split": "test", "samples": 10_000, "chance": 0.1, "frozen": "encoder", "note": "on every pixel",
+                    "kind": "proportion", "unit": "", "direction": "max", "untrained": None}
         told: dict[str, Any] = {
             "recipe": "jepa_mnist",
             "status": "finished",
@@ -65,7 +66,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
             "final": last,
             "best": {metric: {"value": value, "epoch": epochs} for metric, value in last.items()},
             "protocols": {metric: protocol for metric in last if metric != "loss"},
-            "references": {"seed document": {"linear_top1": 0.95, "m1_top1": 0.79},
+            "references": {"paper": {"linear_top1": 0.95, "m1_top1": 0.79},
                            "floor": {"sigreg": 1.0525}, "collapse": {"sigreg": 51.4}},
             "parameters": 2_745_856, "epochs": epochs, "steps": 10 * epochs, "seconds": 405.0,
             "images_per_second": 3000.0, "versions": {"python": "3.11.7", "vitkit": "0.1.0"},

@@ -229,7 +229,7 @@ def test_a_model_that_names_no_dataset(saved, target):
 
 def record(asked: str, digest: str | None = None, **arguments: object) -> dict[str, object]:
     """What a run records of its dataset."""
-    return {"asked": asked, "arguments": arguments, "digest": digest or data.dataset_digest(data.build("digits"))}
+    return {"asked": asked, "arguments": arguments, "digest": digest or data.build("digits").digest}
 
 
 def test_the_dataset_of_the_training_is_known_by_its_digest_and_not_by_its_name(saved, target):

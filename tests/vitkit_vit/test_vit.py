@@ -26,11 +26,11 @@ def vit(**kwargs: object) -> ViT:
     return ViT(**{**SMALL, **kwargs})
 
 
-@pytest.fixture(params=["cpu_block", "modules"])
+@pytest.fixture(params=["batched products", "torch's attention"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways to compute a block: the CPU's own, and the modules that other devices use."""
-    if request.param == "modules":
-        monkeypatch.setattr("vitkit_vit.cpu_block.LONGEST", 0)
+    """Both ways to compute attention."""
+    chosen = request.param == "batched products"
+    monkeypatch.setattr("vitkit_vit.layers.products_are_faster", lambda q, dropout: chosen)
     return str(request.param)
 
 

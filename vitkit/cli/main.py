@@ -69,11 +69,12 @@ app.command("check")(check.check)
 def compare_command(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN ...", help="run directories")],
     page: Annotated[Path, typer.Option("--out", help="the page to write")] = Path("compare.html"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a file that vitkit compare did not write")] = False,
 ) -> None:
     """Put runs side by side: what differs in arguments and results, and their curves in one figure."""
     from vitkit.cli.compare import compare
 
-    compare(runs, page)
+    compare(runs, page, overwrite)
 
 
 for _name, _command in inference.COMMANDS.items():

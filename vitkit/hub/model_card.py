@@ -8,16 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vitkit.report.record import (
-    duration,
-    number,
-    plain,
-    pretty,
-    read_record,
-    shown,
-    split_topk,
-    standard_error,
-)
+from vitkit.report.formatting import as_float, format_constant, format_duration, format_number, split_topk, title_of
+from vitkit.report.record import read_record
 
 TASKS = {
     "text": "zero-shot-image-classification",
@@ -66,7 +58,7 @@ class Card:
                 "dataset_name": self.data["name"],
                 "dataset_split": self.record.protocol(name).get("split"),
                 "metric_type": _kind(name),
-                "metric_name": pretty(name),
+                "metric_name": title_of(name),
                 "metric_value": round(value, 6),
                 "metric_args": {
                     k: v for k, v in self.record.protocol(name).items() if k != "split" and v not in ("", None)
@@ -107,7 +99,7 @@ class Card:
 
     def _what(self) -> list[str]:
         used = [f"{name} `{data['name']}`" for name, data in self.config["modules"].items()]
-        size = number(self.record.summary.get("parameters"))
+        size = as_float(self.record.summary.get("parameters"))
         facts = f"A vision-transformer model trained with `{self.record.name}`" + (
             f" on {self.data['name']}" if self.data.get("name") else ""
         )
@@ -143,11 +135,11 @@ class Card:
         labels = list(dict.fromkeys(label for name in self.metrics for label, _ in record.references(name)))
         rows = []
         for name, value in self.metrics.items():
-            error = standard_error(name, value, record.protocol(name).get("samples"))
+            error = record.standard_error(name)
             lines = dict(record.references(name))
-            told = f"**{shown(value)}**" + (f" ± {error:.2g}" if error is not None else "")
-            against = [plain(lines.get(label)) for label in labels]
-            rows.append([pretty(name), told, plain(record.chance(name)), *against, _protocol(record.protocol(name))])
+            told = f"**{format_number(value)}**" + (f" ± {error:.2g}" if error is not None else "")
+            against = [format_constant(lines.get(label)) for label in labels]
+            rows.append([title_of(name), told, format_constant(record.chance(name)), *against, _protocol(record.protocol(name))])
         table = _table(["metric", "value", "chance", *labels, "how it was measured"], rows)
         notes = f"Of the last evaluation{self._where()}, not of the best one. ± is one standard error over the samples."
         if labels:
@@ -157,14 +149,14 @@ class Card:
         return [table, notes]
 
     def _where(self) -> str:
-        epochs = number(self.record.summary.get("epochs"))
+        epochs = as_float(self.record.summary.get("epochs"))
         return f" (epoch {int(epochs)})" if epochs >= 1 else ""
 
     def _training(self) -> list[str]:
         summary, settings = self.record.summary, self.record.part("settings")
         command = _command(str(summary.get("command") or ""))
-        counts = [f"{int(self.data[s]):,} {s}" for s in ("train", "test") if number(self.data.get(s)) >= 0]
-        seconds, speed = number(summary.get("seconds")), number(summary.get("images_per_second"))
+        counts = [f"{int(self.data[s]):,} {s}" for s in ("train", "test") if as_float(self.data.get(s)) >= 0]
+        seconds, speed = as_float(summary.get("seconds")), as_float(summary.get("images_per_second"))
         machine = [str(summary[key]) for key in ("machine",) if summary.get(key)]
         machine += [f"{key} {settings[key]}" for key in ("device", "precision", "processes") if settings.get(key)]
         versions = [f"{name} {version}" for name, version in self.record.part("versions").items() if version]
@@ -173,7 +165,7 @@ class Card:
             "seed": str(summary.get("seed", "")),
             "dataset": f"{self.data.get('name')} ({' + '.join(counts)} images)" if counts else "",
             "hardware": ", ".join(machine),
-            "time": duration(seconds) + (f", {speed:,.0f} images/s in training" if speed > 0 else "")
+            "time": format_duration(seconds) + (f", {speed:,.0f} images/s in training" if speed > 0 else "")
             if seconds > 0
             else "",
             "versions": ", ".join(versions),
@@ -185,8 +177,8 @@ class Card:
 
     def _pictures(self) -> list[str]:
         names = sorted(self.plots, key=lambda name: (Path(name).stem.startswith(TRAINING), name))
-        cells = [f"![{pretty(Path(name).stem)}]({name})" for name in names]
-        titles = [pretty(Path(name).stem) for name in names]
+        cells = [f"![{title_of(Path(name).stem)}]({name})" for name in names]
+        titles = [title_of(Path(name).stem) for name in names]
         pairs = [(titles[place : place + 2], cells[place : place + 2]) for place in range(0, len(cells), 2)]
         return [_table([*title, ""][:2], [[*cell, ""][:2]]) for title, cell in pairs]
 
@@ -249,7 +241,7 @@ def _kind(metric: str) -> str:
 
 def _protocol(protocol: Mapping[str, Any]) -> str:
     pieces = [f"frozen {protocol['frozen']}"] if protocol.get("frozen") else []
-    if number(protocol.get("samples")) >= 0:
+    if as_float(protocol.get("samples")) >= 0:
         pieces.append(f"{int(protocol['samples']):,} {protocol.get('split') or ''} samples".replace("  ", " "))
     if protocol.get("note"):
         pieces.append(str(protocol["note"]))

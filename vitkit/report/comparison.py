@@ -1,52 +1,62 @@
-"""Several runs: what differs between them, what came out, and why that may not be comparable."""
+"""Several runs: their differences, their results, and reasons why these may not be comparable."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from vitkit.errors import UsageError
-from vitkit.report.record import Record, Series, difference, number, read_record, shown
+from vitkit.report.formatting import as_float, format_difference, format_number
+from vitkit.report.record import Record, Series, base_name, read_record
 from vitkit.runs.directory import read_summary
-from vitkit.runs.summary import lower_is_better
 
 MISSING = "–"
-COUNTS = ("parameters", "epochs")
+COSTS: dict[str, Literal["max", "min"] | None] = {
+    "epochs": None, "parameters": None, "seconds": "min", "images_per_second": "max",
+}  # fmt: skip
+"""Fields of the summary that stand below the metrics, with the direction in which they improve."""
+CONDITIONS = ("split", "samples", "chance", "frozen", "note")
+"""Fields of a protocol that two comparable measurements share."""
 
 
 @dataclass(frozen=True)
 class Row:
     """One result of every run: `values`, NaN where a run has none, and which of them are `best`.
 
-    `gains` over the first run are positive where a run is better, NaN where that cannot be said.
+    `gains` over the first run are positive where a run is better, and NaN where neither is better.
     """
 
     name: str
     values: list[float]
     best: list[bool]
     gains: list[float]
+    unit: str = ""
 
     def cell(self, place: int) -> tuple[str, str]:
-        """A run's value, and its difference from the first run's in brackets or an empty text."""
+        """A run's value, and its difference from the first run's in brackets, or an empty text."""
         value, first = self.values[place], self.values[0]
-        if self.name in COUNTS and np.isfinite(value):
+        if COSTS.get(self.name, "max") is None and np.isfinite(value):
             return f"{value:,.0f}", ""
-        told = "" if value == first else difference(value, first)
-        return shown(value), f"({told})" if told else ""
+        text = "" if value == first else format_difference(value, first)
+        return format_number(value, self.unit), f"({text})" if text else ""
+
+    def verdict(self, place: int) -> str:
+        """`better`, `worse` or an empty text: a run against the first one."""
+        return "" if np.isnan(self.gains[place]) else "better" if self.gains[place] > 0 else "worse"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Several runs, each with a name of its own."""
+    """Several runs with distinct names."""
 
     names: list[str]
     records: list[Record]
 
     @property
     def differences(self) -> dict[str, dict[str, list[str]]]:
-        """What differs: group → name → a text for each run."""
+        """Everything that is not the same in all runs: group → name → a text for each run."""
         records = self.records
         groups: dict[str, list[Mapping[str, Any]]] = {
             "run": [_identity(record) for record in records],
@@ -54,50 +64,45 @@ class Comparison:
             "settings": [{"seed": record.summary.get("seed"), **record.part("settings")} for record in records],
             "versions": [record.part("versions") for record in records],
         }
-        found = {group: _differing(mappings) for group, mappings in groups.items()}
-        return {group: rows for group, rows in found.items() if rows}
+        differing = {group: _differing(mappings) for group, mappings in groups.items()}
+        return {group: rows for group, rows in differing.items() if rows}
 
     @property
     def results(self) -> list[Row]:
-        """Last values of all metrics, and what they cost."""
-        rows = [_row(name, [record.final.get(name, np.nan) for record in self.records]) for name in self._metrics]
-        for name in ("epochs", "parameters", "seconds", "images_per_second"):
-            values = [number(record.summary.get(name)) for record in self.records]
+        """The last values of all metrics, each beside its value on the validation split, and the costs."""
+        rows = []
+        for name in self._metrics:
+            record = next((record for record in self.records if record.protocol(name)), self.records[0])
+            values = [record.final.get(name, np.nan) for record in self.records]
+            rows.append(_row(name, values, record.direction(name), record.unit(name)))
+        for name, direction in COSTS.items():
+            values = [as_float(record.summary.get(name)) for record in self.records]
             if np.isfinite(values).any():
-                rows.append(_row(name, values))
+                rows.append(_row(name, values, direction))
         return rows
 
     @property
     def warnings(self) -> list[str]:
-        """Why the runs' numbers may not be comparable."""
-        found = []
+        """Reasons why the runs' numbers may not be comparable."""
+        warnings = []
         data = [str(record.part("dataset").get("name", "unknown")) for record in self.records]
         if len(set(data)) > 1:
-            told = ", ".join(f"{name}: {used}" for name, used in zip(self.names, data, strict=True))
-            found.append(f"The runs used different data ({told}): their results cannot be compared.")
+            used = ", ".join(f"{name}: {dataset}" for name, dataset in zip(self.names, data, strict=True))
+            warnings.append(f"The runs used different data ({used}): their results cannot be compared.")
         elif unlike := [name for name in self._metrics if not self._measured_alike(name)]:
-            found.append(f"Not measured in the same way in all runs: {', '.join(unlike)}; their reports say how.")
+            warnings.append(f"Not measured in the same way in all runs: {', '.join(unlike)}; their reports say how.")
         for name, record in zip(self.names, self.records, strict=True):
-            status = record.summary.get("status", "unknown")
             reached = max((series.epochs[-1] for series in record.metrics.values()), default=None)
             last = "it has no evaluation yet" if reached is None else f"its last evaluation is of epoch {reached:g}"
-            if status != "finished":
-                found.append(f"{name} has not finished ({status}): {last}.")
+            if record.status != "finished":
+                warnings.append(f"{name} has not finished ({record.status}): {last}.")
             elif reached is None:
-                found.append(f"{name} holds no evaluation.")
-        return found
-
-    @property
-    def _metrics(self) -> list[str]:
-        return list(dict.fromkeys(name for record in self.records for name in record.final))
-
-    def _measured_alike(self, metric: str) -> bool:
-        protocols = [record.protocol(metric) for record in self.records if record.protocol(metric)]
-        return all(protocol == protocols[0] for protocol in protocols)
+                warnings.append(f"{name} holds no evaluation.")
+        return warnings
 
     @property
     def columns(self) -> dict[str, list[Series | None]]:
-        """The curves: metrics first, then the loss and its parts."""
+        """The curves of each column, one for each run: metrics first, then the loss and its parts."""
         columns: dict[str, list[Series | None]] = {}
         for table in ("metrics", "losses"):
             for name in dict.fromkeys(name for record in self.records for name in getattr(record, table)):
@@ -106,30 +111,40 @@ class Comparison:
                     columns.setdefault(name, series)
         return columns
 
+    @property
+    def _metrics(self) -> list[str]:
+        names = list(dict.fromkeys(name for record in self.records for name in record.final))
+        bases = list(map(base_name, names))
+        return sorted(names, key=lambda name: bases.index(base_name(name)))
+
+    def _measured_alike(self, metric: str) -> bool:
+        protocols = [record.protocol(metric) for record in self.records if record.protocol(metric)]
+        conditions = [tuple(protocol.get(name) for name in CONDITIONS) for protocol in protocols]
+        return all(condition == conditions[0] for condition in conditions)
+
 
 def read_runs(directories: Sequence[Path]) -> Comparison:
-    """Read run directories; names are the shortest ends of their paths that differ.
+    """Read run directories; the shortest ends of their paths that differ become their names.
 
-    Raises `UsageError` for fewer than two, for one given twice and for a directory that holds no run.
+    Raises `UsageError` for fewer than two directories, for the same one twice, and for one that holds no run.
     """
     for directory in directories:
         _check(directory)
-    whole = [directory.resolve() for directory in directories]
-    if len(whole) < 2:
+    paths = [directory.resolve() for directory in directories]
+    if len(paths) < 2:
         raise UsageError(f"compare takes at least two runs; got {', '.join(map(str, directories)) or 'none'}")
-    for place, directory in enumerate(whole):
-        if directory in whole[:place]:
+    for place, path in enumerate(paths):
+        if path in paths[:place]:
             raise UsageError(f"{directories[place]} is given twice; compare takes different runs")
     depth = 1
-    while len({directory.parts[-depth:] for directory in whole}) < len(whole):
+    while len({path.parts[-depth:] for path in paths}) < len(paths):
         depth += 1
-    names = ["/".join(directory.parts[-depth:]) for directory in whole]
-    return Comparison(names, [read_record(directory) for directory in whole])
+    return Comparison(["/".join(path.parts[-depth:]) for path in paths], [read_record(directory) for directory in paths])
 
 
 def _check(directory: Path) -> None:
     if not directory.exists():
-        raise UsageError(f"no run at {directory}: there is no such directory")
+        raise UsageError(f"no run at {directory}: the directory does not exist")
     if not directory.is_dir():
         raise UsageError(f"{directory} is a file; give the run's directory, {directory.parent}")
     if (directory / "summary.json").exists():
@@ -141,16 +156,15 @@ def _check(directory: Path) -> None:
         raise UsageError(f"{directory} holds no run: summary.json, losses.csv and metrics.csv are missing{hint}")
 
 
-def _row(name: str, values: Sequence[float]) -> Row:
-    values = [float(value) for value in values]
+def _row(name: str, values: list[float], direction: Literal["max", "min"] | None, unit: str = "") -> Row:
     finite = [value for value in values if np.isfinite(value)]
-    if name in COUNTS or not finite:
-        return Row(name, values, [False] * len(values), [np.nan] * len(values))
-    sign = -1.0 if lower_is_better(name) else 1.0
+    if direction is None or not finite:
+        return Row(name, values, [False] * len(values), [np.nan] * len(values), unit)
+    sign = -1.0 if direction == "min" else 1.0
     best = sign * max(sign * value for value in finite)
-    tell = len(finite) > 1 and min(finite) < max(finite)
+    differ = len(finite) > 1 and min(finite) < max(finite)
     gains = [sign * (value - values[0]) or np.nan for value in values]
-    return Row(name, values, [tell and value == best for value in values], gains)
+    return Row(name, values, [differ and value == best for value in values], gains, unit)
 
 
 def _identity(record: Record) -> dict[str, Any]:
@@ -165,9 +179,5 @@ def _identity(record: Record) -> dict[str, Any]:
 
 def _differing(mappings: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     names = dict.fromkeys(name for mapping in mappings for name in mapping)
-    told = {name: [_told(mapping.get(name)) for mapping in mappings] for name in names}
-    return {name: values for name, values in told.items() if len(set(values)) > 1}
-
-
-def _told(value: Any) -> str:
-    return MISSING if value is None else str(value)
+    texts = {name: [MISSING if mapping.get(name) is None else str(mapping[name]) for mapping in mappings] for name in names}
+    return {name: values for name, values in texts.items() if len(set(values)) > 1}

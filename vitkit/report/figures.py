@@ -1,4 +1,4 @@
-"""The pictures that evaluations hand over: confusion matrices, maps of embeddings, attention over images, sheets."""
+"""Figures of evaluators: confusion matrices, maps of embeddings, attention over images, sheets of images."""
 
 import warnings
 from collections.abc import Sequence
@@ -12,45 +12,41 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
 from vitkit.contracts import Attention, Confusion, Embeddings, ReportFigure, Sheet
-from vitkit.report.record import pretty
+from vitkit.report.formatting import title_of
 from vitkit.report.sheet import as_array, sheet
 from vitkit.report.style import GRID, HALO, INK, MUTED, PALETTE, Plot, class_labels, drawable
 
-MOST_POINTS = 1_500
-"""t-SNE of so many takes about five seconds on one core."""
-MOST_ATTENTION = 16
+MAX_POINTS = 1_500
+"""t-SNE of this many points takes about five seconds on one core."""
+MAX_ATTENTION = 16
 COUNTS_UP_TO = 20
-"""Up to so many classes a confusion matrix has room for its counts."""
+"""Largest number of classes for which a confusion matrix has room for its counts."""
 COLORS = (*PALETTE[:7], "#8c564b", "#1b1b1b", "#9a9a00")
 MARKERS = "osD^vPX*<>hpd8"
 
 
-def draw_figure(name: str, picture: ReportFigure) -> Plot:
-    """The plot of any picture. Raises `ValueError` where its arrays do not fit together."""
-    if isinstance(picture, Confusion):
-        return confusion(name, picture)
-    if isinstance(picture, Embeddings):
-        return embeddings(name, picture)
-    if isinstance(picture, Attention):
-        return attention(name, picture)
-    if isinstance(picture, Sheet):
-        return sheet(name, picture)
-    raise ValueError(f"a Confusion, Embeddings, Attention or Sheet was expected, not {type(picture).__name__}")
+def draw_figure(name: str, figure: ReportFigure) -> Plot:
+    """The plot of a figure. Raises `ValueError` if its arrays do not fit together."""
+    drawers: dict[type, Any] = {Confusion: confusion, Embeddings: embeddings, Attention: attention, Sheet: sheet}
+    for kind, draw in drawers.items():
+        if isinstance(figure, kind):
+            return draw(name, figure)
+    raise ValueError(f"a Confusion, Embeddings, Attention or Sheet was expected, not {type(figure).__name__}")
 
 
-def confusion(name: str, picture: Confusion) -> Plot:
-    """Rows are true classes: each cell is the share of its row, with the counts where there is room."""
-    counts = np.nan_to_num(as_array(picture.matrix).astype(np.float64))
-    k = len(picture.classes)
+def confusion(name: str, given: Confusion) -> Plot:
+    """A confusion matrix: rows are true classes, colours are shares of a row, counts stand where there is room."""
+    counts = np.nan_to_num(as_array(given.matrix).astype(np.float64))
+    k = len(given.classes)
     if counts.shape != (k, k) or k == 0:
         raise ValueError(f"a confusion matrix has shape (k, k) for k class names; got {counts.shape} and {k} names")
     totals = counts.sum(1, keepdims=True)
     shares = np.divide(counts, totals, out=np.zeros_like(counts), where=totals > 0)
-    labels = class_labels(picture.classes, 18 if k <= COUNTS_UP_TO else 14)
+    labels = class_labels(given.classes, 18 if k <= COUNTS_UP_TO else 14)
     side = min(12.0, 2.6 + max(0.44 * k, 1.2)) if k <= COUNTS_UP_TO else 12.0
     figure = Figure(figsize=(side, 0.88 * side), layout="constrained")
     axis = figure.add_subplot()
-    # The square root of the share: one image in a hundred is seen beside the ninety-nine.
+    # The square root of the share makes one image in a hundred visible beside the other ninety-nine.
     image = axis.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
     every = -(-k // 100)
     size = 8.0 if k <= COUNTS_UP_TO else max(5.4, 9.0 - k / 24)
@@ -71,9 +67,9 @@ def confusion(name: str, picture: Confusion) -> Plot:
     bar.outline.set_visible(False)
     right, total = int(np.trace(counts)), int(counts.sum())
     summary = f"{right:,} of {total:,} right ({right / total:.2%})." if total else "No samples."
-    caption = f"{summary} {_mistaken(counts, picture.classes)}".strip()
+    caption = f"{summary} {_mistakes(counts, given.classes)}".strip()
     alt = f"Confusion matrix of {k} classes: {summary}"
-    return Plot(name, pretty(name), figure, alt, caption, wide=k > COUNTS_UP_TO)
+    return Plot(name, title_of(name), figure, alt, caption, wide=k > COUNTS_UP_TO)
 
 
 def _write_counts(axis: Any, counts: np.ndarray, shares: np.ndarray, size: float) -> None:
@@ -82,29 +78,30 @@ def _write_counts(axis: Any, counts: np.ndarray, shares: np.ndarray, size: float
         axis.text(column, row, f"{counts[row, column]:.0f}", ha="center", va="center", color=color, fontsize=size)
 
 
-def _mistaken(counts: np.ndarray, classes: Sequence[str], most: int = 5) -> str:
+def _mistakes(counts: np.ndarray, classes: Sequence[str], most: int = 5) -> str:
+    """The most frequent mistakes in a sentence."""
     wrong = counts - np.diag(np.diag(counts))
     order = np.argsort(-wrong, axis=None, kind="stable")[:most]
     pairs = [np.unravel_index(place, wrong.shape) for place in order if wrong.flat[place] > 0]
     if not pairs:
         return ""
-    told = (f"“{classes[true]}” taken for “{classes[taken]}” ({wrong[true, taken]:.0f})" for true, taken in pairs)
-    return f"Most frequent mistakes: {', '.join(told)}."
+    mistakes = (f"“{classes[true]}” taken for “{classes[taken]}” ({wrong[true, taken]:.0f})" for true, taken in pairs)
+    return f"Most frequent mistakes: {', '.join(mistakes)}."
 
 
-def embeddings(name: str, picture: Embeddings) -> Plot:
+def embeddings(name: str, given: Embeddings) -> Plot:
     """Features in two dimensions: PCA, then t-SNE; classes differ in colour and marker."""
-    features, labels = as_array(picture.features).astype(np.float32), as_array(picture.labels).astype(np.int64)
+    features, labels = as_array(given.features).astype(np.float32), as_array(given.labels).astype(np.int64)
     if features.ndim != 2 or labels.shape != features.shape[:1]:
         raise ValueError(f"features are (n, d) and labels (n,); got {features.shape} and {labels.shape}")
-    whole = np.isfinite(features).all(1)
-    dropped = int((~whole).sum())
-    features, labels = features[whole], labels[whole]
+    finite = np.isfinite(features).all(1)
+    dropped = int((~finite).sum())
+    features, labels = features[finite], labels[finite]
     total = len(features)
-    chosen = _sample(labels, MOST_POINTS)
+    chosen = _sample(labels, MAX_POINTS)
     features, labels = features[chosen], labels[chosen]
     points, how = plane(features)
-    names = class_labels(picture.classes, 22)
+    names = class_labels(given.classes, 22)
     present = [int(label) for label in np.unique(labels)]
     few = len(present) <= COUNTS_UP_TO
     figure = Figure(figsize=(7.6, 5.6) if few else (11.5, 7.6), layout="constrained")
@@ -113,17 +110,17 @@ def embeddings(name: str, picture: Embeddings) -> Plot:
     axis.set(xticks=[], yticks=[])
     axis.spines[:].set_color(GRID)
     axis.spines[:].set_visible(True)
-    handles, told = [], []
+    handles, legend = [], []
     for label in present:
-        known = 0 <= label < len(names)
-        color, marker = _mark(label) if known else (MUTED, ".")
+        is_class = 0 <= label < len(names)
+        color, marker = _mark(label) if is_class else (MUTED, ".")
         at = points[labels == label]
         axis.scatter(at[:, 0], at[:, 1], s=13, color=color, marker=marker, alpha=0.75, linewidths=0)
         handles.append(Line2D([], [], color=color, marker=marker, linestyle="", markersize=5))
-        told.append(names[label] if known else f"class {label}")
+        legend.append(names[label] if is_class else f"class {label}")
         middle = at[np.argmin(((at - np.median(at, axis=0)) ** 2).sum(1))]
         axis.annotate(
-            told[-1],
+            legend[-1],
             middle,
             (0, 0 if few else 8),
             textcoords="offset points",
@@ -135,7 +132,7 @@ def embeddings(name: str, picture: Embeddings) -> Plot:
             fontweight="bold",
         )
     columns = 1 if few else -(-len(present) // 34)
-    figure.legend(handles, told, loc="outside right upper", ncols=columns, fontsize=8.5 if few else 6.0, handletextpad=0.2)
+    figure.legend(handles, legend, loc="outside right upper", ncols=columns, fontsize=8.5 if few else 6.0, handletextpad=0.2)
     count = f"{len(features):,} of {total:,}" if len(features) < total else f"{total:,}"
     caption = f"{count} embeddings, {how}."
     if dropped:
@@ -143,16 +140,16 @@ def embeddings(name: str, picture: Embeddings) -> Plot:
     if "t-SNE" in how:
         caption += " Neighbours are meaningful; distances between clusters and axes are not."
     alt = f"Scatter plot of embeddings in two dimensions, coloured by {len(present)} classes."
-    return Plot(name, pretty(name), figure, alt, caption, wide=True)
+    return Plot(name, title_of(name), figure, alt, caption, wide=True)
 
 
 def _mark(label: int) -> tuple[str, str]:
-    """A colour and a marker: a pair of its own for each of the first 140 classes."""
+    """A colour and a marker; the first 140 classes have distinct pairs."""
     return COLORS[label % len(COLORS)], MARKERS[label // len(COLORS) % len(MARKERS)]
 
 
 def plane(features: np.ndarray) -> tuple[np.ndarray, str]:
-    """Features `(n, d)` → points `(n, 2)` and how; the same features always give the same points."""
+    """Features `(n, d)` → points `(n, 2)` and the method; the same features always give the same points."""
     n, d = features.shape
     if n < 2 or d == 0 or not np.ptp(features, axis=0).any():
         return np.zeros((n, 2)), "all at one point"
@@ -162,13 +159,13 @@ def plane(features: np.ndarray) -> tuple[np.ndarray, str]:
     if n < 12 or reduced.shape[1] < 3 or len(np.unique(reduced, axis=0)) < 12:
         return flat, "their first two principal components"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about physical cores that cannot be counted
+        warnings.simplefilter("ignore")  # joblib warns where it cannot count the physical cores
         tsne = TSNE(init="pca", perplexity=min(30.0, (n - 1) / 3), max_iter=500, random_state=0)
         return tsne.fit_transform(reduced.astype(np.float32)), f"PCA to {reduced.shape[1]} dimensions, then t-SNE"
 
 
 def _sample(labels: np.ndarray, most: int) -> np.ndarray:
-    """At most so many places, each class in proportion."""
+    """The positions of at most `most` labels, each class in proportion."""
     if len(labels) <= most:
         return np.arange(len(labels))
     order = np.random.default_rng(0).permutation(len(labels))
@@ -176,15 +173,15 @@ def _sample(labels: np.ndarray, most: int) -> np.ndarray:
     return np.sort(by_class[np.linspace(0, len(labels) - 1, most).round().astype(int)])
 
 
-def attention(name: str, picture: Attention) -> Plot:
-    """Each image above its attention map, which lies over the image's own grey."""
-    images, maps = as_array(picture.images).astype(np.float32), as_array(picture.maps).astype(np.float32)
-    if images.ndim != 4 or maps.ndim != 3 or not len(images) == len(maps) == len(picture.captions) > 0:
+def attention(name: str, given: Attention) -> Plot:
+    """Images above their attention maps, each of which lies over the image in grey."""
+    images, maps = as_array(given.images).astype(np.float32), as_array(given.maps).astype(np.float32)
+    if images.ndim != 4 or maps.ndim != 3 or not len(images) == len(maps) == len(given.captions) > 0:
         raise ValueError(
             f"images are (n, c, h, w), maps (n, h, w) and captions n texts; "
-            f"got {images.shape}, {maps.shape} and {len(picture.captions)} captions"
+            f"got {images.shape}, {maps.shape} and {len(given.captions)} captions"
         )
-    count = min(len(images), MOST_ATTENTION)
+    count = min(len(images), MAX_ATTENTION)
     columns = min(8, count)
     blocks = -(-count // columns)
     figure = Figure(figsize=(1.45 * columns + 0.9, (2 * 1.4 + 0.4) * blocks), layout="constrained")
@@ -203,7 +200,7 @@ def attention(name: str, picture: Attention) -> Plot:
         grey = pixels.mean(0)
         colored = pixels[:3].transpose(1, 2, 0) if len(pixels) >= 3 else None
         above.imshow(grey if colored is None else colored, cmap="gray", vmin=0, vmax=1, extent=box)
-        above.set_title(drawable(str(picture.captions[place]), 20), fontsize=8, fontweight="normal", loc="center")
+        above.set_title(drawable(str(given.captions[place]), 20), fontsize=8, fontweight="normal", loc="center")
         below.imshow(grey, cmap="gray", vmin=0, vmax=1, extent=box)
         weights = np.clip(np.nan_to_num(maps[place]), 0, 1)
         shade = below.imshow(weights, cmap="inferno", vmin=0, vmax=1, alpha=0.72, extent=box, interpolation="nearest")
@@ -212,5 +209,5 @@ def attention(name: str, picture: Attention) -> Plot:
         bar.set_label("attention", color=MUTED)
         bar.outline.set_visible(False)
     left_out = f" {count} of {len(images)} are shown." if count < len(images) else ""
-    alt = f"{count} images with their attention maps: {', '.join(map(str, picture.captions[:count]))}."
-    return Plot(name, pretty(name), figure, alt, f"Above the image, below its attention map.{left_out}", wide=True)
+    alt = f"{count} images with their attention maps: {', '.join(map(str, given.captions[:count]))}."
+    return Plot(name, title_of(name), figure, alt, f"Above the image, below its attention map.{left_out}", wide=True)

@@ -1,28 +1,30 @@
-"""A run as its directory tells it: the two tables, the summary, and how names and numbers are shown."""
+"""A run as its directory records it: the two tables and the summary."""
 
 import csv
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from vitkit.errors import UsageError
-from vitkit.runs.directory import read_summary
+from vitkit.report.formatting import as_float
+from vitkit.runs.directory import read_summary, status_of
+from vitkit.runs.summary import direction
 
 PACE = ("lr", "images_per_second")
 NOT_PARTS = ("epoch", "step", "seconds", *PACE)
 NOT_METRICS = ("epoch", "step", "loss")
-BOUNDS = ("floor", "collapse")
-"""The references that bound a statistic instead of standing beside a result."""
+BOUNDS = ("floor", "collapse", "uninformed")
+"""References that are properties of a loss; the others are results to compare with."""
 
 
 @dataclass(frozen=True, eq=False)
 class Series:
-    """A column over epochs; rows where the column is blank are left out, a written `nan` is kept."""
+    """A column over epochs `(n,)`; rows in which the column is blank are left out, a written `nan` is kept."""
 
     epochs: np.ndarray
     values: np.ndarray
@@ -34,10 +36,15 @@ class Series:
     def finite(self) -> np.ndarray:
         return self.values[np.isfinite(self.values)]
 
+    @property
+    def last(self) -> float:
+        """The last finite value."""
+        return float(self.finite[-1])
+
 
 @dataclass(frozen=True)
 class Record:
-    """What a run directory holds: columns of losses, `pace` (learning rate, speed) and metrics; the summary."""
+    """The content of a run directory: columns of losses, `pace` (learning rate, speed) and metrics, and the summary."""
 
     directory: Path
     losses: Mapping[str, Series]
@@ -46,52 +53,90 @@ class Record:
     summary: Mapping[str, Any]
 
     def part(self, name: str) -> Mapping[str, Any]:
-        """A mapping of the summary, empty where it is missing."""
-        found = self.summary.get(name)
-        return found if isinstance(found, Mapping) else {}
+        """A mapping in the summary, empty if it is missing."""
+        part = self.summary.get(name)
+        return part if isinstance(part, Mapping) else {}
 
     @property
     def name(self) -> str:
         return str(self.summary.get("recipe") or self.directory.resolve().name)
 
+    @cached_property
+    def status(self) -> str:
+        """`finished`, `interrupted`, `failed`, `running`, `stopped` (the process disappeared) or `unknown`."""
+        return status_of(self.directory, self.summary)
+
     @property
     def final(self) -> dict[str, float]:
-        """The last evaluation's numbers, those of the summary where it has them."""
+        """The values of the last evaluation; those of the summary take precedence."""
         last = {name: float(series.values[-1]) for name, series in self.metrics.items()}
-        return {**last, **{name: number(value) for name, value in self.part("final").items()}}
+        return {**last, **{str(name): as_float(value) for name, value in self.part("final").items()}}
 
     def best(self, metric: str) -> tuple[float, int] | None:
-        """The best value and the epoch it was reached in."""
-        found = self.part("best").get(metric)
-        if not isinstance(found, Mapping) or not math.isfinite(number(found.get("value"))):
+        """The best value and its epoch."""
+        best = self.part("best").get(metric)
+        if not isinstance(best, Mapping) or not math.isfinite(as_float(best.get("value")) + as_float(best.get("epoch"))):
             return None
-        return number(found["value"]), int(number(found.get("epoch")))
+        return as_float(best["value"]), int(as_float(best["epoch"]))
 
     def protocol(self, metric: str) -> Mapping[str, Any]:
-        found = self.part("protocols").get(metric)
-        return found if isinstance(found, Mapping) else {}
+        protocol = self.part("protocols").get(metric)
+        return protocol if isinstance(protocol, Mapping) else {}
+
+    def direction(self, metric: str) -> Literal["max", "min"]:
+        """The direction in which the metric improves."""
+        return direction(metric, self.part("protocols"))
+
+    def is_proportion(self, metric: str) -> bool:
+        return self.protocol(metric).get("kind") == "proportion"
+
+    def unit(self, metric: str) -> str:
+        return str(self.protocol(metric).get("unit") or "")
+
+    def split(self, metric: str) -> str:
+        """The split that a metric was measured on, empty if it is not recorded; the loss is one of training."""
+        return str(self.protocol(metric).get("split") or ("train" if metric == "loss" else ""))
 
     def chance(self, metric: str) -> float | None:
-        value = number(self.protocol(metric).get("chance"))
-        return value if math.isfinite(value) else None
+        return _finite(self.protocol(metric).get("chance"))
 
-    def references(self, column: str) -> Iterator[tuple[str, float]]:
-        """The lines to compare a column with: label and value."""
+    def untrained(self, metric: str) -> float | None:
+        """The value of the network before training."""
+        return _finite(self.protocol(metric).get("untrained"))
+
+    def standard_error(self, metric: str) -> float | None:
+        """√(p(1−p)/n) of a proportion p over n samples; None for other metrics."""
+        value, samples = self.final.get(metric, math.nan), as_float(self.protocol(metric).get("samples"))
+        if not self.is_proportion(metric) or not samples >= 1 or not 0 <= value <= 1:
+            return None
+        return math.sqrt(value * (1 - value) / samples)
+
+    def references(self, metric: str) -> Iterator[tuple[str, float]]:
+        """Results to compare a metric with: label and value."""
         for label, lines in self.part("references").items():
-            if label not in BOUNDS and isinstance(lines, Mapping) and math.isfinite(number(lines.get(column))):
-                yield str(label), number(lines[column])
+            if label not in BOUNDS and isinstance(lines, Mapping) and (value := _finite(lines.get(metric))) is not None:
+                yield str(label), value
 
-    def bound(self, which: str, column: str) -> float | None:
-        """The floor or the collapse line of a statistic."""
-        lines = self.part("references").get(which)
-        value = number(lines.get(column)) if isinstance(lines, Mapping) else math.nan
-        return value if math.isfinite(value) else None
+    def bound(self, label: str, column: str) -> float | None:
+        """The value of a loss or of one of its parts at its floor, after a collapse, or for an uninformed prediction."""
+        lines = self.part("references").get(label)
+        return _finite(lines.get(column)) if isinstance(lines, Mapping) else None
+
+
+def base_name(metric: str) -> str:
+    """The name without the prefix of the validation split: `val_knn_top1` → `knn_top1`."""
+    return metric.removeprefix("val_")
+
+
+def _finite(value: Any) -> float | None:
+    number = as_float(value)
+    return number if math.isfinite(number) else None
 
 
 def read_record(directory: Path) -> Record:
-    """Read a run directory; files that are not there (yet) leave their part empty.
+    """Read a run directory; a file that does not exist (yet) leaves its part empty.
 
-    Raises `UsageError` where a table is there and cannot be read.
+    Raises `UsageError` for a table that cannot be read.
     """
     losses, metrics = _read_table(directory / "losses.csv"), _read_table(directory / "metrics.csv")
     return Record(
@@ -115,7 +160,7 @@ def _read_table(path: Path) -> dict[str, Series]:
         raise UsageError(f"cannot read {path}: {error}; expected the table that a run writes") from error
     table = {}
     for name in columns:
-        written = [(_epoch(row, place), number(row[name])) for place, row in enumerate(rows, 1) if row.get(name)]
+        written = [(_epoch(row, place), as_float(row[name])) for place, row in enumerate(rows, 1) if row.get(name)]
         if written:
             epochs, values = zip(*written, strict=True)
             table[name] = Series(np.array(epochs), np.array(values))
@@ -123,76 +168,5 @@ def _read_table(path: Path) -> dict[str, Series]:
 
 
 def _epoch(row: Mapping[str, str], place: int) -> float:
-    epoch = number(row.get("epoch"))
+    epoch = as_float(row.get("epoch"))
     return epoch if math.isfinite(epoch) else float(place)
-
-
-def number(value: Any) -> float:
-    """Anything as a float; what is no number is NaN."""
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return math.nan
-
-
-def split_topk(name: str) -> tuple[str, int] | None:
-    """`m1_top3` → `("m1", 3)`; None for a name that says no k."""
-    found = re.fullmatch(r"(.+?)_?top_?(\d+)", name)
-    return (found[1], int(found[2])) if found else None
-
-
-def pretty(name: str) -> str:
-    """`m1_top3` → `M1 top-3`, `linear_top1` → `linear top-1`."""
-    name = re.sub(r"_?\btop_?(\d+)$|_top_?(\d+)$", lambda found: f" top-{found[1] or found[2]}", name)
-    return re.sub(r"\b[a-z]\d\b", lambda found: found[0].upper(), name.replace("_", " ").strip())
-
-
-def shown(value: float | None) -> str:
-    """A number with the digits that matter."""
-    if value is None or math.isnan(value):
-        return "–"
-    if math.isinf(value):
-        return "∞" if value > 0 else "−∞"
-    size = abs(value)
-    if size and (size < 1e-3 or size >= 1e6):
-        return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e+")
-    return f"{value:,.{_digits(size)}f}"
-
-
-def difference(value: float, first: float) -> str:
-    """`value − first` with its sign, and with as many digits as the two are shown with."""
-    size = max(abs(value), abs(first))
-    if not math.isfinite(value - first):
-        return ""
-    told = shown(abs(value - first)) if size < 1e-3 or size >= 1e6 else f"{abs(value - first):,.{_digits(size)}f}"
-    return f"{'+' if value >= first else '−'}{told}"
-
-
-def _digits(size: float) -> int:
-    return 4 if size < 10 else 2 if size < 1000 else 0
-
-
-def plain(value: float | None) -> str:
-    """A given number, such as a chance level, without digits that say nothing."""
-    if value is None:
-        return "–"
-    return f"{value:.3g}" if abs(value) < 1e-3 else f"{round(value, 4):g}"
-
-
-def duration(seconds: float) -> str:
-    """`4 min 5 s`."""
-    if not math.isfinite(seconds):
-        return "–"
-    whole = round(seconds)
-    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s" if seconds < 10 else f"{rest} s"
-
-
-def standard_error(metric: str, value: float, samples: Any) -> float | None:
-    """√(p(1−p)/n) of an accuracy p over n samples; None for what is no accuracy."""
-    n = number(samples)
-    if split_topk(metric) is None or not n >= 1 or not 0 <= value <= 1:
-        return None
-    return math.sqrt(value * (1 - value) / n)

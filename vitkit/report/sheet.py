@@ -1,5 +1,9 @@
-"""Sheets of images: every pixel as it is, enlarged by a whole number, in rows with captions underneath."""
+"""Sheets of images: each pixel becomes a square of equal pixels, in rows with captions below the images.
 
+`torchvision.utils.make_grid` does not do: it draws no captions, gives all rows the same height, and needs torch to be imported.
+"""
+
+import textwrap
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -11,61 +15,62 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from vitkit.files import atomic_write
-from vitkit.report.record import pretty
+from vitkit.report.formatting import title_of
 from vitkit.report.style import DPI, INK, Plot, glyphs, one_line
 
 if TYPE_CHECKING:  # it imports torch, which nothing here needs
     from vitkit.contracts import Sheet
 
 SIDE = 128
-"""Images are enlarged until their longer side has at least so many pixels."""
+"""Images are enlarged until their longer side has at least this many pixels."""
 GAP = 8
-FONT, LINE = 17, 21
+"""Pixels between images."""
+FONT, LINE = 14, 18
+"""Height of letters and of lines in pixels."""
 CAPTION_LINES = 5
-MOST_IMAGES = 128
-"""So many of a sheet stand in a report."""
+MAX_IMAGES = 128
+"""Number of images that a report shows of one sheet."""
 
 
-def sheet(name: str, picture: "Sheet") -> Plot:
-    """The sheet's pixels one to one, for a report."""
-    count = len(picture.images)
-    few = replace(picture, images=picture.images[:MOST_IMAGES], captions=picture.captions[:MOST_IMAGES])
-    pixels = sheet_pixels(few)
+def sheet(name: str, given: "Sheet") -> Plot:
+    """The plot of a sheet, pixel for pixel."""
+    count = len(given.images)
+    pixels = sheet_pixels(replace(given, images=given.images[:MAX_IMAGES], captions=given.captions[:MAX_IMAGES]))
     height, width = pixels.shape[:2]
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
     figure.figimage(pixels, origin="upper")
-    shown = f"{MOST_IMAGES} of {count} images are shown." if count > MOST_IMAGES else ""
-    captions = list(dict.fromkeys(" ".join(str(caption).split()) for caption in picture.captions))
-    told = f": {', '.join(captions[:24])}" if captions else ""
-    return Plot(name, pretty(name), figure, f"{count} images{told}.", shown, wide=True)
+    cut = f"{MAX_IMAGES} of {count} images are shown." if count > MAX_IMAGES else ""
+    captions = list(dict.fromkeys(" ".join(str(caption).split()) for caption in given.captions))
+    listed = f": {', '.join(captions[:24])}" if captions else ""
+    return Plot(name, title_of(name), figure, f"{count} images{listed}.", cut, wide=True)
 
 
-def write_sheet(path: str | Path, picture: "Sheet") -> None:
-    """Write a sheet as a PNG file, whole or not at all.
+def write_sheet(path: str | Path, given: "Sheet") -> None:
+    """Write a sheet as a PNG file, completely or not at all.
 
-    Raises `ValueError` where its arrays do not fit together and `RunError` where the file cannot be written.
+    Raises `ValueError` if its arrays do not fit together and `RunError` if the file cannot be written.
     """
-    image = Image.fromarray(sheet_pixels(picture))
+    image = Image.fromarray(sheet_pixels(given))
     with atomic_write(path) as temporary:
         image.save(temporary, format="PNG")
 
 
-def sheet_pixels(picture: "Sheet") -> np.ndarray:
+def sheet_pixels(given: "Sheet") -> np.ndarray:
     """A sheet as uint8 `(h w 3)`; the same sheet always gives the same pixels.
 
-    One channel is drawn grey, two as their mean, of more the first three as red, green and blue. What lies outside
-    [0, 1] is cut, what is no number is black. Raises `ValueError` where images and captions do not fit together.
+    One channel is drawn in grey, two as their mean, and of more channels the first three as red, green and blue. Values
+    outside [0, 1] are clipped, NaN is black. Raises `ValueError` if images and captions do not fit together.
     """
-    images, captions = as_array(picture.images), [str(caption) for caption in picture.captions]
-    if images.ndim != 4 or 0 in images.shape or len(captions) not in (0, len(images)) or picture.columns < 1:
+    images, captions = as_array(given.images), [str(caption) for caption in given.captions]
+    if images.ndim != 4 or 0 in images.shape or len(captions) not in (0, len(images)) or given.columns < 1:
         raise ValueError(
             f"images are (n, c, h, w), captions n texts or none, and columns at least 1; "
-            f"got {images.shape}, {len(captions)} captions and {picture.columns} columns"
+            f"got {images.shape}, {len(captions)} captions and {given.columns} columns"
         )
     pixels = rgb(images)
     n, height, width = pixels.shape[:3]
     scale = max(1, -(-SIDE // max(height, width)))
-    height, width, columns = height * scale, width * scale, min(picture.columns, n)
+    height, width, columns = height * scale, width * scale, min(given.columns, n)
     texts = [_wrapped(caption, width) for caption in captions]
     rows = range(0, n, columns)
     below = [max((len(lines) for lines in texts[row : row + columns]), default=0) * LINE for row in rows]
@@ -91,7 +96,7 @@ def rgb(images: np.ndarray) -> np.ndarray:
 
 
 def as_array(value: Any) -> np.ndarray:
-    """A tensor of any device and precision, or anything array-like, as an array."""
+    """A tensor on any device and of any precision, or anything like an array, as an array."""
     if hasattr(value, "detach"):
         value = value.detach().cpu()
         value = value.float() if value.is_floating_point() else value
@@ -99,35 +104,16 @@ def as_array(value: Any) -> np.ndarray:
 
 
 def _wrapped(caption: str, width: int) -> list[str]:
-    """A caption in lines as wide as its image: broken where it has breaks, between words, or else inside them."""
-    lines: list[str] = []
-    most = width // 4  # no letter is narrower than four pixels
-    for part in caption[: most * (CAPTION_LINES + 1)].splitlines():
-        lines.append("")
-        for word in glyphs(one_line(part)).split():
-            longer = f"{lines[-1]} {word}".strip()
-            if _fits(longer, width):
-                lines[-1] = longer
-                continue
-            lines += [word] if lines[-1] else []
-            lines[-1] = word
-            while not _fits(lines[-1], width) and len(lines[-1]) > 1:
-                ends = range(min(len(lines[-1]) - 1, most), 0, -1)
-                end = next((end for end in ends if _fits(lines[-1][:end], width)), 1)
-                lines[-1:] = [lines[-1][:end], lines[-1][end:]]
+    """A caption in lines that fit into `width` pixels, broken at its own line breaks, between words, or inside long words."""
+    letters = max(1, int(width // _font().getlength("m")))
+    parts = [glyphs(one_line(part)) for part in caption[: letters * (CAPTION_LINES + 1)].splitlines()]
+    lines = [line for part in parts for line in textwrap.wrap(part, letters) or [""]]
     if len(lines) > CAPTION_LINES:
-        last = lines[CAPTION_LINES - 1]
-        while last and not _fits(f"{last}…", width):
-            last = last[:-1]
-        lines[CAPTION_LINES - 1 :] = [f"{last.rstrip()}…"]
+        lines[CAPTION_LINES - 1 :] = [f"{lines[CAPTION_LINES - 1][: letters - 1].rstrip()}…"]
     return lines
-
-
-def _fits(text: str, width: int) -> bool:
-    return _font().getlength(text) <= width
 
 
 @cache
 def _font() -> ImageFont.FreeTypeFont:
-    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSansMono.ttf"
     return ImageFont.truetype(path, FONT, layout_engine=ImageFont.Layout.BASIC)

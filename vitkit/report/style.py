@@ -1,4 +1,4 @@
-"""How pictures look: one palette, one font that comes with matplotlib, and no global state left behind."""
+"""How figures look: one palette, one font that matplotlib brings, drawn by Agg without global state."""
 
 import io
 import math
@@ -12,6 +12,7 @@ from typing import Any
 import matplotlib
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import get_font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -19,11 +20,11 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6a3d9a", "#7f7f7f")
-"""Okabe and Ito's colours, which people with any kind of colour vision tell apart, in an order for white."""
+"""The colours of Okabe and Ito, which people with any kind of colour vision can distinguish."""
 DPI = 150
 INK, MUTED, GRID = "#1f2430", "#667085", "#e6e8ec"
 HALO = [withStroke(linewidth=2.5, foreground="white")]
-SETTINGS: dict[Any, Any] = {
+RC_PARAMS: dict[Any, Any] = {
     "font.family": ["DejaVu Sans"],
     "font.size": 9.0,
     "axes.titlesize": 10.0,
@@ -54,7 +55,7 @@ SETTINGS: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure with what a page says of it: a title, a text for those who cannot see it, a caption."""
+    """A figure with its title, a text for people who cannot see it, and a caption."""
 
     name: str
     title: str
@@ -66,15 +67,15 @@ class Plot:
 
 @contextmanager
 def house_style() -> Iterator[None]:
-    """Everything drawn inside looks the same on every machine, whatever its own matplotlibrc says."""
+    """Figures made inside look the same on every machine, whatever its matplotlibrc says."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(SETTINGS)
+        matplotlib.rcParams.update(RC_PARAMS)
         yield
 
 
 def panels(count: int, *, height: float = 2.9, width: float = 11.1) -> tuple[Figure, list[Axes]]:
-    """A figure with `count` axes over epochs, as wide as the page if there are several; sizes in inches."""
+    """A figure with `count` axes over epochs; several are as wide as the page. Sizes are in inches."""
     columns = count if count in (1, 2, 4) else 3
     rows = math.ceil(count / columns)
     size = (5.6, 3.4) if count == 1 else (width, height * rows)
@@ -88,12 +89,12 @@ def panels(count: int, *, height: float = 2.9, width: float = 11.1) -> tuple[Fig
 
 
 def legend_below(axes: Axes, handles: Sequence[Artist], labels: Sequence[str], columns: int = 2) -> None:
-    """A legend under the axes, where it hides no data."""
+    """Put a legend under the axes, where it hides no data."""
     axes.legend(
         handles,
         [drawable(label, 40) for label in labels],
         loc="upper center",
-        bbox_to_anchor=(0.5, -0.2),
+        bbox_to_anchor=(0.5, -0.24),
         ncols=columns,
         handlelength=1.8,
         columnspacing=1.2,
@@ -101,17 +102,18 @@ def legend_below(axes: Axes, handles: Sequence[Artist], labels: Sequence[str], c
     )
 
 
-def png(figure: Figure, dpi: int = DPI) -> bytes:
-    """The figure as the bytes of a PNG file."""
+def png(figure: Figure, dpi: int = DPI, software: str = "vitkit") -> bytes:
+    """The figure as the bytes of a PNG file, which names the `software` that wrote it."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, facecolor="white")
+    FigureCanvasAgg(figure)
+    figure.savefig(buffer, format="png", dpi=dpi, facecolor="white", metadata={"Software": software})
     return buffer.getvalue()
 
 
 def drawable(text: str, limit: int = 60) -> str:
-    """The text as matplotlib can draw it: one line, not too long, no formulas, unknown glyphs as □."""
+    """The text as matplotlib can draw it: one line of at most `limit` letters, no formulas, □ for missing glyphs."""
     text = one_line(text)
-    if len(text) > limit:  # the end tells apart as often as the beginning
+    if len(text) > limit:  # the end is as distinctive as the beginning
         tail = limit // 3
         text = f"{text[: limit - tail - 1].rstrip()}…{text[-tail:].lstrip()}"
     text = glyphs(text).replace("$", r"\$")
@@ -119,17 +121,17 @@ def drawable(text: str, limit: int = 60) -> str:
 
 
 def one_line(text: str) -> str:
-    """The text with a space for whatever breaks a line or cannot be printed."""
+    """The text with a space in place of line breaks and of letters that cannot be printed."""
     return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
 
 
 def glyphs(text: str) -> str:
-    """The text with □ for every letter that the font lacks."""
+    """The text with □ in place of letters that the font lacks."""
     return "".join(letter if _has_glyph(letter) else "□" for letter in text)
 
 
 def class_labels(classes: Sequence[str], limit: int = 20) -> list[str]:
-    """A label for each class; where the font lacks its letters, its number."""
+    """A label for each class: its name, or its number if the font lacks a letter of the name."""
     labels = []
     for place, name in enumerate(classes):
         label = drawable(str(name), limit)

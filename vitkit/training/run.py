@@ -4,7 +4,7 @@ import contextlib
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -20,7 +20,7 @@ from vitkit import data
 from vitkit.contracts import ReportFigure
 from vitkit.distributed.collectives import broadcast_text
 from vitkit.distributed.watchdog import RankWatchdog
-from vitkit.errors import RunDirectoryError, UsageError, VitkitError
+from vitkit.errors import RunDirectoryError, UsageError, VitkitError, printable
 from vitkit.files import atomic_write, write_json
 from vitkit.models import saving
 from vitkit.registry import Spec
@@ -154,7 +154,7 @@ class Run:
                 f"the run in {self.directory} began with {before} images of {earlier.get('name')}, and now there are {now} of "
                 f"{found.name}; put that dataset back to go on, or start another run with another --out"
             )
-        digest = data.dataset_digest(found)
+        digest = found.digest
         if earlier.get("digest", digest) != digest:
             raise RunDirectoryError(
                 f"the run in {self.directory} began with other labels or classes of {found.name} than there are now; put that "
@@ -361,19 +361,34 @@ class Run:
         """Write the summary and the report, and let the directory go. Called for a recipe by `vitkit run`."""
         self.watchdog.close()
         if self._claim is not None and (status == "finished" or not self._claim.keeps_earlier):
-            from vitkit.report import write_report  # matplotlib takes a second to import, and only this needs it
-
             self._open()
             self._copy_modules()
             summary = self._summary(status)
-            if self.history.losses:
-                write_report(self.directory, self.history.figures, summary)
+            reported = bool(self.history.losses) and self._survives("the report could not be written", lambda: self._report(summary))
             write_json(self.directory / "summary.json", summary)  # the last file: a run that says it has finished has all
             if self.history.losses and status == "finished":
-                self.say(f"{self.history.closing_line()}\nreport: {self.directory / 'report.html'}")
-        if self.accelerator.trackers:
-            self.accelerator.end_training()
+                self.say(self.history.closing_line() + (f"\nreport: {self.directory / 'report.html'}" if reported else ""))
+        self._track(lambda: self.accelerator.end_training())
         self.close()
+
+    def _report(self, summary: Mapping[str, Any]) -> None:
+        from vitkit.report import write_report  # matplotlib takes a second to import, and only this needs it
+
+        write_report(self.directory, self.history.figures, summary)
+
+    def _track(self, call: Callable[[], Any]) -> None:
+        """Call trackers, where there are any; after an error the run continues without them."""
+        if self.accelerator.trackers and not self._survives("the trackers failed, and the run continues without them", call):
+            self.accelerator.trackers = []
+
+    def _survives(self, failure: str, call: Callable[[], Any]) -> bool:
+        """Call something that a run can do without; an error costs a line, never the model, the summary or the tables."""
+        try:
+            call()
+            return True
+        except Exception as error:
+            self.say(f"{failure}: {type(error).__name__}: {printable(error)}")
+            return False
 
     def discard(self) -> None:
         """Leave the directory of a run that was refused before its first step as it was; one that has trained is finished."""
@@ -432,8 +447,7 @@ class Run:
         self.say(f"epoch {epoch.number}/{epoch.epochs} | {parts} | {row['images_per_second']:.0f} images/s")
         if self.is_main:
             self.history.write_losses(self.directory)
-        if self.accelerator.trackers:
-            self.accelerator.log({**epoch.losses, "lr": lr}, step=epoch.step)
+        self._track(lambda: self.accelerator.log({**epoch.losses, "lr": lr}, step=epoch.step))
 
     def log_metrics(self, epoch: Epoch) -> None:
         """Write an evaluated epoch's row of `metrics.csv`."""
@@ -443,8 +457,7 @@ class Run:
         if self.is_main:
             self.history.write_metrics(self.directory)
         self._write_summary("running")
-        if self.accelerator.trackers:
-            self.accelerator.log(epoch.logged, step=epoch.step)
+        self._track(lambda: self.accelerator.log(epoch.logged, step=epoch.step))
 
     def settings(self) -> dict[str, Any]:
         """What the runner resolved: device, precision, compile, seed, gradient accumulation, processes."""

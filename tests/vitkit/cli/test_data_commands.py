@@ -84,7 +84,7 @@ def test_a_broken_file_is_listed_with_the_way_out(store):
 
 
 def test_get_says_what_there_is():
-    assert run("get", "digits") == "digits: 1,442 + 355 images, 10 classes\n"
+    assert run("get", "digits") == "digits: 1,287 + 128 + 382 images, 10 classes\n"
 
 
 def test_get_of_what_is_broken_says_so(store):

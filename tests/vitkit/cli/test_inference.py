@@ -77,7 +77,7 @@ def test_eval_prints_values_with_their_protocol_and_writes_them(vitkit, tmp_path
     told = json.loads((tmp_path / "scores.json").read_text())
     assert set(told["scores"]) == {"knn_top1", "linear_top1"}
     for row in told["scores"].values():
-        assert (row["chance"], row["samples"], row["split"]) == (0.1, 355, "test")
+        assert (row["chance"], row["samples"], row["split"]) == (0.1, 382, "test")
         assert f"{row['value']:.4f}" in done.stdout
     assert told["evaluators"]["knn"]["kwargs"] == {"train_size": 200, "k": 3}
     assert told["evaluators"]["linear_probe"]["kwargs"] == {"train_size": 200}

@@ -32,7 +32,9 @@ def test_the_front_matter_is_what_the_hub_reads(model_run):
     linear = results["linear top-1"]
     assert linear.metric_value == pytest.approx(final["linear_top1"], abs=1e-6)
     assert (linear.dataset_type, linear.dataset_name, linear.dataset_split) == ("ylecun/mnist", "mnist", "test")
-    assert linear.metric_args == {"samples": 10_000, "chance": 0.1, "frozen": "encoder", "note": "on every pixel"}
+    assert linear.metric_args == {
+        "samples": 10_000, "chance": 0.1, "frozen": "encoder", "note": "on every pixel", "kind": "proportion", "direction": "max",
+    }  # fmt: skip
     assert ModelCard(client.plan(model_run, "me/tiny", licence="mit").card).data.license == "mit"
 
 
@@ -52,10 +54,10 @@ def test_what_a_visitor_reads(model_run):
         'import vitkit\n\nmodel = vitkit.load("me/tiny")\nfeatures = model.encode_image(model.preprocess(images))',
         "uint8 of shape (n, 1, h, w); they are brought to 8×8 pixels",
         "Loading runs no code from this repository",
-        "| metric | value | chance | seed document | how it was measured |",
+        "| metric | value | chance | paper | how it was measured |",
         "| 0.1 | 0.95 | frozen encoder; 10,000 test samples; on every pixel |",
         "| dataset | mnist (60,000 train + 10,000 test images) |",
-        "For reference, not measured here: seed document.",
+        "For reference, not measured here: paper.",
         "| command | `vitkit run recipe.py --seed 0` |",
         "| seed | 0 |",
         "| hardware | x86_64, 2 cores, device cpu, precision bf16 |",
@@ -75,7 +77,7 @@ def test_a_stand_in_dataset_is_said_before_anything_else(model_run):
     heading, first = card.index("# tiny"), card.index("> **This is not a model of mnist.**")
     assert first - heading < 40
     assert "it saw **digits** instead, and every number below is of digits." in card
-    assert "For reference, not measured here: seed document, of mnist and not to be compared with the others." in card
+    assert "For reference, not measured here: paper, of mnist and not to be compared with the others." in card
     assert {result.dataset_name for result in ModelCard(card).data.eval_results} == {"digits"}
 
 

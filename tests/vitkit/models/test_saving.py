@@ -127,7 +127,7 @@ def test_a_config_nested_too_deeply_is_refused(saved, depth):
     [
         ({"classes": [1, 2]}, r"'classes' should be a list of names, is \[1, 2\]"),
         ({"weights": 3}, "'weights' should be a dict, is 3"),
-        ({"preprocessing": {**PREPARE, "mean": [0.5, 0.5]}}, "preprocessing names shape, mean, std and fit"),
+        ({"preprocessing": {**PREPARE, "mean": [0.5, 0.5]}}, "preprocessing is .*; expected shape, mean, std and fit"),
         ({"preprocessing": {**PREPARE, "shape": [1, 8, float("inf")]}}, "config.json: "),
     ],
 )

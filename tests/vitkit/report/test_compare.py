@@ -83,7 +83,7 @@ def test_runs_with_different_metrics_and_data_unfinished_ones_and_missing_tables
     compare([one, two, three, four], tmp_path / "compare.html")
     printed = capsys.readouterr().out
     table = rows(printed)
-    assert table["status"] == ["finished", "interrupted", "running", "unknown"]
+    assert table["status"] == ["finished", "interrupted", "stopped", "unknown"]
     assert table["linear_top1"] == ["0.9300", "–", "–", "0.9551 (+0.0251)"]
     assert table["m2_top1"] == ["–", "0.5000", "–", "–"]
     assert table["dataset"] == ["mnist", "digits", "mnist", "–"]
@@ -91,7 +91,7 @@ def test_runs_with_different_metrics_and_data_unfinished_ones_and_missing_tables
     for note in (
         "The runs used different data (one: mnist, two: digits, three: mnist, four: unknown): their results cannot be",
         "two has not finished (interrupted): its last evaluation is of epoch 3.",
-        "three has not finished (running): it has no evaluation yet.",
+        "three has not finished (stopped): it has no evaluation yet.",
     ):
         assert note in printed
         assert note in (tmp_path / "compare.html").read_text(encoding="utf-8")
@@ -136,7 +136,7 @@ def test_what_holds_no_run_is_refused_with_a_way_out(make_run, tmp_path):
     page = tmp_path / "compare.html"
     for directories, text in (
         ([run], "compare takes at least two runs; got .*one"),
-        ([run, tmp_path / "nowhere"], "no run at .*nowhere: there is no such directory"),
+        ([run, tmp_path / "nowhere"], "no run at .*nowhere: the directory does not exist"),
         ([run, run / "summary.json"], "summary.json is a file; give the run's directory, .*one"),
         ([run, tmp_path / "empty"], "empty holds no run: summary.json, losses.csv and metrics.csv are missing$"),
         ([run, tmp_path / "runs"], "runs holds no run: .* are missing; it holds runs: .*one"),
@@ -156,6 +156,55 @@ def test_a_page_that_cannot_be_written_is_answered(two, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=r"cannot write .*file.compare.png: (Not a directory|File exists)"):
         compare(two, tmp_path / "file" / "compare.html")
+
+
+def test_only_files_of_an_earlier_comparison_are_replaced_without_being_asked_to(two, tmp_path):
+    page, sheet = tmp_path / "compare.html", tmp_path / "compare.png"
+    compare(two, page)
+    compare(two, page)  # its own files
+    for path, content in ((page, b"<p>my notes</p>"), (sheet, b"\x89PNG my image")):
+        earlier = {page: page.read_bytes(), sheet: sheet.read_bytes()}
+        path.write_bytes(content)
+        with pytest.raises(UsageError) as refusal:
+            compare(two, page)
+        assert str(refusal.value) == (
+            f"{path} exists and was not written by vitkit compare; choose another --out, or give --overwrite to replace it"
+        )
+        assert path.read_bytes() == content
+        assert all(other.read_bytes() == data for other, data in earlier.items() if other != path)
+        compare(two, page, overwrite=True)
+        assert b"vitkit compare" in path.read_bytes()[:1024]
+
+
+def test_the_page_is_written_before_the_terminal_is_used(two, tmp_path, monkeypatch):
+    def closed(*_, **__):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("rich.console.Console.print", closed)
+    with pytest.raises(BrokenPipeError):
+        compare(two, tmp_path / "compare.html")
+    assert (tmp_path / "compare.html").exists()
+
+
+def test_the_better_of_two_values_follows_the_recorded_direction_and_units_are_shown(make_run, tmp_path, capsys):
+    def protocols(direction, unit=""):
+        return {"rank": {"direction": direction, "unit": unit, "split": "test"}, "val_rank": {"direction": direction, "split": "val"}}
+
+    final = [{"rank": 9.0, "val_rank": 8.0, "top1": 0.1}, {"rank": 4.0, "val_rank": 3.0, "top1": 0.2}]
+    runs = [make_run(n, metrics=[], final=f, protocols=protocols("min", "places")) for n, f in zip("ab", final, strict=True)]
+    results = {row.name: row for row in read_runs(runs).results}
+    assert results["rank"].best == [False, True]
+    assert results["rank"].gains[1] == 5.0
+    assert results["top1"].best == [False, True]
+    assert list(results)[:3] == ["rank", "val_rank", "top1"]
+    compare(runs, tmp_path / "compare.html")
+    assert rows(capsys.readouterr().out)["rank"] == ["9.0000 places", "4.0000 places (−5.0000)"]
+
+
+def test_control_characters_do_not_reach_the_terminal(make_run, tmp_path, capsys):
+    runs = [make_run("a"), make_run("b", recipe="x\x1b[2Jy", arguments={"k\x1b]0;": "\x07"})]
+    compare(runs, tmp_path / "compare.html")
+    assert not {"\x1b", "\x07"} & set(capsys.readouterr().out)
 
 
 def test_importing_the_command_imports_neither_torch_nor_matplotlib():

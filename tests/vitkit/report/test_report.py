@@ -3,27 +3,32 @@
 import base64
 import html.parser
 import io
+import os
 import re
+import shlex
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from vitkit.contracts import Attention, Confusion, Embeddings
 from vitkit.errors import RunError, UsageError
 from vitkit.report import curves, write_report
-from vitkit.report.figures import MOST_POINTS, _sample, confusion, draw_figure, embeddings, plane
-from vitkit.report.page import page
-from vitkit.report.record import (
-    difference,
-    duration,
-    pretty,
-    read_record,
-    shown,
+from vitkit.report.figures import MAX_POINTS, _sample, confusion, draw_figure, embeddings, plane
+from vitkit.report.formatting import (
+    format_constant,
+    format_difference,
+    format_duration,
+    format_number,
     split_topk,
-    standard_error,
+    title_of,
 )
+from vitkit.report.page import page
+from vitkit.report.record import read_record
 from vitkit.report.style import class_labels, drawable, house_style, png
 
 ODD = [
@@ -75,7 +80,7 @@ def test_a_page_holds_all_that_the_run_left_behind(make_run):
     path = write_report(directory, {"m1_confusion": Confusion(matrix, [str(digit) for digit in range(10)])})
     assert path == directory / "report.html"
     found = Page(path)
-    names = {"losses", "pace", "statistic_sigreg", "metrics", "accuracies", "m1_confusion"}
+    names = {"losses", "pace", "metrics", "accuracies", "m1_confusion"}
     assert {file.stem for file in (directory / "plots").iterdir()} == names
     pictures = found.all("img")
     assert len(pictures) == len(names)
@@ -83,7 +88,7 @@ def test_a_page_holds_all_that_the_run_left_behind(make_run):
         assert len(picture["alt"]) > 20
         Image.open(io.BytesIO(base64.b64decode(picture["src"].removeprefix("data:image/png;base64,")))).verify()
     for text in (
-        "jepa_mnist", "finished", "data: mnist", "0.9551", "seed document 0.95 (+0.0051)", "chance 0.1", "± 0.0021",
+        "jepa_mnist", "finished", "data: mnist", "0.9551", "paper 0.95 (+0.0051)", "chance 0.1", "± 0.0021",
         "frozen: encoder; test split; 10,000 samples; on every pixel", "60,000", "CC BY-SA 3.0", "6 min 45 s",
         "2,745,856 parameters", "vitkit run recipes/jepa_mnist.py --seed 0", "3.11.7", "label_fraction", "none",
         "90 of 94 right (95.74%). Most frequent mistakes: “3” taken for “5” (4).",
@@ -114,16 +119,117 @@ def test_a_fallback_is_announced_above_all_and_its_results_are_not_held_against_
     banner = found.text.index("This is not mnist: the run used digits instead")
     assert banner < found.text.index(notice) < found.text.index("Results")
     assert "digits (instead of mnist)" in found.text
-    assert "seed document 0.95" in found.text
+    assert "paper 0.95" in found.text
     assert "(+0.0051)" not in found.text
 
 
 @pytest.mark.parametrize(
     ("status", "text"),
-    [("interrupted", "stopped before its end"), ("failed", "This run failed"), ("running", "This run has not ended")],
+    [("interrupted", "stopped before its end"), ("failed", "This run failed"), ("running", "This run stopped without an ending")],
 )
 def test_an_unfinished_run_says_so(make_run, status, text):
     assert text in page(read_record(make_run(status=status)), [], [], [])
+
+
+def test_a_run_whose_process_lives_has_not_ended_and_one_that_was_killed_says_how_to_resume_it(make_run):
+    directory = make_run("it's here", status="running")
+    with FileLock(directory / ".lock"):
+        text = page(read_record(directory), [], [], [])
+    assert "This run has not ended" in text
+    assert "Resume it" not in text
+    (directory / "checkpoints").mkdir()
+    (directory / "checkpoints" / "last.safetensors").touch()
+    path = directory / "report.html"
+    path.write_text(page(read_record(directory), [], [], []))
+    assert shlex.join(["vitkit", "run", "recipes/jepa_mnist.py", "--seed", "0", "--out", str(directory), "--resume"]) in Page(path).text
+    assert '<span class="chip stopped">stopped</span>' in path.read_text()
+
+
+def test_validation_and_test_stand_side_by_side_and_say_which_is_which(make_run):
+    metrics = [
+        {"epoch": e, "val_knn_top1": v, "knn_top1": t, "psnr": 20.0 + e} for e, v, t in ((1, 0.9, 0.81), (2, 0.95, 0.82), (3, 0.93, 0.83))
+    ]
+    protocols = {
+        "knn_top1": {"split": "test", "samples": 400, "kind": "proportion", "chance": 0.1, "untrained": 0.296},
+        "val_knn_top1": {"split": "val", "samples": 100, "kind": "proportion", "chance": 0.1},
+        "psnr": {"split": "test", "samples": 400, "unit": "dB"},
+    }
+    best = {"val_knn_top1": {"value": 0.95, "epoch": 2}, "knn_top1": {"value": 0.83, "epoch": 3}, "psnr": {"value": 23.0, "epoch": 3}}
+    directory = make_run(metrics=metrics, protocols=protocols, best=best, references={})
+    found = Page(write_report(directory))
+    assert "metric validation test best chance untrained how it was measured" in found.text
+    assert "knn_top1 0.9300 0.8300 0.8200 (epoch 2) 0.1 0.296 test split; 400 samples; validation split: 100" in found.text
+    assert "psnr – 23.00 dB 23.00 (epoch 3) – – test split; 400 samples" in found.text
+    assert "knn top-1 test 0.8300 ± 0.0188 validation 0.9300 chance 0.1 untrained 0.296" in found.text  # the card
+    assert "Validation values may choose an epoch or a setting; test values are the result, and chose nothing." in found.text
+    with house_style():
+        plot = curves.metrics(read_record(directory))
+    titles = [axis.get_title(loc="left") for axis in plot.figure.axes]
+    assert titles == ["knn", "psnr (dB)"]
+    legend = [text.get_text() for text in plot.figure.axes[0].get_legend().get_texts()]
+    assert legend == ["top-1 validation 0.9300", "top-1 test 0.8300", "chance 0.1", "untrained 0.296"]
+    assert plot.figure.axes[0].get_ylim() == (-0.02, 1.04)
+
+
+def test_lower_is_better_only_where_the_protocol_says_so(make_run):
+    protocols = {"cost": {"direction": "min"}, "mse": {}}
+    final, references = {"cost": 0.2, "mse": 0.2}, {"paper": {"cost": 0.3, "mse": 0.3}}
+    directory = make_run(metrics=[], final=final, protocols=protocols, references=references)
+    text = page(read_record(directory), [], [], [])
+    assert re.findall(r'<span class="(better|worse)">', text) == ["better", "worse"]
+    assert text.count('title="lower is better"') == 1
+
+
+@pytest.mark.parametrize(("last", "stuck"), [(2.31, True), (2.26, True), (2.0, False), (2.5, False)])
+def test_a_loss_at_its_uninformed_value_is_announced(make_run, last, stuck):
+    losses = [{"epoch": 1, "loss": 2.4, "lr": 1e-3}, {"epoch": 2, "loss": last, "lr": 1e-3}]
+    directory = make_run(losses=losses, metrics=[], references={"uninformed": {"loss": 2.3026}})
+    path = write_report(directory)
+    found = Page(path)
+    assert ("The loss is that of an uninformed prediction" in found.text) == stuck
+    assert (f"loss {last:.4f}, uninformed 2.3026." in found.text) == stuck
+    assert "Its uninformed line is at 2.3026." in found.all("img")[0]["alt"]
+    assert "uninformed: the value of a prediction that uses no information about its input." in found.text
+
+
+def test_bounds_of_a_loss_are_drawn_inside_its_panel(make_run):
+    directory = make_run(references={"floor": {"sigreg": 1.0525}, "uninformed": {"sigreg": 102.9, "loss": 3.0}})
+    with house_style():
+        plot = curves.losses(read_record(directory))
+    panels = {axis.get_title(loc="left"): axis for axis in plot.figure.axes}
+    assert [text.get_text() for text in panels["sigreg"].texts] == ["floor 1.0525", "uninformed 102.9"]
+    low, high = panels["sigreg"].get_ylim()
+    assert low < 1.0525 < 102.9 < high
+    assert panels["sigreg"].get_yscale() == "log"
+    assert [text.get_text() for text in panels["loss"].texts] == ["uninformed 3"]
+    assert not panels["invariance"].texts
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "no_such_backend"])
+def test_the_backend_of_a_notebook_does_not_decide(make_run, backend):
+    directory = make_run()
+    program = (
+        "import os, sys; from vitkit.report import write_report; write_report(sys.argv[1]);"
+        "print(os.environ['MPLBACKEND'], 'matplotlib.pyplot' in sys.modules)"
+    )
+    environment = {**os.environ, "MPLBACKEND": backend}
+    done = subprocess.run([sys.executable, "-c", program, str(directory)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{backend} False\n"
+    assert "could not be drawn" not in (directory / "report.html").read_text()
+    assert len(list((directory / "plots").iterdir())) == 4
+
+
+def test_a_curve_that_cannot_be_drawn_costs_only_itself(make_run, monkeypatch):
+    directory = make_run()
+
+    def broken(_):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr("vitkit.report.curves.losses", broken)
+    found = Page(write_report(directory))
+    assert "Some figures could not be drawn losses: no font" in found.text
+    assert len(found.all("img")) == 3
 
 
 def test_missing_files_and_columns_leave_their_part_out(tmp_path, make_run):
@@ -140,7 +246,7 @@ def test_missing_files_and_columns_leave_their_part_out(tmp_path, make_run):
         write_report(empty)
     bare = make_run("bare", protocols={}, references={}, best={}, dataset={}, versions={}, command="", settings=None)
     text = page(read_record(bare), [], [], [])
-    assert "not said" in text
+    assert "not recorded" in text
     assert "chance 0" not in text
 
 
@@ -161,8 +267,12 @@ def test_a_single_epoch_blanks_and_values_that_are_not_finite(make_run):
 
 def test_an_error_below_one_is_drawn_on_its_own_scale(make_run):
     metrics = [{"epoch": e, "knn_top1": 0.5 + e / 10, "reconstruction_mse": 0.05 - e / 100} for e in (1, 2, 3)]
+    protocols = {
+        "knn_top1": {"kind": "proportion", "chance": 0.1},
+        "reconstruction_mse": {"kind": "error", "direction": "min", "chance": 0.1},
+    }
     with house_style():
-        plot = curves.metrics(read_record(make_run(metrics=metrics)))
+        plot = curves.metrics(read_record(make_run(metrics=metrics, protocols=protocols)))
     limits = {axis.get_title(loc="left"): axis.get_ylim() for axis in plot.figure.axes}
     assert limits["knn"] == (-0.02, 1.04)
     assert limits["reconstruction mse"][1] < 0.2  # the chance level is 0.1
@@ -201,7 +311,7 @@ def test_a_picture_that_cannot_be_drawn_costs_only_itself(make_run):
     }
     directory = make_run(losses=[], metrics=[])
     found = Page(write_report(directory, pictures))
-    assert "Some pictures could not be drawn" in found.text
+    assert "Some figures could not be drawn" in found.text
     for text in (
         "first: a confusion matrix has shape (k, k) for k class names; got (2, 3) and 2 names",
         "second: features are (n, d) and labels (n,); got (3, 2) and (2,)",
@@ -293,9 +403,9 @@ def test_embeddings_leave_out_what_is_not_finite_and_name_every_class():
 
 def test_a_sample_keeps_the_classes_in_proportion():
     labels = np.random.default_rng(1).permutation(np.repeat([0, 1, 2], [6000, 3000, 1000]))
-    chosen = _sample(labels, MOST_POINTS)
-    assert len(np.unique(chosen)) == MOST_POINTS
-    np.testing.assert_allclose(np.bincount(labels[chosen]) / MOST_POINTS, [0.6, 0.3, 0.1], atol=0.002)
+    chosen = _sample(labels, MAX_POINTS)
+    assert len(np.unique(chosen)) == MAX_POINTS
+    np.testing.assert_allclose(np.bincount(labels[chosen]) / MAX_POINTS, [0.6, 0.3, 0.1], atol=0.002)
 
 
 @pytest.mark.parametrize(("channels", "count"), [(1, 18), (2, 2), (4, 1)])
@@ -309,18 +419,25 @@ def test_attention_lies_over_every_kind_of_image(channels, count):
     assert [len(axis.images) for axis in plot.figure.axes].count(2) == min(count, 16)
 
 
-def test_names_and_numbers_as_they_are_shown():
-    assert [pretty(name) for name in ("m1_top3", "linear_top1", "top5", "val_loss")] == [
-        "M1 top-3", "linear top-1", "top-5", "val loss",
+def test_names_and_numbers_as_they_are_written():
+    assert [title_of(name) for name in ("m1_top3", "linear_top1", "top5", "val_loss")] == [
+        "M1 top-3", "linear top-1", "top-5", "loss (validation)",
     ]  # fmt: skip
     assert split_topk("m1_top3") == ("m1", 3)
     assert split_topk("stop") is None
-    assert [shown(value) for value in (0.97534, 12.345, 54321.0, 1e-5, 2e7, float("nan"), None, -0.5)] == [
+    assert [format_number(value) for value in (0.97534, 12.345, 54321.0, 1e-5, 2e7, float("nan"), None, -0.5)] == [
         "0.9753", "12.35", "54,321", "1e-5", "2e+7", "–", "–", "-0.5000",
     ]  # fmt: skip
-    assert difference(0.5, 0.51) == "−0.0100"
-    assert difference(float("nan"), 0.5) == ""
-    assert [duration(seconds) for seconds in (1.26, 59.6, 3700)] == ["1.3 s", "1 min 0 s", "1 h 1 min"]
-    assert standard_error("m1_top1", 0.5, 100) == pytest.approx(0.05)
-    assert standard_error("m1_top1", 0.5, None) is None
-    assert standard_error("entropy", 0.5, 100) is None
+    assert format_number(23.456, "dB") == "23.46 dB"
+    assert [format_constant(value) for value in (0.1, 1.0525, 1e-4, None)] == ["0.1", "1.0525", "0.0001", "–"]
+    assert format_difference(0.5, 0.51) == "−0.0100"
+    assert format_difference(float("nan"), 0.5) == ""
+    assert [format_duration(seconds) for seconds in (1.26, 59.6, 3700)] == ["1.3 s", "1 min 0 s", "1 h 1 min"]
+
+
+def test_only_proportions_have_a_standard_error(make_run):
+    protocols = {"m1_top1": {"kind": "proportion", "samples": 100}, "psnr_top1": {"samples": 100}, "m2_top1": {"kind": "proportion"}}
+    record = read_record(make_run(final={"m1_top1": 0.5, "psnr_top1": 0.5, "m2_top1": 0.5}, protocols=protocols))
+    assert record.standard_error("m1_top1") == pytest.approx(0.05)
+    assert record.standard_error("psnr_top1") is None
+    assert record.standard_error("m2_top1") is None

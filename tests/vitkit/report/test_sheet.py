@@ -12,7 +12,7 @@ from PIL import Image
 from vitkit.contracts import Sheet
 from vitkit.errors import RunError
 from vitkit.report import write_report, write_sheet
-from vitkit.report.sheet import CAPTION_LINES, GAP, LINE, MOST_IMAGES, SIDE, sheet, sheet_pixels
+from vitkit.report.sheet import CAPTION_LINES, GAP, LINE, MAX_IMAGES, SIDE, sheet, sheet_pixels
 from vitkit.report.style import house_style, png
 
 
@@ -81,9 +81,9 @@ def test_captions_stand_under_their_images_and_rows_make_room_for_the_longest():
 
 
 def test_a_report_shows_so_many_and_says_so():
-    picture = Sheet(torch.zeros(MOST_IMAGES + 1, 1, 128, 128), [], columns=32)
+    picture = Sheet(torch.zeros(MAX_IMAGES + 1, 1, 128, 128), [], columns=32)
     plot = sheet("many", picture)
-    assert plot.caption == f"{MOST_IMAGES} of {MOST_IMAGES + 1} images are shown."
+    assert plot.caption == f"{MAX_IMAGES} of {MAX_IMAGES + 1} images are shown."
     assert plot.figure.get_size_inches()[1] * 150 == 4 * (128 + GAP) + GAP
 
 

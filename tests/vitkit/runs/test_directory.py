@@ -139,16 +139,16 @@ def test_trackers_that_do_not_start_leave_those_of_the_earlier_run(tmp_path):
         start(error=True)
     assert [path.name for path in (tmp_path / "trackers").iterdir()] == ["events"]
     start(error=False)
-    assert [path.name for path in tmp_path.rglob("*")] == ["trackers", "new"]
+    assert [path.name for path in (tmp_path / "trackers").iterdir()] == ["new"]
 
 
 def test_an_earlier_runs_trackers_are_found_again_after_a_kill(finished):
-    (finished / ".trackers").mkdir()
-    (finished / ".trackers" / "events").write_text("old")
+    (finished / ".replaced" / "trackers").mkdir(parents=True)
+    (finished / ".replaced" / "trackers" / "events").write_text("old")
     (finished / "trackers").mkdir()
     Run(finished, device="cpu", overwrite=True).close()
     assert [path.name for path in (finished / "trackers").iterdir()] == ["events"]
-    assert not (finished / ".trackers").exists()
+    assert not (finished / ".replaced").exists()
 
 
 def test_a_runs_own_copy_of_its_recipe_replaces_it_and_goes_on_with_it(vitkit, finished):
@@ -286,7 +286,7 @@ def test_a_reproduction_that_is_stopped_goes_on(vitkit, tmp_path):
     assert summary_of(tmp_path / "second one")["final"] == summary_of(first)["final"]
     nowhere = vitkit("reproduce", "first one", "--yes", "--resume")
     assert nowhere.returncode == 2
-    assert "--resume goes on with a reproduction that was stopped: give its directory with --out" in nowhere.stderr
+    assert "--resume continues a reproduction that was stopped: give its directory with --out" in nowhere.stderr
     none = vitkit("reproduce", "first one", "--yes", "--resume", "--out", "third")
     assert none.returncode == 2
     assert "third holds no reproduction of first one that was stopped; leave out --resume to start one" in none.stderr

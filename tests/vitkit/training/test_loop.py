@@ -318,7 +318,7 @@ def test_a_directory_is_held_by_one_run_and_never_overwritten_silently(tmp_path)
     with pytest.raises(RunDirectoryError, match="is in use by another process; wait until it ends, or choose another"):
         Run(tmp_path / "run", device="cpu")
     held.finish("interrupted")
-    with pytest.raises(RunDirectoryError, match="already holds an unfinished run; go on with --resume, choose"):
+    with pytest.raises(RunDirectoryError, match="already holds an unfinished run; give --resume to resume it, choose"):
         Run(tmp_path / "run", device="cpu")
     train(tmp_path / "done")
     with pytest.raises(RunDirectoryError, match="already holds a finished run; choose another --out, or give --over"):

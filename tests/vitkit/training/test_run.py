@@ -130,7 +130,7 @@ def test_evaluate_shares_features_uses_the_runs_precision_and_logs(tmp_path):
         validation = epoch.evaluate(model, SimpleNamespace(test=data.test, val=data.train), Measure("one"), split="val")
     run.close()
     assert dtypes == [torch.bfloat16] * 3
-    assert scores == {"one": 355.0, "two": 355.0}
+    assert scores == {"one": 382.0, "two": 382.0}
     assert validation == {"val_one": float(len(data.train))}
     assert validation.protocols["val_one"].split == "val"
     assert epoch.logged == {**scores, **validation}
