@@ -142,7 +142,7 @@ class FrozenProbe(ABC):
 
     def __call__(self, model: Any, dataset: Any, split: SplitName = "test") -> Scores:
         self.check(dataset, split)
-        sizes = {"train_size": self.train_size, "test_size": self.test_size, "seed": self.seed}
+        sizes: dict[str, Any] = {"train_size": self.train_size, "test_size": self.test_size, "seed": self.seed}
         train, test = frozen_features(model, dataset, split, **sizes)
         return named(self.score(train, test, dataset.classes, split=split), split)
 

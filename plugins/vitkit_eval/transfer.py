@@ -45,7 +45,7 @@ class Transfer:
         seed: int = 0,
     ) -> None:
         self.dataset = data.build(dataset)
-        self.sizes = {"train_size": train_size, "test_size": test_size, "seed": seed}
+        self.sizes: dict[str, Any] = {"train_size": train_size, "test_size": test_size, "seed": seed}
         self.probes = (KNN(k=k, **self.sizes), LinearProbe(C=C, **self.sizes))
         self._adapted: tuple[tuple[Preprocessing, SplitName], data.ImageDataset] | None = None
         self._pixels: dict[tuple[Preprocessing, SplitName], Scores] = {}
@@ -63,7 +63,8 @@ class Transfer:
         self.check(dataset, split)
         key = (Preprocessing(dataset.shape, dataset.mean, dataset.std), split)
         if self._adapted is None or self._adapted[0] != key:  # made once, for its pixels may be a copy
-            parts = {name: adapted(split_of(self.dataset, name), key[0]) for name in {"train", split}}
+            names: set[SplitName] = {"train", split}
+            parts: dict[str, Any] = {name: adapted(split_of(self.dataset, name), key[0]) for name in names}
             self._adapted = (key, replace(self.dataset, **parts))
         other = self._adapted[1]
         if key not in self._pixels:

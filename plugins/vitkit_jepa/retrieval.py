@@ -97,7 +97,7 @@ class LabelRetrieval:
             if self.attention_samples:
                 figures["label_attention"] = self._attention(backbone, dataset, images, torch.tensor(columns, device=device))
         compared = {"m1": "the image with each label", "m2": "each label alone"}
-        scores = Scores(
+        retrieved = Scores(
             {f"{name}_top{k}": topk_accuracy(scores, labels, k) for name, scores in methods.items() for k in TOPS},
             protocols={
                 f"{name}_top{k}": Measurement(
@@ -113,7 +113,7 @@ class LabelRetrieval:
             },
             figures=figures,
         )
-        return named(scores, split)
+        return named(retrieved, split)
 
     def _compare(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """M1's and M2's similarities `(b c)`, the images' features `(b d)`, and their labels."""

@@ -116,7 +116,7 @@ def test_sample_of_a_conditional_decoder_shows_its_classes_or_one(saved, target)
 
 def test_interpolate_between_images_and_between_classes(saved, target):
     directory = saved()
-    assert run("interpolate", directory, 3, 8, "-o", target) == f"{target}: 8 steps from 8 (#3) to 3 (#8), digits"
+    assert run("interpolate", directory, 3, 8, "-o", target) == f"{target}: 8 steps from 3 (#3) to 8 (#8), digits"
     assert size(target) == (across(10), SIDE + LINE + 2 * GAP)
     said = run("interpolate", directory, 3, 8, "--classes", "--steps", 5, "-o", target)
     assert said == f"{target}: 5 steps from 3 to 8, digits"
