@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,8 @@ class TextTransformer(nn.Module):
     repeating vocabulary, dimensions that do not fit, ids outside the vocabulary, and texts that are empty, longer than
     `context_length`, or hold no known word.
     """
+
+    vitkit_architecture: ClassVar = {"vocabulary": _WORD.pattern}
 
     def __init__(
         self,

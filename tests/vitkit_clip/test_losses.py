@@ -2,6 +2,7 @@
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +11,10 @@ import torch.nn.functional as F
 from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor
 
+import vitkit
 from vitkit import losses
 from vitkit.errors import UsageError
+from vitkit.models import saving
 from vitkit_clip import FocalNCE, HardNegativeNCE, InfoNCE, MarginTriplet, PairMultiTask, SigLIP
 
 N, T = 6, 0.07
@@ -165,6 +168,14 @@ def test_the_multi_task_form_adds_the_cross_entropy_of_halves(pair: tuple[Tensor
     torch.testing.assert_close(PairMultiTask(weight=0.0)(*given)["loss"], alone)
     flat = PairMultiTask()(*pair, labels, torch.zeros(N, 2, 5), classes)
     assert flat["classification"].item() == pytest.approx(math.log(5))
+
+
+def test_a_model_saved_with_parameters_of_no_dimension_still_loads(tmp_path: Path) -> None:
+    loss: Any = losses.build("siglip")
+    loss.log_scale, loss.bias = torch.nn.Parameter(torch.tensor(1.5)), torch.nn.Parameter(torch.tensor(-7.0))
+    saving.save(tmp_path, {"loss": loss}, preprocessing={}, classes=[], arguments={})
+    loaded = vitkit.load(tmp_path).loss
+    assert {name: value.tolist() for name, value in loaded.state_dict().items()} == {"log_scale": [1.5], "bias": [-7.0]}
 
 
 ALL = (InfoNCE(), FocalNCE(), FocalNCE(gamma=0.5), HardNegativeNCE(tau=0.1), MarginTriplet(0.3), MarginTriplet(0.3, hardest=False))
