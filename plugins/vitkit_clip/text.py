@@ -83,6 +83,10 @@ class TextTransformer(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.normal_(self.positions, std=0.02)
 
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that optimisers leave out of weight decay."""
+        return {"positions"}
+
     @staticmethod
     def vitkit_example(samples: int) -> tuple[dict[str, Any], dict[str, Any]]:
         vocabulary = ["sample", "0", "1", "2"]
