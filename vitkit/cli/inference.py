@@ -16,7 +16,7 @@ from vitkit.errors import UnknownNameError, UsageError, VitkitError, printable, 
 from vitkit.validation import at_least
 
 if TYPE_CHECKING:
-    from vitkit.models.saving import Model
+    from vitkit.models.model import Model
 
 PROGRESS_SECONDS = 30.0
 """Seconds between two lines of progress where there is no terminal."""

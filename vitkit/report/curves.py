@@ -161,11 +161,13 @@ def bars(record: Record) -> Plot | None:
         return None
     figure, (axis,) = panels(1)
     figure.set_size_inches(5.6, 1.5 + 0.34 * len(final))
-    legend: dict[str, Line2D | Patch] = {}
+    colors = {record.split(name): SPLIT_COLORS.get(record.split(name), PALETTE[2]) for name in final}
+    legend: dict[str, Line2D | Patch] = {
+        drawable(SPLITS.get(split, split)) or "last value": Patch(color=color) for split, color in colors.items()
+    }
     marks: dict[str, str] = {}
     for row, (name, value) in enumerate(final.items()):
-        color = SPLIT_COLORS.get(record.split(name), PALETTE[2])
-        legend.setdefault(SPLITS.get(record.split(name), record.split(name)) or "last value", Patch(color=color))
+        color = colors[record.split(name)]
         axis.barh(row, value, color=color, height=0.66)
         axis.annotate(format_number(value), (1.02, row), va="center", fontsize=8.5, fontweight="bold", annotation_clip=False)
         ticks: list[tuple[str, Any, float | None]] = [("chance", (0, (2, 1.2)), record.chance(name))]

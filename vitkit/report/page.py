@@ -228,11 +228,11 @@ def _protocol(record: Record, result: Result) -> str:
     pieces = [f"frozen: {protocol['frozen']}"] if protocol.get("frozen") else []
     pieces += [f"{SPLITS.get(record.split(result.main), record.split(result.main))} split"] if record.split(result.main) else []
     if as_float(protocol.get("samples")) >= 0:
-        pieces.append(f"{int(protocol['samples']):,} samples")
+        pieces.append(f"{as_float(protocol['samples']):,.0f} samples")
     pieces += [str(protocol["note"])] if protocol.get("note") else []
     validation = result.metrics.get("val", result.main)
     if validation != result.main and as_float(record.protocol(validation).get("samples")) >= 0:
-        pieces.append(f"validation split: {int(record.protocol(validation)['samples']):,} samples")
+        pieces.append(f"validation split: {as_float(record.protocol(validation)['samples']):,.0f} samples")
     return "; ".join(pieces)
 
 
@@ -254,13 +254,14 @@ def _data(record: Record) -> dict[str, Any] | None:
     rows: dict[str, Any] = {"name": data.get("name")}
     if data.get("asked") not in (None, data.get("name")):
         rows["requested"] = data["asked"]
-    if data.get("shape"):
-        rows["image shape"] = " × ".join(map(str, data["shape"])) + " (channels × height × width)"
+    shape, classes = (item if isinstance(item := data.get(name), list) else [] for name in ("shape", "classes"))
+    if shape:
+        rows["image shape"] = " × ".join(map(str, shape)) + " (channels × height × width)"
     for split, word in SPLITS.items():
         if as_float(data.get(split)) >= 0:
-            rows[f"{word} images"] = f"{int(data[split]):,}"
+            rows[f"{word} images"] = f"{as_float(data[split]):,.0f}"
     rows |= {name: data[name] for name in ("source", "licence") if data.get(name)}
-    return {"rows": rows, "classes": [str(name) for name in data.get("classes") or []]}
+    return {"rows": rows, "classes": classes}
 
 
 def _timing(record: Record) -> dict[str, Any]:
