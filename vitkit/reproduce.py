@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from vitkit.arguments import fits
 from vitkit.errors import RunDirectoryError, RunError, UsageError, printable
 from vitkit.hub.client import fetch_run
-from vitkit.registry import fits
 from vitkit.runs.directory import MODULES, fresh, read_summary
 from vitkit.runs.settings import SETTINGS, requested
 from vitkit.runs.summary import validate_summary

@@ -56,11 +56,11 @@ def get_command(
 
 @app.command("import")
 def import_command(
-    folder: Annotated[Path, typer.Argument(help="a folder a class, or train/ and test/ folders that hold them")],
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="a folder of images, with or without class folders")],
     name: Annotated[str, typer.Option(help="the dataset's name in the store")],
-    img_size: Annotated[int, typer.Option(help="side in pixels that pictures are cropped and resized to")] = 64,
+    img_size: Annotated[int, typer.Option(help="side in pixels that images are cropped and resized to")] = 64,
     test_fraction: Annotated[float, typer.Option(help="share of each class for testing")] = 0.2,
-    unlabelled: Annotated[bool, typer.Option("--unlabelled", help="take no folder for a class: images without labels")] = False,
+    unlabelled: Annotated[bool, typer.Option("--unlabelled", help="import all images without labels, whatever their folders")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a dataset of that name")] = False,
 ) -> None:
     """Import a folder of your own images; recipes then take it as `--dataset NAME`.
@@ -72,12 +72,14 @@ def import_command(
     from vitkit.errors import UsageError
     from vitkit.registry import datasets
 
+    if not folder.strip():
+        raise UsageError("FOLDER is empty, perhaps an unset variable; give a folder of images, or . for the working directory")
     path = store_path(name)
     if name == "auto" or name in datasets:
-        raise UsageError(f"--name {name}: that name means something else to --dataset; choose another")
+        raise UsageError(f"--name {name}: that name has another meaning for --dataset; choose another")
     if path.exists() and not overwrite:
-        raise UsageError(f"--name {name}: {path} is there already; choose another name, or give --overwrite")
-    for line in import_folder(folder, name, img_size=img_size, test_fraction=test_fraction, unlabelled=unlabelled):
+        raise UsageError(f"--name {name}: {path} exists already; choose another name, or give --overwrite")
+    for line in import_folder(Path(folder), name, img_size=img_size, test_fraction=test_fraction, unlabelled=unlabelled):
         out.print(f"left out: {printable(line, 1000)}")
     stored = read_store(path)
     for line in stored.metadata.get("layout", "").splitlines():

@@ -10,12 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from vitkit.arguments import check_arguments
 from vitkit.contracts import LazyImages
 from vitkit.data.preprocess import Preprocessing
 from vitkit.data.split import ImageSplit, proportional_indices
 from vitkit.data.store import Stored, read_store, store_lock, store_path, stored_names, write_store
 from vitkit.errors import MissingDatasetError, UnknownNameError, UsageError, nearest, printable
-from vitkit.registry import Spec, check_arguments, datasets
+from vitkit.registry import Spec, datasets
 from vitkit.validation import at_least
 
 VAL_SHARE = 0.1

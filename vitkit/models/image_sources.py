@@ -16,6 +16,7 @@ from vitkit.data.decode import SUFFIXES, ImageReadError, read_image
 from vitkit.data.image_files import class_order, list_images
 from vitkit.data.image_folder import folder_labels
 from vitkit.errors import DatasetError, UsageError, printable
+from vitkit.validation import one_of
 
 FINGERPRINTED = 1000
 """Images of a dataset that its fingerprint is taken of."""
@@ -166,8 +167,7 @@ def find_source(images: Sequence[str], *, split: str = "test") -> Source:
     Raises `UsageError` for no word, a file that is not there and a split that is none; `DatasetError` for a folder
     without pictures and where the dataset cannot be had.
     """
-    if split not in ("train", "test"):
-        raise UsageError(f"--split {split}: expected train or test")
+    one_of(("train", "val", "test"), **{"--split": split})
     if not images:
         raise UsageError("which images? give a folder, a dataset's name, or picture files")
     if not all(word.strip() for word in images):
@@ -186,7 +186,9 @@ def find_source(images: Sequence[str], *, split: str = "test") -> Source:
         elif path.is_file():
             paths.append(path)
         else:
-            raise UsageError(f"no picture at {path}; give files and folders that are there, or one dataset's name")
+            if "://" in word:
+                raise UsageError(f"{printable(word)} is an address; download the image, and give the file")
+            raise UsageError(f"no picture at {printable(path)}; give files and folders that are there, or one dataset's name")
     return Files(paths, root if root is not None and root.is_dir() else None, left_out)
 
 

@@ -17,10 +17,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from vitkit.arguments import check_arguments
 from vitkit.data.dataset import ImageDataset, from_store
 from vitkit.data.store import Stored
 from vitkit.errors import ConformanceError, UnknownNameError, UsageError, nearest
-from vitkit.registry import ADDED, REGISTRIES, Spec, canonical, check_arguments
+from vitkit.registry import ADDED, REGISTRIES, Spec, canonical
 
 USUAL: dict[str, Any] = {
     "in_dim": 16, "out_dim": 4, "num_classes": 3, "in_chans": 3, "img_size": 32, "vocab_size": 32, "context_length": 8,
