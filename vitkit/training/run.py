@@ -1,8 +1,6 @@
 """A run: a directory, a device and a log, and the loop that trains in between."""
 
 import contextlib
-import hashlib
-import json
 import os
 import shlex
 import sys
@@ -156,7 +154,7 @@ class Run:
                 f"the run in {self.directory} began with {before} images of {earlier.get('name')}, and now there are {now} of "
                 f"{found.name}; put that dataset back to go on, or start another run with another --out"
             )
-        digest = _digest(found)
+        digest = found.digest
         if earlier.get("digest", digest) != digest:
             raise RunDirectoryError(
                 f"the run in {self.directory} began with other labels or classes of {found.name} than there are now; put that "
@@ -301,8 +299,11 @@ class Run:
                 preprocessing=self._preprocessing,
                 classes=self._classes or (list(self._datasets[0].classes) if len(self._datasets) == 1 else []),
                 arguments=self.arguments,
-                extra={"recipe": self.name, "dataset": self._dataset.get("name"), "seed": self.seed},
-            )
+                extra={
+                    "recipe": self.name, "dataset": self._dataset.get("name"), "seed": self.seed,
+                    "data": {key: self._dataset[key] for key in ("asked", "arguments", "digest") if key in self._dataset},
+                },
+            )  # fmt: skip
         return self.directory
 
     def resolved(self, **arguments: Any) -> None:
@@ -503,14 +504,6 @@ class Run:
             "machine": f"{processor()}, {os.cpu_count()} cores",
             "command": self.command,
         }
-
-
-def _digest(dataset: Any) -> str:
-    """SHA-256 of the classes and labels of a dataset, which tells whether labels were exchanged."""
-    digest = hashlib.sha256(json.dumps(list(dataset.classes)).encode())
-    for split in (dataset.train, dataset.test):
-        digest.update(split.labels.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _registered_parts(model: nn.Module) -> dict[str, nn.Module]:
