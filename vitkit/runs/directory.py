@@ -18,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from vitkit.errors import RunDirectoryError, RunError
+from vitkit.errors import LINE_CHARACTERS, RunDirectoryError, RunError, printable
 from vitkit.files import atomic_write, is_leftover, remove_leftovers, write_json
 
 FILES = (
@@ -85,7 +85,7 @@ class Claim:
 
     def note(self, text: str) -> None:
         """Add a line to `log.txt`, at once or with `open`."""
-        line = f"{time.strftime('%H:%M:%S')} {text}\n"
+        line = f"{time.strftime('%H:%M:%S')} {printable(text, LINE_CHARACTERS)}\n"
         if self.opened or self.resumes:
             self._log([line])
         else:

@@ -20,7 +20,7 @@ from vitkit import data
 from vitkit.contracts import ReportFigure
 from vitkit.distributed.collectives import broadcast_text
 from vitkit.distributed.watchdog import RankWatchdog
-from vitkit.errors import RunDirectoryError, UsageError, VitkitError, printable
+from vitkit.errors import LINE_CHARACTERS, RunDirectoryError, UsageError, VitkitError, printable
 from vitkit.files import atomic_write, write_json
 from vitkit.models import saving
 from vitkit.registry import Spec
@@ -161,7 +161,7 @@ class Run:
                 f"dataset back to resume, or start another run with another --out"
             )
         if found.notice and self.is_main:
-            self.console.print("[bold yellow]WARNING[/]", Text(found.notice), soft_wrap=True)
+            self.console.print("[bold yellow]WARNING[/]", Text(printable(found.notice, LINE_CHARACTERS)), soft_wrap=True)
         self._datasets.append(found)
         if len(self._datasets) > 1:  # a dataset to evaluate on
             return found
@@ -329,6 +329,7 @@ class Run:
         """One line to the terminal and to `log.txt`."""
         if not self.is_main:
             return
+        text = printable(text, LINE_CHARACTERS)
         if self._progress is not None:
             self._progress.line(text)
         else:
@@ -351,7 +352,7 @@ class Run:
 
     def alarm(self, text: str) -> None:
         """What ends this rank, and how to go on, to its terminal and to `log.txt`; the summary says that the run failed."""
-        text = f"{text}; {self.way_on()}"
+        text = printable(f"{text}; {self.way_on()}", LINE_CHARACTERS)
         print(f"rank {self.accelerator.process_index}: {text}", file=sys.stderr, flush=True)
         self.note(text)
         with contextlib.suppress(VitkitError):
