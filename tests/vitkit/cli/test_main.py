@@ -178,7 +178,7 @@ def test_resuming_takes_the_flags_that_the_run_was_started_with(vitkit, tmp_path
 def test_ctrl_c_prints_the_command_that_goes_on(vitkit, tmp_path):
     stopped = vitkit("run", "line.py", "--epochs", "4", "--stop", "--out", "here")
     assert stopped.returncode == 130
-    assert "stopped; go on with: vitkit run line.py --epochs 4 --stop --out here --resume" in stopped.stderr
+    assert "stopped; resume with: vitkit run line.py --epochs 4 --stop --out here --resume" in stopped.stderr
     assert json.loads((tmp_path / "here" / "summary.json").read_text())["status"] == "interrupted"
     resumed = vitkit("run", "line.py", "--out", "here", "--resume")
     assert resumed.returncode == 0, resumed.stderr
