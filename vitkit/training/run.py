@@ -34,7 +34,6 @@ from vitkit.training.monitor import Mode, check_monitor
 from vitkit.training.recipe import Recipe
 from vitkit.training.schedules import Schedule
 from vitkit.training.session import Session
-from vitkit.validation import at_least
 
 
 class DryRun(Exception):
@@ -129,6 +128,11 @@ class Run:
     @property
     def device(self) -> torch.device:
         return self.session.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on rank 0, which writes the run's files."""
+        return self.session.is_main
 
     @property
     def resuming(self) -> bool:
@@ -375,7 +379,8 @@ def _check_settings(seed: int, grad_accum: int, resume: bool, overwrite: bool, d
             f"--devices {devices} estimates the needs of a run on so many devices, and goes with --dry-run; to train on them: "
             f"torchrun --nproc-per-node {devices} -m vitkit run ..."
         )
-    at_least(1, devices=devices)
+    if devices is not None and devices < 1:
+        raise UsageError(f"--devices {devices}: expected at least 1")
     if not 0 <= seed < 2**63:
         raise UsageError(f"--seed {seed}: expected a whole number from 0 to 2**63 - 1")
     if resume and overwrite:

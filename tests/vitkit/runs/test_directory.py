@@ -305,7 +305,7 @@ def test_under_a_launcher_the_command_says_so(tmp_path, monkeypatch):
     [
         (("--resume",), "new/deep holds no run to resume; leave out --resume to start one there"),
         (("--report-to", "tensorbord"), "--report-to tensorbord: no such tracker"),
-        (("--dry-run", "--resume", "--overwrite"), "--resume goes on with a run and --overwrite discards it; give one of the two"),
+        (("--dry-run", "--resume", "--overwrite"), "--resume continues a run and --overwrite discards it; give one of the two"),
     ],
 )
 def test_a_refusal_leaves_no_directory_behind(vitkit, tmp_path, flags, text):

@@ -80,7 +80,6 @@ from vitkit.cli.run import run
 from vitkit import data, heads
 from vitkit.report import curves
 from vitkit.training import loop
-from vitkit.training import run as _
 # What each attempt would import and load anew, for a second and more.
 data.build("digits")
 heads.build("mlp", in_dim=2, out_dim=2)
@@ -114,7 +113,7 @@ def attempt(order):
             os.kill(os.getpid(), signal.SIGKILL)
     os.replace = counting
     try:
-        run.run(Path(order["recipe"]), order["arguments"])
+        run(Path(order["recipe"]), order["arguments"])
     except SystemExit as leaving:
         if order["count"]:
             Path(order["count"]).write_text(str(len(replaced)))
