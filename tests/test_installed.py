@@ -196,8 +196,8 @@ def test_mistakes_of_one_plugin_are_named_and_cost_nobody_else(env: Environment)
         assert name in said
     said = env.run("-m", "vitkit", "doctor", code=1)
     for line in (
-        "- head 'raises' of raises-head 0.1 (raises_head:Head) cannot be imported: RuntimeError: out of order; mend it",
-        "- head 'three' of three-head 0.3 (three_head:Head) is a int, not a class or function; its author must mend it",
+        "- head 'raises' of raises-head 0.1 (raises_head:Head) cannot be imported: RuntimeError: out of order; fix it",
+        "- head 'three' of three-head 0.3 (three_head:Head) is a int, not a class or function; report it to",
         "- command 'broken' of no-command 1.0 (no_command:go) cannot be imported: ModuleNotFoundError: No module named",
         "note: head 'cosine' is registered by several distributions; first-cosine:cosine names this one",
         "note: command 'go' is registered by several distributions; two-command:go names this one",

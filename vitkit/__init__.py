@@ -11,7 +11,7 @@ from vitkit.registry import REGISTRIES, Component, Registry, Spec, backbones, da
 if TYPE_CHECKING:
     from vitkit.contracts import Scores
     from vitkit.hub.client import load
-    from vitkit.models.saving import Model
+    from vitkit.models.model import Model
     from vitkit.training.recipe import parse_arguments
     from vitkit.training.run import Run
 
@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "Run": "vitkit.training.run",
     "load": "vitkit.hub.client",
-    "Model": "vitkit.models.saving",
+    "Model": "vitkit.models.model",
     "Scores": "vitkit.contracts",
     "parse_arguments": "vitkit.training.recipe",
 }

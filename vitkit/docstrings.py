@@ -1,4 +1,4 @@
-"""What a plugin's source says of itself, read without running any of it.
+"""Summaries of components, read from a plugin's source without running it.
 
 `vitkit list` shows one line for each registered name and must import neither the plugin nor torch, so the
 docstring's first line is taken from the parsed source file.
@@ -8,14 +8,14 @@ import ast
 import importlib.util
 from pathlib import Path
 
-_HOPS = 4  # a name is often re-exported once or twice: package → module → private module
+_REEXPORTS = 4  # a name is often re-exported once or twice: package → module → private module
 
 
 def summary_of(value: str) -> str:
     """The first docstring line of the object an entry point such as `package.module:Class` names, or `""`."""
     module, _, attribute = value.partition(":")
     try:
-        node = _find(module, attribute.split(".")[0], _HOPS)
+        node = _find(module, attribute.split(".")[0], _REEXPORTS)
     except (OSError, SyntaxError, ValueError, ImportError):
         return ""
     docstring = ast.get_docstring(node) if node is not None else None
@@ -23,9 +23,9 @@ def summary_of(value: str) -> str:
 
 
 def source_file(module: str) -> Path | None:
-    """The file that importing `module` would run, found without importing its parents."""
+    """The file that importing `module` would run, located without importing its parents."""
     top, *rest = module.split(".")
-    spec = importlib.util.find_spec(top)  # a top-level name: nothing is imported for it
+    spec = importlib.util.find_spec(top)  # a top-level name, so nothing is imported
     if spec is None:
         return None
     if not rest:
@@ -38,10 +38,10 @@ def source_file(module: str) -> Path | None:
     return None
 
 
-def _find(module: str, name: str, hops: int) -> ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef | None:
+def _find(module: str, name: str, reexports: int) -> ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef | None:
     """The class or function `name` of `module`, through `from x import name` where it is re-exported."""
     path = source_file(module)
-    if path is None or hops == 0 or not name:
+    if path is None or reexports == 0 or not name:
         return None
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name:
@@ -49,7 +49,7 @@ def _find(module: str, name: str, hops: int) -> ast.ClassDef | ast.FunctionDef |
         if isinstance(node, ast.ImportFrom):
             for alias in node.names:
                 if (alias.asname or alias.name) == name:
-                    return _find(_absolute(module, path, node), alias.name, hops - 1)
+                    return _find(_absolute(module, path, node), alias.name, reexports - 1)
     return None
 
 

@@ -5,14 +5,14 @@
         vitkit_check()
 
 The mark takes what `vitkit check` takes: a distribution, a registered name or DISTRIBUTION:NAME, with `kind` and the
-component's own arguments by keyword. pytest loads this file in every session, so it imports nothing that is not asked for.
+component's own arguments by keyword. pytest loads this file in every session, so it imports nothing before a test asks for it.
 """
 
 from collections.abc import Callable
 
 import pytest
 
-MARK = "vitkit(name, kind=None, **arguments): checks of a distribution's or a name's components, with fixture vitkit_check"
+MARK = "vitkit(name, kind=None, **arguments): the components that the fixture vitkit_check checks, by distribution or by name"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -26,7 +26,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
     marks = list(metafunc.definition.iter_markers("vitkit"))
     if not marks:
-        raise pytest.UsageError(f"{metafunc.definition.name} uses vitkit_check; say what it checks: @pytest.mark.vitkit('my-package')")
+        raise pytest.UsageError(f"{metafunc.definition.name} uses vitkit_check for no component; add @pytest.mark.vitkit('my-package')")
     cases = [case for mark in marks for case in find(*mark.args, **mark.kwargs)]
     pairs = [(case, check) for case in cases for check in CHECKS[case.kind]]
     names = [f"{case.kind}-{case.name}-{check}" for case, check in pairs]
@@ -35,7 +35,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def vitkit_check(request: pytest.FixtureRequest) -> Callable[[], None]:
-    """Runs one check of one component and fails with its message."""
+    """A function that runs one check of one component, and fails with the check's message."""
     from vitkit.testing import ConformanceError, examine
 
     case, check = request.param

@@ -1,31 +1,45 @@
 """Five registries, filled from entry points and read without importing any plugin.
 
-`[project.entry-points."vitkit.heads"]` in a plugin's pyproject.toml is all that registering takes. Names,
+A plugin registers a component by an entry point, `[project.entry-points."vitkit.heads"]`, in its pyproject.toml. Names,
 distributions and versions come from installed metadata; a plugin is imported when one of its names is built.
 
-Entry points are static, so whoever has more models than entry points registers a family: `"timm/*" = "vitkit_timm:timm"`.
-Building `timm/NAME` calls `timm(NAME, ...)`; its Spec keeps the whole name.
+Entry points are static. A plugin with more models than entry points registers a family: `"timm/*" = "vitkit_timm:timm"`.
+Building `timm/NAME` calls `timm(NAME, ...)`; its Spec keeps the full name.
+
+A name that several distributions register means, in this order: while a component builds another one, the entry of that
+component's distribution; the entry of vitkit itself. So a plugin that registers `vit` changes neither saved models, nor recipes,
+nor commands; its own component is `its-distribution:vit`. Between other distributions the name is ambiguous.
 """
 
 import inspect
 import json
 import re
+import shlex
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, distributions, version
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
+from vitkit.arguments import check_architecture, check_arguments
 from vitkit.docstrings import summary_of
-from vitkit.errors import AmbiguousNameError, ArgumentsError, PluginError, UnknownNameError, UsageError, nearest
+from vitkit.errors import AmbiguousNameError, PluginError, UnknownNameError, UsageError, nearest
 
 KINDS = ("backbone", "head", "loss", "dataset", "evaluator")
 ADDED = "(added)"
-"""The distribution of what `Registry.add` put in by hand: it belongs to no installed package."""
+"""The distribution of a component that `Registry.add` registered: it belongs to no installed package."""
 FAMILY = "/*"
-"""How the name of an entry ends that stands for every name under it."""
+"""The end of an entry's name that stands for every name under it."""
+OWN = "vitkit"
+MAX_NAME_CHARACTERS = 200
+_DISTRIBUTION = re.compile(r"[A-Za-z0-9]([\w.-]*[A-Za-z0-9])?", re.ASCII)
+
+_building: ContextVar[str | None] = ContextVar("distribution of the component that is being built", default=None)
+_largest: ContextVar[int | None] = ContextVar("largest number among a saved model's arguments", default=None)
 
 
 def canonical(distribution: str) -> str:
@@ -33,9 +47,23 @@ def canonical(distribution: str) -> str:
     return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
+@contextmanager
+def architecture_only(largest: int) -> Iterator[None]:
+    """Within this block, in this thread, components are built with arguments of a saved model, which is not trusted.
+
+    Every component, also one that another component builds, takes only architecture: see `vitkit.arguments`. Numbers are at
+    most `largest` in size.
+    """
+    token = _largest.set(largest)
+    try:
+        yield
+    finally:
+        _largest.reset(token)
+
+
 @dataclass(frozen=True)
 class Spec:
-    """What was built: kind, name, distribution and plain JSON keyword arguments. `build()` makes it again."""
+    """Kind, name, distribution and plain JSON keyword arguments of a component; `build()` builds it again."""
 
     kind: str
     name: str
@@ -43,14 +71,18 @@ class Spec:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     def build(self) -> Any:
-        """Build it through its registry; errors are those of `Registry.build`."""
+        """Build the component through its registry; errors are those of `Registry.build`."""
         if self.kind not in REGISTRIES:
             raise UsageError(f"no registry for kind {self.kind!r}{nearest(self.kind, KINDS)}; known: {', '.join(KINDS)}")
-        name = self.name if self.distribution == ADDED else f"{self.distribution}:{self.name}"
-        return REGISTRIES[self.kind].build(name, **self.kwargs)
+        return REGISTRIES[self.kind].build(f"{self.distribution}:{self.name}", **self.kwargs)
+
+    def check_architecture(self, largest: int = sys.maxsize) -> None:
+        """Raise `ArgumentsError` where a saved model could not be built with these arguments: see `vitkit.arguments`."""
+        factory = REGISTRIES[self.kind].get(f"{self.distribution}:{self.name}")
+        check_architecture(f"{self.kind} {self.name!r}", factory, self.kwargs, largest)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values, the distribution's version among them; `UsageError` for arguments that are none."""
+        """The Spec as plain JSON values, with the distribution's version; `UsageError` for other arguments."""
         try:
             kwargs = json.loads(json.dumps(self.kwargs, allow_nan=False))
         except (TypeError, ValueError) as error:
@@ -68,19 +100,23 @@ class Spec:
 
     @classmethod
     def from_json(cls, data: Any) -> "Spec":
-        """The inverse of `to_json`; `UsageError` where a field is missing or of another type."""
-        wanted = {"kind": str, "name": str, "distribution": str, "kwargs": dict}
+        """The inverse of `to_json`; `UsageError` where a field is missing, of another type or too long."""
+        types = {"kind": str, "name": str, "distribution": str, "kwargs": dict}
         if not isinstance(data, dict):
-            raise UsageError(f"a Spec is a JSON object with {', '.join(wanted)}; given {type(data).__name__}")
-        for key, kind in wanted.items():
+            raise UsageError(f"a Spec is a JSON object with {', '.join(types)}; given {type(data).__name__}")
+        for key, kind in types.items():
             if not isinstance(data.get(key), kind):
                 raise UsageError(f"a Spec's {key!r} is a {kind.__name__}; given {data.get(key)!r:.80}")
+            if kind is str and len(data[key]) > MAX_NAME_CHARACTERS:
+                raise UsageError(f"a Spec's {key!r} has at most {MAX_NAME_CHARACTERS} characters; given {data[key]!r:.80}")
+        if data["distribution"] != ADDED and not _DISTRIBUTION.fullmatch(data["distribution"]):
+            raise UsageError(f"a Spec's 'distribution' is the name of a Python package; given {data['distribution']!r:.80}")
         return cls(data["kind"], data["name"], data["distribution"], dict(data["kwargs"]))
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One registered name: where it comes from, and the factory once it has been asked for."""
+    """One registered name, the distribution that it comes from, and its factory where it was added by hand."""
 
     kind: str
     name: str
@@ -100,7 +136,7 @@ class Entry:
     def load(self) -> Callable[..., Any]:
         """Import the factory; `PluginError` where the plugin cannot be imported or registers no callable.
 
-        For a member of a family it is the family's, with the member's name as its first argument.
+        The factory of a family's member is the family's factory with the member's name as its first argument.
         """
         if self.member is not None:
             family = replace(self, member=None).load()
@@ -110,22 +146,22 @@ class Entry:
         if self.factory is not None:
             return self.factory
         module, _, attribute = self.value.partition(":")
+        package = shlex.quote(self.distribution)
         where = f"{self.kind} {self.name!r} of {self.distribution} {self.version} ({self.value})"
         try:
-            found: Any = import_module(module)
+            factory: Any = import_module(module)
             for part in filter(None, attribute.split(".")):
-                found = getattr(found, part)
+                factory = getattr(factory, part)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a plugin may raise anything on import, SystemExit too
             raise PluginError(
-                f"{where} cannot be imported: {type(error).__name__}: {error}; "
-                f"mend it with `pip install --upgrade {self.distribution}` or remove it with "
-                f"`pip uninstall {self.distribution}`"
+                f"{where} cannot be imported: {type(error).__name__}: {error}; fix it with "
+                f"`pip install --upgrade {package}`, or uninstall it with `pip uninstall {package}`"
             ) from error
-        if not callable(found):
-            raise PluginError(f"{where} is a {type(found).__name__}, not a class or function; its author must mend it")
-        return found
+        if not callable(factory):
+            raise PluginError(f"{where} is a {type(factory).__name__}, not a class or function; report it to the plugin's author")
+        return factory
 
 
 class Registry:
@@ -137,10 +173,10 @@ class Registry:
         self._added: dict[str, Entry] = {}
 
     def add(self, name: str, factory: Callable[..., Any], *, replace: bool = False) -> None:
-        """Register `factory` in this process alone: for notebooks and tests.
+        """Register `factory` in this process only: for notebooks and tests.
 
-        Raises `UsageError` for a name that is taken (`replace=True` replaces what was added by hand, never a
-        plugin's), that holds a colon or space, or for a factory that cannot be called.
+        Raises `UsageError` for a name that is already registered (`replace=True` replaces a factory added by hand, never a
+        plugin's), for a name with a colon or a space, and for a factory that is not callable.
         """
         if not re.fullmatch(r"[^\s:]+", name):
             raise UsageError(f"a {self.kind}'s name is a word without colon or space; given {name!r}")
@@ -154,9 +190,9 @@ class Registry:
 
     def entries(self) -> list[Entry]:
         """Every registered name in alphabetical order, from metadata alone."""
-        found = {(entry.name, entry.distribution): entry for entry in _installed(self.kind, self.group)}
-        found |= {(entry.name, entry.distribution): entry for entry in self._added.values()}
-        return [found[key] for key in sorted(found)]
+        entries = {(entry.name, entry.distribution): entry for entry in _installed(self.kind, self.group)}
+        entries |= {(entry.name, entry.distribution): entry for entry in self._added.values()}
+        return [entries[key] for key in sorted(entries)]
 
     def names(self) -> list[str]:
         """Every registered name, once."""
@@ -169,51 +205,63 @@ class Registry:
         return iter(self.names())
 
     def entry(self, name: str) -> Entry:
-        """The entry of `name` or `dist:name`; `UnknownNameError`, or `AmbiguousNameError` where two claim it.
+        """The entry of `name` or `dist:name`.
 
-        A name that no entry has may belong to a family: `timm/resnet18` to `timm/*`.
+        A name without an entry of its own may belong to a family: `timm/resnet18` to `timm/*`. Raises `UnknownNameError`, and
+        `AmbiguousNameError` where several distributions register the name and the module's rules choose none of them.
         """
         distribution, _, short = name.rpartition(":")
         entries = self.entries()
-        own = [e for e in entries if not distribution or canonical(e.distribution) == canonical(distribution)]
-        found = [entry for entry in own if entry.name == short] or [entry for entry in own if _claims(entry, short)]
-        if len(found) == 1:
-            member = None if found[0].name == short else short[len(found[0].name) - 1 :]
-            return replace(found[0], name=short, member=member)
-        if found:
-            both = " and ".join(f"{entry.distribution} {entry.version}".strip() for entry in found)
-            ways = " or ".join(f"'{entry.distribution}:{short}'" for entry in found)
-            raise AmbiguousNameError(f"{self.kind} {short!r} is registered by {both}; say which: {ways}")
-        known = sorted({entry.name for entry in entries})
-        asked = f"{short!r} from {distribution!r}" if distribution else repr(name)
-        near = nearest(short, known) or ";"
-        listing = ", ".join(known) or f"none (no installed distribution declares {self.group!r} entry points)"
-        raise UnknownNameError(f"no {self.kind} named {asked}{near} known: {listing}")
+        candidates = [e for e in entries if not distribution or canonical(e.distribution) == canonical(distribution)]
+        claims = [e for e in candidates if e.name == short] or [e for e in candidates if _claims(e, short)]
+        if len(claims) > 1:
+            preferred = (entry for first in (_building.get(), OWN) for entry in claims if entry.distribution == first)
+            claims = list(preferred)[:1] or claims
+        if len(claims) == 1:
+            member = None if claims[0].name == short else short[len(claims[0].name) - 1 :]
+            return replace(claims[0], name=short, member=member)
+        if claims:
+            several = " and ".join(f"{entry.distribution} {entry.version}".strip() for entry in claims)
+            choices = " or ".join(f"'{entry.distribution}:{short}'" for entry in claims)
+            raise AmbiguousNameError(f"{self.kind} {short!r} is registered by {several}; say which: {choices}")
+        names = sorted({entry.name for entry in entries})
+        wanted = f"{short!r} from {distribution!r}" if distribution else repr(name)
+        near = nearest(short, names) or ";"
+        listing = ", ".join(names) or f"none (no installed distribution declares {self.group!r} entry points)"
+        raise UnknownNameError(f"no {self.kind} named {wanted}{near} known: {listing}")
 
     def get(self, name: str) -> Callable[..., Any]:
         """The factory of `name` or `dist:name`, imported now."""
         return self.entry(name).load()
 
     def build(self, name: str, **kwargs: Any) -> Any:
-        """Call the factory of `name` (or `dist:name`) with `kwargs` and leave the `Spec` on what it returns.
+        """Call the factory of `name` (or `dist:name`) with `kwargs` and set the attribute `spec` of its result.
 
         Raises `UnknownNameError`, `AmbiguousNameError`, `PluginError`, and `ArgumentsError` for arguments that do
-        not fit the factory's signature.
+        not fit the factory's signature or, within `architecture_only`, are no architecture.
         """
         entry = self.entry(name)
         factory = entry.load()
-        check_arguments(f"{self.kind} {entry.name!r}", factory, kwargs)
-        built = factory(**kwargs)
+        what = f"{self.kind} {entry.name!r}"
+        check_arguments(what, factory, kwargs)
+        largest = _largest.get()
+        if largest is not None:
+            check_architecture(what, factory, kwargs, largest)
+        token = _building.set(entry.distribution)
         try:
-            built.spec = Spec(self.kind, entry.name, entry.distribution, dict(kwargs))
+            component = factory(**kwargs)
+        finally:
+            _building.reset(token)
+        spec = Spec(self.kind, entry.name, entry.distribution, dict(kwargs))
+        try:
+            component.spec = spec
         except AttributeError:
-            # A frozen dataclass or a plain function's result may refuse; object.__setattr__ reaches the former.
-            object.__setattr__(built, "spec", Spec(self.kind, entry.name, entry.distribution, dict(kwargs)))
-        return built
+            object.__setattr__(component, "spec", spec)  # a frozen dataclass refuses plain assignment
+        return component
 
 
 def _claims(entry: Entry, name: str) -> bool:
-    """Whether an entry is called `name`, or is the family that a member of this name belongs to."""
+    """Whether an entry has this name, or is the family of a member with this name."""
     if entry.name == name:
         return True
     prefix = entry.name[:-1]
@@ -221,7 +269,7 @@ def _claims(entry: Entry, name: str) -> bool:
 
 
 def _installed(kind: str, group: str) -> Iterator[Entry]:
-    """The entries that installed distributions declare; one with unreadable metadata costs only its own."""
+    """The entries that installed distributions declare; a distribution with unreadable metadata is skipped."""
     seen: set[str] = set()
     for name, number, points in _distributions():
         if name in seen:  # the first on sys.path is the one that would be imported
@@ -238,7 +286,7 @@ def _distributions() -> Iterator[tuple[str, str, list[Any]]]:
         try:
             points = [point for point in distribution.entry_points if point.group.startswith("vitkit.")]
             if points:
-                about = distribution.metadata  # parsed each time that it is asked for, a README with it
+                about = distribution.metadata  # parses the whole README at each access
                 if about["Name"]:
                     yield about["Name"], about["Version"], points
         except Exception:
@@ -251,83 +299,6 @@ def version_of(distribution: str) -> str | None:
         return version(distribution)
     except (PackageNotFoundError, ValueError):
         return None
-
-
-def _signature(factory: Callable[..., Any]) -> inspect.Signature:
-    """A factory's signature; a class that leaves torch's `Module.__init__` as it is takes nothing, though that one takes all."""
-    own = getattr(factory, "__init__", None) if inspect.isclass(factory) else None
-    if (getattr(own, "__module__", ""), getattr(own, "__qualname__", "")) == ("torch.nn.modules.module", "Module.__init__"):
-        return inspect.Signature()
-    return inspect.signature(factory)
-
-
-def signature_of(name: str, factory: Callable[..., Any]) -> str:
-    """`name(in_dim: int, hidden: int = 512)`, as messages and `vitkit show` print it."""
-    try:
-        signature = _signature(factory)
-    except (TypeError, ValueError):
-        return f"{name}(...)"
-    return f"{name}{signature.replace(return_annotation=inspect.Signature.empty)}"
-
-
-def check_arguments(what: str, factory: Callable[..., Any], kwargs: dict[str, Any]) -> None:
-    """Raise `ArgumentsError` where keyword arguments do not fit a signature, by name or by plain type."""
-    try:
-        signature = _signature(factory)
-    except (TypeError, ValueError):
-        return
-    shown = signature_of(what.split("'")[1] if "'" in what else what, factory)
-    takes = [p.name for p in signature.parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-    for name in kwargs:
-        if name not in takes and not open_ended:
-            raise ArgumentsError(f"{what} takes no argument {name!r}{nearest(name, takes)}; its signature: {shown}")
-    for p in signature.parameters.values():
-        if p.name in takes and p.default is p.empty and p.name not in kwargs:
-            raise ArgumentsError(f"{what} needs the argument {p.name!r}; its signature: {shown}")
-    hints = _hints(factory)
-    for name, value in kwargs.items():
-        if name in hints and not fits(value, hints[name]):
-            raise ArgumentsError(
-                f"{what}: {name} is {value!r:.80}, expected {_type_name(hints[name])}; its signature: {shown}"
-            )
-
-
-def _hints(factory: Callable[..., Any]) -> dict[str, Any]:
-    factory = factory.func if isinstance(factory, partial) else factory
-    target = factory.__init__ if inspect.isclass(factory) else factory
-    try:
-        return get_type_hints(target)
-    except Exception:  # a hint that only a type checker can resolve checks nothing here
-        return {}
-
-
-def _type_name(annotation: Any) -> str:
-    return annotation.__name__ if inspect.isclass(annotation) else str(annotation).replace("typing.", "")
-
-
-def fits(value: Any, annotation: Any) -> bool:
-    """Whether a plain JSON value can be meant by an annotation; annotations beyond JSON's types accept all."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin in (Union, UnionType):
-        return any(fits(value, argument) for argument in arguments)
-    if origin is Literal:
-        return value in arguments
-    if origin in (list, tuple) and arguments:
-        if not isinstance(value, list | tuple):
-            return False
-        if origin is tuple and Ellipsis not in arguments:
-            return len(value) == len(arguments) and all(map(fits, value, arguments))
-        return all(fits(item, arguments[0]) for item in value)
-    if annotation is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if annotation is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if annotation is None or annotation is NoneType:
-        return value is None
-    if annotation in (bool, str):
-        return isinstance(value, annotation)
-    return True
 
 
 @dataclass(frozen=True, init=False)

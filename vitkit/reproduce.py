@@ -1,6 +1,7 @@
 """Run a finished run again: its copy of the recipe, its arguments and seed, and a verdict for each metric."""
 
 import hashlib
+import inspect
 import math
 import re
 import shlex
@@ -14,17 +15,19 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from vitkit.arguments import fits
 from vitkit.errors import RunDirectoryError, RunError, UsageError, printable
 from vitkit.hub.client import fetch_run
 from vitkit.runs.directory import MODULES, fresh, read_summary
 from vitkit.runs.settings import SETTINGS, requested
+from vitkit.runs.summary import validate_summary
 from vitkit.training.accelerator import resolve_device, resolve_precision
 from vitkit.training.launch import execute
 from vitkit.training.recipe import Recipe, typed
 
 RECIPE = "recipe.py"
-RECIPE_BYTES = 2**20
-"""A longer recipe is refused: nobody could read it before its code runs."""
+CODE_BYTES = 2**20
+"""Longer code is refused: nobody could read it before it runs."""
 HUB_PREFIX = "hf://"
 REPEATED = ("seed", "grad_accum", "compile", "precision")
 """Settings that a reproduction takes from the recorded run."""
@@ -66,28 +69,27 @@ class Reproduction:
 
 @dataclass(frozen=True)
 class Code:
-    """The recipe that is about to run: its bytes as they were read, where they were read, and whether they came from the Hub.
+    """The code that is about to run: the bytes of the recipe and of the modules copied with it, as they were read.
 
-    `modules` are the modules that the run copied with the recipe, by their paths relative to the run's directory.
+    `files` are the bytes by path relative to `directory`, the recipe first; `foreign` tells that they came from the Hub.
     """
 
     source: str
-    path: Path
-    content: bytes
-    modules: Mapping[str, bytes]
+    directory: Path
+    files: Mapping[str, bytes]
     foreign: bool
     duration: str
 
     @property
     def warning(self) -> str:
-        """The sentence that a person reads before the code runs; it fits into one line and holds no control characters."""
-        digest = hashlib.sha256(self.content)
-        for name, content in self.modules.items():
-            digest.update(hashlib.sha256(name.encode()).digest() + hashlib.sha256(content).digest())
-        beside = f" and {len(self.modules)} modules in {MODULES}/" if self.modules else ""
+        """The sentence that a person reads before the code runs; it is one line without control characters."""
+        digests = {name: hashlib.sha256(content).hexdigest() for name, content in self.files.items()}
+        path = printable(self.directory / RECIPE)
+        modules = [f"{printable(name)} (SHA-256 {digest})" for name, digest in digests.items() if name != RECIPE]
+        beside = f" and in {', '.join(modules)}" if modules else ""
         return (
-            f"this runs the Python code in {printable(self.path)}{beside} (of {printable(self.source)}, SHA-256 "
-            f"{digest.hexdigest()}), with your rights{self.duration}"
+            f"this runs the Python code in {path} (of {printable(self.source)}, SHA-256 {digests[RECIPE]}){beside}, with your rights"
+            f"{self.duration}"
         )
 
 
@@ -111,20 +113,19 @@ def reproduce(
         raise UsageError("--resume continues a reproduction that was stopped: give its directory with --out")
     directory, foreign = _locate(source)
     summary = _validated(directory, read_summary(directory))
-    path = directory / RECIPE
-    code = Code(source, path, _read_recipe(directory), _read_modules(directory), foreign, _duration(summary))
+    code = Code(source, directory, _read_code(directory), foreign, _duration(summary))
     if not confirm(code):
         return None
-    with _written({RECIPE: code.content, **code.modules}) as path:
-        recipe = Recipe(path, reserved=frozenset(SETTINGS), name=summary["recipe"])
-        flags, settings = _flags(recipe, code.path, summary), _settings(summary)
+    with _written(code.files) as path:
+        recipe = Recipe(path, reserved=frozenset(SETTINGS), name=summary.get("recipe") or "")
+        flags, settings = _flags(recipe, directory / RECIPE, summary), _settings(summary)
         command = shlex.join(["vitkit", "reproduce", source])
         if resume and out is not None and read_summary(out).get("command") != command:
             raise RunDirectoryError(f"{out} holds no reproduction of {printable(source)} that was stopped; leave out --resume to start one")
         out = out or fresh(recipe.name)
         threads = torch.get_num_threads()
         try:
-            torch.set_num_threads(summary["settings"].get("threads", threads))
+            torch.set_num_threads(summary["settings"].get("threads") or threads)
             exit_code = execute(recipe, {**settings, "out": out, "resume": resume, "command": command}, flags, console)
         finally:
             torch.set_num_threads(threads)
@@ -157,35 +158,31 @@ def _locate(source: str) -> tuple[Path, bool]:
     return directory, False
 
 
-def _read_recipe(directory: Path) -> bytes:
-    path = directory / RECIPE
-    if not path.is_file():
+def _read_code(directory: Path) -> dict[str, bytes]:
+    """The recipe and the modules copied with it, each read once."""
+    if not (directory / RECIPE).is_file():
         raise UsageError(
             f"{printable(directory)} holds no {RECIPE}: its run was not started with `vitkit run`, so it cannot be run again"
         )
-    return _read_source(path)
-
-
-def _read_modules(directory: Path) -> dict[str, bytes]:
-    """The modules that the run copied with its recipe; links are left out."""
-    paths = [path for path in sorted((directory / MODULES).rglob("*.py")) if path.is_file() and not path.is_symlink()]
-    return {path.relative_to(directory).as_posix(): _read_source(path) for path in paths}
-
-
-def _read_source(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            content = file.read(RECIPE_BYTES + 1)
-    except OSError as error:
-        raise UsageError(f"cannot read {printable(path)}: {error.strerror or error}") from None
-    if len(content) > RECIPE_BYTES:
-        raise UsageError(f"{printable(path)} is longer than {RECIPE_BYTES:,} bytes; a recipe that nobody can read is not run")
-    return content
+    files: dict[str, bytes] = {}
+    for path in (directory / RECIPE, *sorted((directory / MODULES).rglob("*.py"))):
+        if not path.is_file():
+            raise UsageError(f"{printable(path)} is no plain file; its code is not run")
+        try:
+            with path.open("rb") as file:
+                content = file.read(CODE_BYTES + 1)
+        except OSError as error:
+            raise UsageError(f"cannot read {printable(path)}: {error.strerror or error}") from None
+        files[path.relative_to(directory).as_posix()] = content
+        if sum(map(len, files.values())) > CODE_BYTES:
+            where = printable(directory)
+            raise UsageError(f"the code in {where} is longer than {CODE_BYTES:,} bytes; nobody can read that, so it is not run")
+    return files
 
 
 @contextmanager
 def _written(files: Mapping[str, bytes]) -> Iterator[Path]:
-    """The path of the recipe among these files, in a folder that only this user may enter and that holds nothing else."""
+    """The recipe's path in a folder that only this user may enter, and that holds nothing but the given files."""
     with tempfile.TemporaryDirectory(prefix="vitkit-reproduce-") as folder:
         for name, content in files.items():
             path = Path(folder) / name
@@ -195,23 +192,27 @@ def _written(files: Mapping[str, bytes]) -> Iterator[Path]:
 
 
 def _duration(summary: Mapping[str, Any]) -> str:
-    return f"; it took {summary['seconds']:.0f} s on {printable(summary.get('machine'), 80)}" if "seconds" in summary else ""
+    return f"; it took {summary['seconds']:.0f} s on {printable(summary.get('machine'), 80)}" if summary.get("seconds") is not None else ""
 
 
 def _flags(recipe: Recipe, path: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
     """The recorded values of the recipe's flags, as they were asked for; the recipe resolves them anew."""
-    recorded = requested(summary)
+    recorded = recipe.rename(requested(summary))
     missing = [name for name in recipe.flags if name not in recorded]
     if missing:
         raise RunError(f"{printable(path)} takes {', '.join(missing)}, which the run's summary does not record")
+    for name, flag in recipe.flags.items():
+        if recorded[name] is not None and not fits(recorded[name], flag.annotation):
+            where, expected = printable(path.with_name("summary.json")), inspect.formatannotation(flag.annotation)
+            raise UsageError(f"{where} records {printable(repr(recorded[name]), 80)} for {name}; expected {expected}")
     return {name: typed(flag.annotation, recorded[name]) for name, flag in recipe.flags.items()}
 
 
 def _settings(summary: Mapping[str, Any]) -> dict[str, Any]:
     """The recorded settings of the runner; device and precision are `auto` where this machine lacks the recorded ones."""
     recorded = summary["settings"]
-    wanted = recorded.get("device", "auto").partition(":")[0]
-    chosen = {name: recorded[name] for name in REPEATED if name in recorded}
+    wanted = (recorded.get("device") or "auto").partition(":")[0]
+    chosen = {name: recorded[name] for name in REPEATED if recorded.get(name) is not None}
     try:
         device = resolve_device(wanted)
         resolve_precision(chosen.get("precision", "auto"), device)
@@ -244,53 +245,16 @@ def _pairs(old: Mapping[str, Any], new: Mapping[str, Any], key: str) -> list[tup
 
 
 def _validated(directory: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a summary that a reproduction reads, each of the expected type; `UsageError` names the first that is not."""
+    """The summary of a finished run, each field of the expected type; objects that are missing are empty."""
     if summary.get("status") != "finished" or not isinstance(summary.get("final"), dict):
         raise UsageError(
             f"{printable(directory)} holds no finished run: there are no metrics to compare with; give a run's directory, "
             f"such as runs/jepa, or a repository {HUB_PREFIX}OWNER/NAME"
         )
-    fields = {"settings": {}, "dataset": {}, "versions": {}, "protocols": {}, **summary}
-
-    def expect(is_valid: bool, name: str, value: object, expected: str) -> None:
-        if not is_valid:
-            given = printable(repr(value), 80)
-            raise UsageError(f"{printable(directory)}/summary.json: {printable(name, 80)} is {given}; expected {expected}")
-
-    recipe = fields.get("recipe")
-    is_name = isinstance(recipe, str) and re.fullmatch(r"\w[^/\\:]{0,99}", recipe) is not None and printable(recipe) == recipe
-    expect(is_name, "recipe", recipe, "the name of a recipe, without folders")
-    for name in ("final", "settings", "dataset", "versions", "protocols"):
-        expect(isinstance(fields[name], dict), name, fields[name], "an object")
-    for name in ("requested", "arguments"):
-        expect(isinstance(fields.get(name), dict | None), name, fields.get(name), "an object")
-    fields["arguments"] = fields.get("arguments") or {}
-    for metric, value in fields["final"].items():
-        expect(value is None or _is_number(value), f"final.{metric}", value, "a number")
-    for metric, protocol in fields["protocols"].items():
-        expect(isinstance(protocol, dict), f"protocols.{metric}", protocol, "an object")
-        samples, chance = protocol.get("samples"), protocol.get("chance")
-        expect(samples is None or (_is_whole(samples) and samples >= 0), f"protocols.{metric}.samples", samples, "a whole number")
-        expect(chance is None or _is_number(chance), f"protocols.{metric}.chance", chance, "a number")
-    if "seconds" in fields:
-        expect(_is_number(fields["seconds"]), "seconds", fields["seconds"], "a number")
-    settings = fields["settings"]
-    for name, least, most in (("seed", 0, 2**63 - 1), ("grad_accum", 1, 10**6), ("threads", 1, 4096)):
-        if name in settings:
-            value = settings[name]
-            expect(_is_whole(value) and least <= value <= most, f"settings.{name}", value, f"a whole number in [{least}, {most}]")
-    for name in ("device", "precision", "compile"):
-        if name in settings:
-            expect(isinstance(settings[name], str), f"settings.{name}", settings[name], "a text")
-    return fields
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    checked = dict(validate_summary(summary, printable(directory / "summary.json")))
+    for name in ("settings", "dataset", "versions", "protocols", "arguments"):
+        checked[name] = checked.get(name) or {}
+    return checked
 
 
 __all__ = ["Code", "Reproduction", "Verdict", "reproduce", "tolerance"]

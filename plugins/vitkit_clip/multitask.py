@@ -1,7 +1,7 @@
 """A contrastive loss beside the classification of each half."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,8 @@ class PairMultiTask(nn.Module):
     Ranks: both are those of all ranks' samples. Raises `UsageError` for a negative weight, a smoothing outside [0, 1), and
     logits and classes that do not fit.
     """
+
+    vitkit_architecture: ClassVar = {"contrastive": r"([\w.-]+:)?[\w.-]+", "arguments": {r"[a-z_]+": float | bool | None}}
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,8 @@ class TextTransformer(nn.Module):
     repeating vocabulary, dimensions that do not fit, ids outside the vocabulary, and texts that are empty, longer than
     `context_length`, or hold no known word.
     """
+
+    vitkit_architecture: ClassVar = {"vocabulary": _WORD.pattern}
 
     def __init__(
         self,
@@ -80,6 +82,10 @@ class TextTransformer(nn.Module):
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.normal_(self.positions, std=0.02)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that optimisers leave out of weight decay."""
+        return {"positions"}
 
     @staticmethod
     def vitkit_example(samples: int) -> tuple[dict[str, Any], dict[str, Any]]:

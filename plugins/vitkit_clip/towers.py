@@ -30,6 +30,10 @@ class PostNormTower(nn.Module):
             nn.TransformerEncoderLayer(embed_dim, num_heads, mlp_dim, dropout, batch_first=True) for _ in range(depth)
         )
 
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that optimisers leave out of weight decay."""
+        return {"positions"}
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         tokens = self._embed(x)
         for block in self.blocks:
@@ -112,6 +116,10 @@ class HalvesTower(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(w, eps=EPS) for w in stem)
         self.merge = nn.Linear(sum(stem), width)
         self.pair = nn.Linear(2 * width, width)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that optimisers leave out of weight decay."""
+        return {"positions", "sides"}
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         *earlier, tokens = self._stemmed(x)

@@ -1,4 +1,4 @@
-"""Built-in datasets: real images from torchvision and scikit-learn, and a person's own pictures."""
+"""Built-in datasets: images from torchvision and scikit-learn, and a folder of your own images."""
 
 from vitkit_data.builtin import cifar10, cifar100, digits, fashion_mnist, mnist
 from vitkit_data.folder import image_folder

@@ -10,15 +10,16 @@ from vitkit.data import ImageDataset, Stored, fetched, from_store
 from vitkit_data.download import download
 
 
-def mnist(*, img_size: int | None = None) -> ImageDataset:
-    """Handwritten digits: 60,000 + 10,000 grey images of 28×28 pixels in 10 classes, about 6,000 each.
+def mnist(*, img_size: int | None = None, val_size: int | None = None) -> ImageDataset:
+    """Handwritten digits: 60,000 + 10,000 grey images of 28×28 pixels in 10 classes of about 7,000 each.
 
-    A larger `img_size` surrounds the image with black, as LeNet did to get 32×32; a smaller one resizes it. Raises
-    `DatasetError` where it is neither in the store nor can be downloaded.
+    A larger `img_size` surrounds the image with black, as LeNet did to get 32×32; a smaller one resizes it. 5,000 of the training
+    images are for validation, or `val_size`. Raises `DatasetError` where it is neither in the store nor can be downloaded.
     """
     return from_store(
         fetched("mnist", _mnist),
         img_size=img_size,
+        val_size=val_size,
         fit="pad",
         source="Y. LeCun, C. Cortes, C. Burges: The MNIST database of handwritten digits, 1998",
         licence="CC BY-SA 3.0",
@@ -27,15 +28,16 @@ def mnist(*, img_size: int | None = None) -> ImageDataset:
     )
 
 
-def fashion_mnist(*, img_size: int | None = None) -> ImageDataset:
+def fashion_mnist(*, img_size: int | None = None, val_size: int | None = None) -> ImageDataset:
     """Clothing: 60,000 + 10,000 grey images of 28×28 pixels in 10 classes of 7,000 each.
 
-    A larger `img_size` surrounds the image with black; a smaller one resizes it. Raises `DatasetError` where it is
-    neither in the store nor can be downloaded.
+    A larger `img_size` surrounds the image with black; a smaller one resizes it. 5,000 of the training images are for validation,
+    or `val_size`. Raises `DatasetError` where it is neither in the store nor can be downloaded.
     """
     return from_store(
         fetched("fashion_mnist", partial(download, "FashionMNIST")),
         img_size=img_size,
+        val_size=val_size,
         fit="pad",
         source="H. Xiao, K. Rasul, R. Vollgraf: Fashion-MNIST, arXiv 1708.07747, 2017",
         licence="MIT",
@@ -44,14 +46,16 @@ def fashion_mnist(*, img_size: int | None = None) -> ImageDataset:
     )
 
 
-def cifar10(*, img_size: int | None = None) -> ImageDataset:
+def cifar10(*, img_size: int | None = None, val_size: int | None = None) -> ImageDataset:
     """Tiny photographs: 50,000 + 10,000 colour images of 32×32 pixels in 10 classes of 6,000 each.
 
-    Another `img_size` resizes it. Raises `DatasetError` where it is neither in the store nor can be downloaded.
+    Another `img_size` resizes it. 5,000 of the training images are for validation, or `val_size`. Raises `DatasetError` where it is
+    neither in the store nor can be downloaded.
     """
     return from_store(
         fetched("cifar10", partial(download, "CIFAR10")),
         img_size=img_size,
+        val_size=val_size,
         source="A. Krizhevsky: Learning Multiple Layers of Features from Tiny Images, 2009",
         licence="unstated; for research",
         hub_id="uoft-cs/cifar10",
@@ -59,14 +63,16 @@ def cifar10(*, img_size: int | None = None) -> ImageDataset:
     )
 
 
-def cifar100(*, img_size: int | None = None) -> ImageDataset:
+def cifar100(*, img_size: int | None = None, val_size: int | None = None) -> ImageDataset:
     """Tiny photographs: 50,000 + 10,000 colour images of 32×32 pixels in 100 classes of 600 each.
 
-    Another `img_size` resizes it. Raises `DatasetError` where it is neither in the store nor can be downloaded.
+    Another `img_size` resizes it. 5,000 of the training images are for validation, or `val_size`. Raises `DatasetError` where it is
+    neither in the store nor can be downloaded.
     """
     return from_store(
         fetched("cifar100", partial(download, "CIFAR100")),
         img_size=img_size,
+        val_size=val_size,
         source="A. Krizhevsky: Learning Multiple Layers of Features from Tiny Images, 2009",
         licence="unstated; for research",
         hub_id="uoft-cs/cifar100",
@@ -74,30 +80,36 @@ def cifar100(*, img_size: int | None = None) -> ImageDataset:
     )
 
 
-def digits(*, img_size: int | None = None) -> ImageDataset:
-    """Small handwritten digits from scikit-learn: 1,797 grey images of 8×8 pixels, always at hand.
+WRITERS = (1287, 1415)
+"""Where the validation and the test images of digits begin: at the 11th and the 12th of 14 blocks, about one writer each."""
 
-    Every fifth image of each class is a test image: 1,442 + 355. Another `img_size` resizes it, antialiased.
+
+def digits(*, img_size: int | None = None) -> ImageDataset:
+    """Small handwritten digits from scikit-learn: 1,797 grey images of 8×8 pixels, always available.
+
+    The images stand in blocks of about 130 from one writer each, which the order of their labels shows. The first 10 blocks are for
+    training (1,287 images), the next for validation (128), the last 3 for testing (382), so that no writer is in two splits. The set
+    names no writers, so this is as far as that can be ensured. Another `img_size` resizes the images, antialiased.
     """
     from sklearn.datasets import load_digits
 
-    found: Any = load_digits()
-    images = torch.from_numpy(found.images).mul(255 / 16).round().to(torch.uint8)[:, None]
-    labels = torch.from_numpy(found.target).long()
-    place = torch.zeros_like(labels)
-    for label in range(10):
-        mask = labels == label
-        place[mask] = torch.arange(int(mask.sum()))
-    test = place % 5 == 4
+    bunch: Any = load_digits()
+    images = torch.from_numpy(bunch.images).mul(255 / 16).round().to(torch.uint8)[:, None]
+    labels = torch.from_numpy(bunch.target).long()
     tensors = {
-        "train.images": images[~test], "train.labels": labels[~test],
-        "test.images": images[test], "test.labels": labels[test],
-    }  # fmt: skip
+        f"{split}.{name}": part
+        for name, values in (("images", images), ("labels", labels))
+        for split, part in zip(("train", "val", "test"), values.tensor_split(WRITERS), strict=True)
+    }
     return from_store(
         Stored("digits", [str(digit) for digit in range(10)], tensors),
         img_size=img_size,
-        source="E. Alpaydin, C. Kaynak: Optical Recognition of Handwritten Digits, UCI, 1998 (scikit-learn's load_digits)",
+        source=(
+            "E. Alpaydin, C. Kaynak: Optical Recognition of Handwritten Digits, UCI, 1998 (scikit-learn's load_digits), "
+            "split by writers"
+        ),
         licence="CC BY 4.0",
+        val_note="128 images, a block of one writer who is not in the training images",
     )
 
 

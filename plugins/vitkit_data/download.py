@@ -1,4 +1,4 @@
-"""Published datasets through torchvision, and soon an error where there is no network."""
+"""Published datasets through torchvision; without a network an error comes within seconds."""
 
 import contextlib
 import io
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 ANSWER_SECONDS = 6.0
-"""How long to wait for any answer at all: without a network a recipe should fall back soon."""
+"""Time to wait for the first answer of any host: without a network a recipe should fall back soon."""
 STALL_SECONDS = 20.0
-"""How long a download under way may stand still."""
+"""Time for which a running download may receive nothing."""
 
 
 def download(name: str) -> tuple[dict[str, Tensor], list[str]]:
@@ -30,35 +30,34 @@ def download(name: str) -> tuple[dict[str, Tensor], list[str]]:
     require_answer(getattr(factory, "mirrors", None) or [factory.url])
     tensors: dict[str, Tensor] = {}
     classes: list[str] = []
-    with tempfile.TemporaryDirectory() as folder, _stalls_end(), contextlib.redirect_stdout(io.StringIO()):
+    with tempfile.TemporaryDirectory() as folder, _stall_timeout(), contextlib.redirect_stdout(io.StringIO()):
         for split in ("train", "test"):
-            found = factory(folder, train=split == "train", download=True)
-            pixels = torch.as_tensor(found.data)
+            dataset = factory(folder, train=split == "train", download=True)
+            pixels = torch.as_tensor(dataset.data)
             # (n h w) of grey images, (n h w c) of coloured ones → (n c h w)
             tensors[f"{split}.images"] = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
-            tensors[f"{split}.labels"] = torch.as_tensor(found.targets).long()
-            classes = [str(name) for name in found.classes]
+            tensors[f"{split}.labels"] = torch.as_tensor(dataset.targets).long()
+            classes = [str(name) for name in dataset.classes]
     return tensors, classes
 
 
 def require_answer(urls: Sequence[str], seconds: float = ANSWER_SECONDS) -> None:
-    """Return once any host answers anything; `ConnectionError` with what each said where none does in time.
+    """Return as soon as any host answers; `ConnectionError` with the error of each where none does in time.
 
-    Name servers and hosts with several addresses take a multiple of a socket's timeout, so the asking is done in
-    threads that are left behind.
+    Name servers and hosts with several addresses take a multiple of a socket's timeout, so threads ask, and are left behind.
     """
     answers: queue.SimpleQueue[str] = queue.SimpleQueue()
     for url in urls:
         threading.Thread(target=lambda url=url: answers.put(_answer(url, seconds)), daemon=True).start()
     deadline = time.monotonic() + seconds
-    said = []
+    answered = []
     with contextlib.suppress(queue.Empty):
         for _ in urls:
             answer = answers.get(timeout=max(deadline - time.monotonic(), 0))
             if not answer:
                 return
-            said.append(answer)
-    tried = "; ".join(said) or f"no answer from {', '.join(map(_host, urls))} within {seconds:.0f} s"
+            answered.append(answer)
+    tried = "; ".join(answered) or f"no answer from {', '.join(map(_host, urls))} within {seconds:.0f} s"
     raise ConnectionError(tried)
 
 
@@ -78,7 +77,7 @@ def _host(url: str) -> str:
 
 
 @contextlib.contextmanager
-def _stalls_end() -> Iterator[None]:
+def _stall_timeout() -> Iterator[None]:
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(STALL_SECONDS)
     try:

@@ -60,6 +60,10 @@ class MultimodalViT(nn.Module):
     def vitkit_example(samples: int) -> tuple[dict[str, Any], dict[str, Any]]:
         return {"img_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}, {}
 
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that optimisers leave out of weight decay."""
+        return {"label_type"}
+
     def forward(
         self, x: Tensor | None, *, extra_tokens: Tensor | None = None, keep: Tensor | None = None
     ) -> Tensor:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,8 @@ class MultiTaskLoss(nn.Module):
     Ranks: L_i that are the same everywhere give the same loss everywhere. Raises `UsageError` for another mode, weights that
     are negative, not finite or all 0, negative counts of calls, and a loss without a weight.
     """
+
+    vitkit_architecture: ClassVar = {"weights": {r"[a-z_]+": float}}
 
     calls: Tensor
 

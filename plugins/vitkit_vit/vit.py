@@ -1,6 +1,6 @@
 """The vision transformer (Dosovitskiy et al., arXiv 2010.11929)."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from vitkit.errors import UsageError
+from vitkit.validation import at_least, in_range, one_of
 from vitkit_vit.layers import LAYER_NORM_EPS, Block
 from vitkit_vit.positions import sincos1d, sincos2d
 from vitkit_vit.stem import ConvStem
@@ -78,18 +79,19 @@ class ViT(nn.Module):
         stem: Literal["patch", "conv"] = "patch",
     ) -> None:
         super().__init__()
-        _check_choice(PRESETS, preset=preset)
-        _check_choice(("patch", "conv"), stem=stem)
-        _check_choice(("cls", "mean"), pool=pool)
-        _check_choice(("learned", "sincos1d", "sincos2d", "none"), positions=positions)
+        one_of(PRESETS, preset=preset)
+        one_of(("patch", "conv"), stem=stem)
+        one_of(("cls", "mean"), pool=pool)
+        one_of(("learned", "sincos1d", "sincos2d", "none"), positions=positions)
         embed_dim = PRESETS[preset]["embed_dim"] if embed_dim is None else embed_dim
         depth = PRESETS[preset]["depth"] if depth is None else depth
         num_heads = PRESETS[preset]["num_heads"] if num_heads is None else num_heads
         attn_dropout = dropout if attn_dropout is None else attn_dropout
-        _check_least(1, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth)
-        _check_least(1, num_heads=num_heads)
-        _check_least(0, registers=registers)
-        _check_probability(dropout=dropout, attn_dropout=attn_dropout, drop_path=drop_path)
+        at_least(
+            1, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth, num_heads=num_heads
+        )
+        at_least(0, registers=registers)
+        in_range(0, 1, high_included=False, dropout=dropout, attn_dropout=attn_dropout, drop_path=drop_path)
         _check_heads(embed_dim, num_heads)
         if int(embed_dim * mlp_ratio) < 1:
             raise UsageError(f"mlp_ratio={mlp_ratio} leaves the MLP of embed_dim={embed_dim} no hidden channel")
@@ -130,6 +132,10 @@ class ViT(nn.Module):
     @staticmethod
     def vitkit_example(samples: int) -> tuple[dict[str, Any], dict[str, Any]]:
         return {"img_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2, "registers": 2}, {}
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that optimisers leave out of weight decay: tokens and positions."""
+        return {"cls_token", "reg_token", "pos_embed"}
 
     def forward(
         self,
@@ -303,21 +309,3 @@ def _check_heads(embed_dim: int, num_heads: int) -> None:
             f"num_heads={num_heads} does not divide embed_dim={embed_dim}; take num_heads={near} or "
             f"embed_dim={max(round(embed_dim / num_heads), 1) * num_heads}"
         )
-
-
-def _check_choice(choices: Collection[str], **values: str) -> None:
-    for name, value in values.items():
-        if value not in choices:
-            raise UsageError(f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
-
-
-def _check_least(least: int, **values: int) -> None:
-    for name, value in values.items():
-        if value < least:
-            raise UsageError(f"{name} is {value}, expected at least {least}")
-
-
-def _check_probability(**values: float) -> None:
-    for name, value in values.items():
-        if not 0.0 <= value < 1.0:
-            raise UsageError(f"{name} is {value}, expected a probability in [0, 1)")

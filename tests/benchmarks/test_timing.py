@@ -25,7 +25,7 @@ def test_the_ceiling_holds_every_product_of_a_step_in_its_own_shape():
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_it_sees_into_the_written_out_block_and_leaves_sums_out(bf16: bool):
+def test_it_sees_into_attention_and_leaves_sums_out(bf16: bool):
     block = Block(16, 2, mlp_ratio=2.0, dropout=0.0, attn_dropout=0.0, drop_path=0.0)
     x = torch.randn(2, 3, 16, requires_grad=True)
 

@@ -12,6 +12,9 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
 Call = Callable[[], object]
 Seconds = Mapping[str, list[float]]
 
@@ -100,7 +103,8 @@ class Products(TorchDispatchMode):
     """The matrix products and convolutions of what runs inside it, to be run again alone by calling it.
 
     Each has its own operation, shape, layout and dtype, and operands of its own kind that stay in memory: a ceiling that a
-    step of the same products cannot reach. Products with a vector are sums and do not count.
+    step of the same products cannot reach. Products with a vector are sums and do not count. Of torch's fused attention only
+    its batched products count: two forward, four backward.
     """
 
     @classmethod
@@ -119,6 +123,15 @@ class Products(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         packet = func._overloadpacket
+        if packet in (ATTENTION, ATTENTION_BACKWARD):
+            backward = packet is ATTENTION_BACKWARD  # its first argument is the output's gradient
+            q, k = (heads.flatten(0, 1) for heads in args[backward : backward + 2])  # (b·h n d)
+            weights = q.new_zeros(q.shape[0], q.shape[1], k.shape[1])
+            with self:
+                for _ in range(2 if backward else 1):
+                    torch.bmm(q, k.transpose(1, 2))
+                    torch.bmm(weights, k)
+            return out
         matrices = [arg for arg in args if isinstance(arg, Tensor) and arg.ndim > 1]
         if packet in flop_registry and not any(1 in matrix.shape[-2:] for matrix in matrices if matrix.ndim < 4):
             self.flops += flop_registry[packet](*args, **kwargs, out_val=out)

@@ -44,7 +44,7 @@ def test_two_processes_make_one_run(name, tmp_path):
     assert summary["status"] == "finished"
     assert (summary["settings"]["processes"], summary["settings"]["parallel"]) == (2, parallel)
     assert summary["steps"] == 2  # 70 images: four batches of 8 + 8, two a step
-    assert summary["protocols"]["linear_top1"]["samples"] == 355
+    assert summary["protocols"]["linear_top1"]["samples"] == 382
     assert done.stderr.count("epoch 1/1") == 1
     model = vitkit.load(directory)
     assert bool(model.encode_image(model.preprocess(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))).isfinite().all())

@@ -11,6 +11,7 @@ from vitkit import datasets
 from vitkit.contracts import Dataset
 from vitkit.data import from_store, read_store, store_path, stored_names
 from vitkit.errors import MissingDatasetError
+from vitkit_data.builtin import WRITERS
 
 BUILT_IN = {
     # torchvision's name, channels, side, classes, images a class for training
@@ -68,7 +69,8 @@ def test_a_download_is_converted_once(name, empty_store, reachable, monkeypatch,
     original = getattr(published, theirs)("", True, True)
     expected = torch.as_tensor(original.data)
     expected = expected[:, None] if channels == 1 else expected.permute(0, 3, 1, 2)
-    assert torch.equal(found.train.images, expected)
+    assert torch.equal(datasets.build(name, val_size=0).train.images, expected)
+    assert (len(found.train), len(found.val)) == (count, count)
     assert found.test.labels.tolist() == [index % count for index in range(2 * count)]
     assert stored_names() == [name]
     assert len(downloads) == 3  # training and test split, and this test's own
@@ -99,10 +101,12 @@ def test_a_failed_download_says_what_was_tried_and_what_to_do(empty_store, reach
 def test_the_real_images_are_as_described(name, real_data):
     _, channels, side, count, each = BUILT_IN[name]
     found = datasets.build(name)
-    assert found.train.images.shape == ((60_000 if channels == 1 else 50_000), channels, side, side)
+    assert found.train.images.shape == ((55_000 if channels == 1 else 45_000), channels, side, side)
+    assert found.val.images.shape == (5000, channels, side, side)
+    assert found.val_note == f"5,000 of {60_000 if channels == 1 else 50_000:,} training images, stratified, seed 0"
     assert found.test.images.shape == (10_000, channels, side, side)
     assert len(found.classes) == count
-    counts = found.train.labels.bincount()
+    counts = found.train.labels.bincount() + found.val.labels.bincount()
     assert counts.tolist() == [each] * count if each else 5000 < counts.min() < counts.max() < 7000
     computed = from_store(read_store(store_path(name)))
     assert np.allclose(computed.mean, found.mean, atol=5e-3)
@@ -122,20 +126,31 @@ def test_digits_are_scikit_learns(empty_store):
     found = datasets.build("digits")
     theirs = load_digits()
     assert found.shape == (1, 8, 8)
-    assert (len(found.train), len(found.test)) == (1442, 355)
+    assert (len(found.train), len(found.val), len(found.test)) == (1287, 128, 382)
     assert found.train.images.max() == 255
     whole = {tuple(image.flatten().int().tolist()) for image in torch.from_numpy(theirs.images * 255 / 16).round()}
-    ours = torch.cat([found.train.images, found.test.images]).flatten(1).int().tolist()
+    ours = torch.cat([found.train.images, found.val.images, found.test.images]).flatten(1).int().tolist()
     assert {tuple(image) for image in ours} == whole
     share = found.train.labels.bincount() / found.test.labels.bincount()
-    assert ((share > 3.8) & (share < 4.4)).all()
+    assert ((share > 3.0) & (share < 3.8)).all()
     assert torch.equal(found.test.images, datasets.build("digits").test.images)
     assert list(empty_store.iterdir()) == []  # nothing to download and nothing to keep
+
+
+def test_no_writer_of_digits_is_in_two_splits():
+    """Each writer began by writing 0 to 9 three times, which is where a block begins; splits begin there too."""
+    targets = "".join(map(str, load_digits().target))
+    for start in WRITERS:
+        assert targets[start : start + 30] in ("0123456789" * 3, "0" + "123456789" * 3)
+    found = datasets.build("digits")
+    assert "split by writers" in found.source
+    assert found.val_note == "128 images, a block of one writer who is not in the training images"
 
 
 def test_digits_can_be_learnt_at_the_size_of_mnist():
     found = datasets.build("digits", img_size=28)
     train, test = (next(split.batches(2000).epoch(0)) for split in (found.train, found.test))
-    assert train["images"].shape == (1442, 1, 28, 28)
+    assert train["images"].shape == (1287, 1, 28, 28)
     model = LogisticRegression(max_iter=200, C=0.01).fit(train["images"].flatten(1).numpy(), train["labels"].numpy())
-    assert model.score(test["images"].flatten(1).numpy(), test["labels"].numpy()) > 0.95
+    # Of writers it has not seen; 0.97 where writers are in both splits.
+    assert model.score(test["images"].flatten(1).numpy(), test["labels"].numpy()) > 0.88

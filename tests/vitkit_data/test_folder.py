@@ -42,7 +42,7 @@ def test_it_is_a_dataset_that_is_imported_once(folder, imports):
     found = datasets.build("image_folder", root=str(folder), img_size=8)
     assert isinstance(found, Dataset)
     assert (found.name, found.classes, found.shape) == ("pets", ["cat", "dog"], (3, 8, 8))
-    assert (len(found.train), len(found.test)) == (8, 2)
+    assert (len(found.train), len(found.val), len(found.test)) == (6, 2, 2)
     assert found.notice == ""
     assert str(folder) not in found.source  # a saved model tells nobody about a person's own disk
     datasets.build("image_folder", root=str(folder), img_size=8)
@@ -54,9 +54,9 @@ def test_a_change_is_imported_over_the_old_copy(folder, imports):
     datasets.build("image_folder", root=str(folder), img_size=8)
     add(folder / "cat" / "new.png", 9)
     found = datasets.build("image_folder", root=str(folder), img_size=8)
-    assert len(found.train) + len(found.test) == 11
+    assert len(found.train) + len(found.val) + len(found.test) == 11
     (folder / "cat" / "new.png").unlink()
-    assert len(datasets.build("image_folder", root=str(folder), img_size=8).train) == 8
+    assert len(datasets.build("image_folder", root=str(folder), img_size=8).train) == 6
     assert len(imports) == 3
     assert len(stored_names()) == 1
     assert datasets.build("image_folder", root=str(folder), img_size=4).shape == (3, 4, 4)
@@ -66,7 +66,7 @@ def test_a_change_is_imported_over_the_old_copy(folder, imports):
 def test_a_damaged_copy_is_made_anew(folder, imports):
     datasets.build("image_folder", root=str(folder), img_size=8)
     store_path(imports[0]).write_bytes(b"nonsense")
-    assert len(datasets.build("image_folder", root=str(folder), img_size=8).train) == 8
+    assert len(datasets.build("image_folder", root=str(folder), img_size=8).train) == 6
 
 
 def test_what_was_left_out_is_told_every_time(folder, imports):
@@ -75,14 +75,14 @@ def test_what_was_left_out_is_told_every_time(folder, imports):
     for _ in range(2):
         found = datasets.build("image_folder", root=str(folder), img_size=8)
         assert len(found.skipped) == 7
-        assert found.notice.startswith("7 left out of the pictures: ")
+        assert found.notice.startswith("7 left out of the images: ")
         assert "bad" in found.notice
         assert found.notice.endswith("; and 2 more")
     assert len(imports) == 1
 
 
 def test_a_folder_that_is_not_there_and_one_that_is_not_said(tmp_path, imports):
-    with pytest.raises(DatasetError, match="no folder at .*nowhere; expected one"):
+    with pytest.raises(DatasetError, match="there is no folder at .*nowhere; expected one"):
         datasets.build("image_folder", root=str(tmp_path / "nowhere"))
     with pytest.raises(ArgumentsError, match="dataset 'image_folder' needs the argument 'root'"):
         datasets.build("image_folder")

@@ -13,7 +13,7 @@ def build_shades(train: int = 120, test: int = 45, classes: int = 3) -> ImageDat
     """Images whose brightness says the class, with noise."""
     generator = torch.Generator().manual_seed(0)
     tensors = {}
-    for split, n in (("train", train), ("test", test)):
+    for split, n in (("train", train), ("test", test), ("val", test)):
         labels = torch.arange(n) % classes
         noise = torch.randint(0, 60, (n, 1, 4, 4), generator=generator)
         tensors[f"{split}.images"] = (labels.view(-1, 1, 1, 1) * (180 // (classes - 1)) + noise).to(torch.uint8)

@@ -31,7 +31,7 @@ def colours(tmp_path, monkeypatch) -> str:
     monkeypatch.setenv("VITKIT_DATA", str(tmp_path))
     generator = torch.Generator().manual_seed(0)
     tensors = {}
-    for split, n in (("train", 90), ("test", 30)):
+    for split, n in (("train", 90), ("test", 30), ("val", 30)):
         labels = torch.arange(n) % 3
         noise = torch.randint(0, 120, (n, 3, 6, 6), generator=generator)
         noise[torch.arange(n), labels] += 60

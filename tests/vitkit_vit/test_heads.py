@@ -46,9 +46,9 @@ def test_the_registry_knows_both() -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: LinearHead(0, 3), "in_dim is 0, expected a whole number of at least 1"),
-        (lambda: MLPHead(4, 3, depth=0), "depth is 0, expected a whole number of at least 1"),
-        (lambda: MLPHead(4, 3, norm="group"), "norm is 'group', expected one of 'layer', 'batch', 'none'"),
+        (lambda: LinearHead(0, 3), "in_dim is 0; expected at least 1"),
+        (lambda: MLPHead(4, 3, depth=0), "depth is 0; expected at least 1"),
+        (lambda: MLPHead(4, 3, norm="group"), "norm is 'group'; expected 'layer', 'batch', 'none'"),
     ],
 )
 def test_wrong_arguments_are_answered(build: object, message: str) -> None:

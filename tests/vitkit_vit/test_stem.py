@@ -57,14 +57,14 @@ def test_a_batch_makes_no_difference_to_an_image() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "said"),
+    ("kwargs", "message"),
     [
         ({"patch_size": 7, "img_size": 28}, "patch_size=7 is one position, expected a power of two from 2 on; take patch_size=4"),
         ({"patch_size": 1}, "patch_size=1 is one position, expected a power of two from 2 on; take patch_size=2"),
         ({"patch_size": 8, "embed_dim": 30}, "halves embed_dim=30 2 times; take a multiple of 4"),
-        ({"stem": "pool"}, "stem is 'pool', expected one of 'patch', 'conv'"),
+        ({"stem": "pool"}, "stem is 'pool'; expected 'patch', 'conv'"),
     ],
 )
-def test_what_does_not_fit_is_said(kwargs: dict[str, object], said: str) -> None:
-    with pytest.raises(UsageError, match=said):
+def test_arguments_that_do_not_fit_are_answered(kwargs: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         ViT(**{**SMALL, "stem": "conv", **kwargs})

@@ -26,11 +26,11 @@ def vit(**kwargs: object) -> ViT:
     return ViT(**{**SMALL, **kwargs})
 
 
-@pytest.fixture(params=["cpu_block", "modules"])
+@pytest.fixture(params=["batched products", "torch's attention"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways to compute a block: the CPU's own, and the modules that other devices use."""
-    if request.param == "modules":
-        monkeypatch.setattr("vitkit_vit.cpu_block.LONGEST", 0)
+    """Both ways to compute attention."""
+    chosen = request.param == "batched products"
+    monkeypatch.setattr("vitkit_vit.layers.products_are_faster", lambda q, dropout: chosen)
     return str(request.param)
 
 
@@ -325,13 +325,13 @@ WRONG = {
         "patch_size=8 does not divide an image of 28×28 pixels; take img_size=(32, 32) or another patch_size",
     ),
     "size": ({"img_size": [4, 4, 4]}, "img_size is [4, 4, 4], expected a number of pixels or (height, width)"),
-    "depth": ({"depth": 0}, "depth is 0, expected at least 1"),
-    "registers": ({"registers": -1}, "registers is -1, expected at least 0"),
-    "dropout": ({"dropout": 1.0}, "dropout is 1.0, expected a probability in [0, 1)"),
-    "drop_path": ({"drop_path": -0.1}, "drop_path is -0.1, expected a probability in [0, 1)"),
-    "pool": ({"pool": "max"}, "pool is 'max', expected one of 'cls', 'mean'"),
-    "positions": ({"positions": "rope"}, "expected one of 'learned', 'sincos1d', 'sincos2d', 'none'"),
-    "preset": ({"preset": "huge"}, "preset is 'huge', expected one of 'small', 'base', 'large'"),
+    "depth": ({"depth": 0}, "depth is 0; expected at least 1"),
+    "registers": ({"registers": -1}, "registers is -1; expected at least 0"),
+    "dropout": ({"dropout": 1.0}, "dropout is 1.0; expected a number in [0, 1)"),
+    "drop_path": ({"drop_path": -0.1}, "drop_path is -0.1; expected a number in [0, 1)"),
+    "pool": ({"pool": "max"}, "pool is 'max'; expected 'cls', 'mean'"),
+    "positions": ({"positions": "rope"}, "expected 'learned', 'sincos1d', 'sincos2d', 'none'"),
+    "preset": ({"preset": "huge"}, "preset is 'huge'; expected 'small', 'base', 'large'"),
     "mlp": ({"mlp_ratio": 0.01}, "mlp_ratio=0.01 leaves the MLP of embed_dim=32 no hidden channel"),
     "sincos1d": ({"embed_dim": 33, "num_heads": 3, "positions": "sincos1d"}, "needs an even embed_dim"),
     "sincos2d": ({"embed_dim": 34, "positions": "sincos2d"}, "needs an embed_dim that four divides; given 34"),

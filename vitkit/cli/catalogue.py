@@ -5,9 +5,10 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from vitkit.arguments import signature_of
 from vitkit.cli.console import MESSAGE_CHARACTERS, cell, out
 from vitkit.errors import UsageError, nearest, printable
-from vitkit.registry import KINDS, REGISTRIES, Registry, signature_of
+from vitkit.registry import KINDS, REGISTRIES, Registry
 
 LINE_CHARACTERS = 100
 """A longer signature is printed with one argument a line."""

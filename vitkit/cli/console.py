@@ -23,13 +23,10 @@ _BOX_LINES = {"─": "-", "━": "-", "═": "-", "╌": "-", "│": "|", "┃":
 
 
 class TextConsole(Console):
-    """A rich console that prints plain text and tables, and drops its output once the reader has closed the pipe."""
+    """A rich console that prints plain text and tables."""
 
     def __init__(self, *, stderr: bool = False, width: int | None = None) -> None:
         super().__init__(stderr=stderr, width=width, highlight=False, markup=False, emoji=False, soft_wrap=True)
-
-    def on_broken_pipe(self) -> None:
-        _discard(self.file)
 
     def print_table(self, table: RenderableType) -> None:
         """Print a table as wide as the terminal, or `PIPE_COLUMNS` wide where there is none."""
@@ -58,7 +55,11 @@ def is_utf8() -> bool:
 
 
 def prepare_streams() -> None:
-    """Let both standard streams write every text: a character outside of their encoding becomes a similar one, or `?`."""
+    """Let both standard streams take every text, whatever their encoding, also after the reader has closed the pipe.
+
+    A character outside of the encoding becomes a similar one, or `?`.
+    """
+    Console.on_broken_pipe = _drop_output  # type: ignore[method-assign]  # rich ends the process there, in the midst of a training
     codecs.register_error("vitkit.similar", _similar)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -77,6 +78,10 @@ def flush_streams() -> bool:
             _discard(stream)
             written = False
     return written
+
+
+def _drop_output(self: Console) -> None:
+    _discard(self.file)
 
 
 def _similar(error: UnicodeError) -> tuple[str, int]:

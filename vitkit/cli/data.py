@@ -50,30 +50,40 @@ def get_command(
 
     for name in names:
         dataset = datasets.build(name)
-        out.print(f"{printable(name)}: {len(dataset.train):,} + {len(dataset.test):,} images, {len(dataset.classes)} classes")
+        counts = " + ".join(f"{len(split):,}" for split in (dataset.train, dataset.val, dataset.test))
+        out.print(f"{printable(name)}: {counts} images, {len(dataset.classes)} classes")
 
 
 @app.command("import")
 def import_command(
-    folder: Annotated[Path, typer.Argument(help="a folder a class, or train/ and test/ folders that hold them")],
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="a folder of images, with or without class folders")],
     name: Annotated[str, typer.Option(help="the dataset's name in the store")],
-    img_size: Annotated[int, typer.Option(help="side in pixels that pictures are cropped and resized to")] = 64,
+    img_size: Annotated[int, typer.Option(help="side in pixels that images are cropped and resized to")] = 64,
     test_fraction: Annotated[float, typer.Option(help="share of each class for testing")] = 0.2,
+    unlabelled: Annotated[bool, typer.Option("--unlabelled", help="import all images without labels, whatever their folders")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a dataset of that name")] = False,
 ) -> None:
-    """Import a folder of your own pictures; recipes then take it as `--dataset NAME`."""
+    """Import a folder of your own images; recipes then take it as `--dataset NAME`.
+
+    The folder holds a folder for each class, or train, val and test folders that do, or images without labels.
+    """
     from vitkit.data.image_folder import import_folder
     from vitkit.data.store import read_store, store_path
     from vitkit.errors import UsageError
     from vitkit.registry import datasets
 
+    if not folder.strip():
+        raise UsageError("FOLDER is empty, perhaps an unset variable; give a folder of images, or . for the working directory")
     path = store_path(name)
     if name == "auto" or name in datasets:
-        raise UsageError(f"--name {name}: that name means something else to --dataset; choose another")
+        raise UsageError(f"--name {name}: that name has another meaning for --dataset; choose another")
     if path.exists() and not overwrite:
-        raise UsageError(f"--name {name}: {path} is there already; choose another name, or give --overwrite")
-    for line in import_folder(folder, name, img_size=img_size, test_fraction=test_fraction):
-        out.print(f"left out: {printable(line)}")
+        raise UsageError(f"--name {name}: {path} exists already; choose another name, or give --overwrite")
+    for line in import_folder(Path(folder), name, img_size=img_size, test_fraction=test_fraction, unlabelled=unlabelled):
+        out.print(f"left out: {printable(line, 1000)}")
     stored = read_store(path)
-    counts = f"{len(stored.train):,} + {len(stored.test):,} images in {len(stored.classes)} classes"
-    out.print(f"{name}: {counts} at {printable(path)}")
+    for line in stored.metadata.get("layout", "").splitlines():
+        out.print(printable(line, 1000))
+    counts = " + ".join(f"{len(split):,}" for split in (stored.train, stored.val, stored.test) if split is not None)
+    classes = f"in {len(stored.classes)} classes" if stored.classes else "without labels"
+    out.print(f"{name}: {counts} images {classes} at {printable(path)}")

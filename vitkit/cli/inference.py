@@ -12,10 +12,11 @@ import typer
 from rich.table import Table
 
 from vitkit.cli.console import cell, err, is_utf8, out
-from vitkit.errors import UsageError, VitkitError, printable
+from vitkit.errors import UnknownNameError, UsageError, VitkitError, printable, shell_command
+from vitkit.validation import at_least
 
 if TYPE_CHECKING:
-    from vitkit.models.saving import Model
+    from vitkit.models.model import Model
 
 PROGRESS_SECONDS = 30.0
 """Seconds between two lines of progress where there is no terminal."""
@@ -31,7 +32,7 @@ def embed(
     model: ModelName,
     images: Annotated[list[str], typer.Argument(metavar="IMAGES", help="a folder, a dataset's name, or picture files")],
     output: Annotated[Path, typer.Option("--output", "-o", help="the .safetensors file to write")],
-    split: Annotated[Literal["train", "test"], typer.Option(help="which split of a dataset")] = "test",
+    split: Annotated[Literal["train", "val", "test"], typer.Option(help="the split of a dataset")] = "test",
     batch_size: Annotated[int, typer.Option(help="images encoded at a time")] = 256,
     device: Device = "auto",
     precision: Precision = "fp32",
@@ -78,6 +79,7 @@ def predict(
     from vitkit.models.image_sources import Files, find_source
     from vitkit.models.predict import predict as predict_batch
 
+    at_least(1, **{"--batch-size": batch_size, "--top": top})
     source = find_source(images)
     if not isinstance(source, Files):
         raise UsageError(f"{images[0]!r} is a dataset; predict takes pictures, `vitkit eval` measures on datasets")
@@ -120,7 +122,6 @@ def evaluate(
     """Measure a saved model with registered evaluators: each value with its protocol and chance level."""
     import torch
 
-    from vitkit import data
     from vitkit.files import check_output, write_json
     from vitkit.registry import evaluators
 
@@ -130,7 +131,7 @@ def evaluate(
     arguments = _arguments(arg or [], names)
     built = {name: evaluators.build(name, **arguments[name]) for name in names if evaluator or _buildable(name, arguments)}
     loaded, resolved = _load(model, device, precision)
-    images = data.build(dataset)
+    images = _dataset(dataset)
     place = next((parameter.device for parameter in loaded.parameters()), torch.device("cpu"))
     rows: dict[str, dict[str, Any]] = {}
     unsuitable: dict[str, str] = {}
@@ -174,11 +175,10 @@ def export(
     from vitkit.models.export import SUFFIX
     from vitkit.models.export import export as write
 
-    if output is None:
-        if not Path(model).is_dir():
-            raise UsageError(f"{printable(model)} is no local directory, so the output has no default place; give -o FILE")
-        output = Path(model) / f"model{SUFFIX[format]}"
+    if output is None and "/" in model and not Path(model).exists():
+        raise UsageError(f"{printable(model)} is no local directory, so the output has no default place; give -o FILE")
     loaded, _ = _load(model, "cpu", "fp32")
+    output = output or Path(model) / f"model{SUFFIX[format]}"
     result = write(loaded, output, format=format, overwrite=overwrite)
     channels, height, width = loaded.preprocessing["shape"]
     outputs = ", ".join(f"{printable(name)} (n, {size})" for name, size in result.outputs.items())
@@ -198,8 +198,24 @@ def _load(name: str, device: str, precision: str) -> "tuple[Model, str]":
 
     if not name.strip():
         raise UsageError("MODEL is empty; give a directory that a run saved into, or a Hub repository OWNER/NAME")
+    if name.startswith(("http://", "https://")):
+        raise UsageError(f"MODEL is the address {printable(name)}; give a repository of the Hub as OWNER/NAME, or a directory")
     place = resolve_device(device)
     return vitkit.load(name, device=place), resolve_precision(precision, place)
+
+
+def _dataset(name: str) -> Any:
+    from vitkit import data
+
+    try:
+        return data.build(name)
+    except UnknownNameError as error:
+        if not name.strip() or not Path(name).is_dir():
+            raise
+        command = shell_command("vitkit", "data", "import", name, "--name", "mine")
+        raise UsageError(
+            f"--dataset {printable(name)}: {printable(name)} is a folder; import it with `{command}`, then give --dataset mine ({error})"
+        ) from None
 
 
 def _arguments(words: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""`vitkit new`: a plugin's package or a recipe to start from, written whole or not at all."""
+"""`vitkit new`: write a plugin's package or a recipe to start from, completely or not at all."""
 
 import importlib.util
 import keyword
@@ -12,24 +12,25 @@ from pathlib import Path
 from string import Template
 
 from vitkit import __version__
-from vitkit.errors import RunDirectoryError, RunError, UsageError, nearest
+from vitkit.errors import RunDirectoryError, RunError, UsageError, nearest, printable
 from vitkit.registry import KINDS, REGISTRIES, version_of
 
 TEMPLATES = Path(__file__).parent / "templates"
 ARGUMENTS = {"head": ", in_dim=64, out_dim=10"}
 USE = {
     "backbone": "A backbone turns images `(b c h w)` into tokens `(b n d)`.",
-    "head": "A recipe that takes its head by flag uses it without being edited: `vitkit run recipes/jepa_mnist.py --projector $name`.",
-    "loss": 'Call it on two views of each sample; `["loss"]` of what it returns is the value to minimise.',
+    "head": "A recipe with a flag for its head takes it by name: `vitkit run recipes/jepa_mnist.py --projector $name`.",
+    "loss": 'Call it on two views of each sample; `["loss"]` of the result is the value to minimise.',
     "dataset": "Any recipe trains on it: `vitkit run recipes/jepa_mnist.py --dataset $name`.",
-    "evaluator": "Call it with a model and a dataset; `epoch.log(...)` takes what it returns.",
+    "evaluator": "In a recipe, `epoch.evaluate(model, data, $name)` runs it and logs its scores.",
 }  # fmt: skip
 
 
 def new_plugin(name: str, kind: str, parent: Path) -> Path:
-    """Write a package `parent/name` that registers one component of `kind` and passes its own tests; its path.
+    """Write a package `parent/name` that registers one component of `kind` and passes its own tests; return its path.
 
-    Raises `UsageError` for a name that is no distribution's or is taken, for another kind and where the directory exists.
+    Raises `UsageError` for an unknown kind and for a name that is not valid or already taken, `RunDirectoryError` where the directory
+    exists, and `RunError` where it cannot be written.
     """
     if kind not in KINDS:
         raise UsageError(f"no kind named {kind!r}{nearest(kind, KINDS) or ';'} kinds: {', '.join(KINDS)}")
@@ -61,14 +62,14 @@ def new_plugin(name: str, kind: str, parent: Path) -> Path:
 
 
 def new_recipe(name: str, parent: Path) -> Path:
-    """Write a recipe `parent/name.py` that runs on digits at once; its path. Errors are those of `new_plugin`."""
+    """Write a recipe `parent/name.py` that runs on digits at once; return its path. Errors are those of `new_plugin`."""
     stem = name.removesuffix(".py")
     if not stem.isidentifier() or keyword.iskeyword(stem):
         raise UsageError(f"a recipe's name is a Python name such as my_recipe; given {name!r}")
     path = parent / f"{stem}.py"
     if path.exists():
-        raise RunDirectoryError(f"{path} exists already and stays as it is; choose another name or --out")
-    with tempfile.TemporaryDirectory(dir=_made(parent), prefix=".new-") as folder:
+        raise RunDirectoryError(f"{printable(path)} exists already; choose another name or --out")
+    with tempfile.TemporaryDirectory(dir=_created(parent), prefix=".new-") as folder:
         temporary = Path(folder) / path.name
         temporary.write_text(_filled("recipe.py", {}), encoding="utf-8")
         os.replace(temporary, path)
@@ -81,7 +82,7 @@ def _check_free(name: str, module: str, kind: str) -> None:
     if version_of(name) is not None:
         raise UsageError(f"a distribution {name} {version_of(name)} is installed already; choose another name")
     if importlib.util.find_spec(module) is not None:
-        raise UsageError(f"a module {module!r} is installed already, and one would hide the other; choose another name")
+        raise UsageError(f"a module {module!r} is installed already, and only one of the two could be imported; choose another name")
     if module in REGISTRIES[kind]:
         owner = REGISTRIES[kind].entry(module).distribution
         raise UsageError(f"the {kind} {module!r} is registered by {owner} already; choose another name")
@@ -93,8 +94,8 @@ def _filled(template: str, values: dict[str, str]) -> str:
 
 def _write(target: Path, files: dict[str, str]) -> Path:
     if target.exists():
-        raise RunDirectoryError(f"{target} exists already and stays as it is; choose another name or --out")
-    holder = Path(tempfile.mkdtemp(dir=_made(target.parent), prefix=".new-"))
+        raise RunDirectoryError(f"{printable(target)} exists already; choose another name or --out")
+    holder = Path(tempfile.mkdtemp(dir=_created(target.parent), prefix=".new-"))
     try:
         for path, text in files.items():
             file = holder / target.name / path
@@ -106,13 +107,13 @@ def _write(target: Path, files: dict[str, str]) -> Path:
     return target
 
 
-def _made(folder: Path) -> Path:
+def _created(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunError(f"cannot write into {folder}: {error.strerror or error}; choose another --out") from None
+        raise RunError(f"cannot write into {printable(folder)}: {error.strerror or error}; choose another --out") from None
     if not os.access(folder, os.W_OK):
-        raise RunError(f"cannot write into {folder}: no permission; choose another --out")
+        raise RunError(f"cannot write into {printable(folder)}: no permission; choose another --out")
     return folder
 
 

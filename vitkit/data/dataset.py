@@ -1,26 +1,43 @@
 """Datasets: built from the store or by a plugin, and asked for by name."""
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from vitkit.arguments import check_arguments
+from vitkit.contracts import LazyImages
 from vitkit.data.preprocess import Preprocessing
-from vitkit.data.split import ImageSplit
+from vitkit.data.split import ImageSplit, proportional_indices
 from vitkit.data.store import Stored, read_store, store_lock, store_path, stored_names, write_store
-from vitkit.errors import MissingDatasetError, UnknownNameError, UsageError, nearest
-from vitkit.registry import Spec, check_arguments, datasets
+from vitkit.errors import MissingDatasetError, UnknownNameError, UsageError, nearest, printable
+from vitkit.registry import Spec, datasets
+from vitkit.validation import at_least
+
+VAL_SHARE = 0.1
+"""Part of the training images that becomes the validation split of a dataset without one."""
+MOST_VAL_IMAGES = 5000
+DIGEST_IMAGES = 1000
+"""Images of each split whose pixels a digest reads."""
+MOMENTS_VALUES = 30_000_000
+"""Pixel values that mean and standard deviation are computed from."""
 
 
 @dataclass(frozen=True)
 class ImageDataset:
-    """Two splits of labelled images, and what to know of them: `contracts.Dataset`.
+    """Three splits of images, and facts that a person needs to judge results on them: `contracts.Dataset`.
 
-    `hub_id` is its id on the Hugging Face Hub, where it has one; `notice` is what a person must be told before they
-    believe the numbers; `fallback_for` names the dataset that was wanted where this one only stands in for it; `skipped`
-    has a line for each picture that was left out of it.
+    Where `val` is not given, it is split off `train`, which then excludes it: `val_size` images, by default a tenth and at most 5,000,
+    from each class in proportion, at least one of a class of two, by a fixed seed. `val_size=0` leaves `train` as it is and `val`
+    empty. `val_note` tells where the validation images come from.
+
+    `hub_id` is the id on the Hugging Face Hub; `notice` is a warning that results on this dataset need; `fallback_for` names the dataset
+    that this one replaces; `skipped` has a line for each image that was left out.
     """
 
     name: str
@@ -34,10 +51,20 @@ class ImageDataset:
     notice: str = ""
     skipped: list[str] = field(default_factory=list)
     spec: Spec | None = None
+    val: ImageSplit = None  # type: ignore[assignment]  # set below
+    val_note: str = ""
+    val_size: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("train", "test"):  # so that what is trained on a split knows the classes
-            object.__setattr__(self, name, replace(getattr(self, name), classes=tuple(self.classes)))
+        train, val, note = self.train, self.val, self.val_note
+        if val is None:
+            train, val, note = held_out(train, self.val_size)
+        note = note or f"{len(val):,} images of the validation split that {self.name} has"
+        # A split knows the names of its classes, so that a model trained on it does too.
+        splits = {"train": train, "val": val, "test": self.test}
+        values = {name: replace(split, classes=tuple(self.classes)) for name, split in splits.items()}
+        for name, value in (*values.items(), ("val_note", note)):
+            object.__setattr__(self, name, value)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -51,17 +78,50 @@ class ImageDataset:
     def std(self) -> tuple[float, ...]:
         return self.train.preprocessing.std
 
+    @cached_property
+    def digest(self) -> str:
+        """16 hexadecimal digits that identify the data: the classes, all labels, and the stored pixels of up to 1,000 images a split.
+
+        It depends neither on the dataset's name nor on the size that images are delivered at. Pixels of lazy images are not read.
+        """
+        digest = hashlib.sha256(json.dumps(self.classes).encode())
+        for split in (self.train, self.val, self.test):
+            digest.update(repr(tuple(split.images.shape)).encode())
+            digest.update(split.labels.numpy().tobytes())
+            if isinstance(split.images, Tensor):
+                rows = torch.arange(0, len(split), len(split) // DIGEST_IMAGES + 1)
+                digest.update(split.images.index_select(0, rows).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
     def resized(self, img_size: int) -> "ImageDataset":
         """The same images delivered at another size; `UsageError` below one pixel."""
-        if img_size < 1:
-            raise UsageError(f"img_size is {img_size}; expected at least 1 pixel")
+        at_least(1, img_size=img_size)
         return self.with_preprocessing(replace(self.train.preprocessing, shape=(self.shape[0], img_size, img_size)))
 
     def with_preprocessing(self, preprocessing: Preprocessing) -> "ImageDataset":
-        """The same images delivered as a trained model wants them; `UsageError` where it takes other channels."""
+        """The same images delivered as a trained model needs them; `UsageError` where it takes another number of channels."""
         if preprocessing.shape[0] != self.shape[0]:
             raise UsageError(f"images of {self.name} have {self.shape[0]} channels; expected {preprocessing.shape[0]}")
-        return replace(self, train=replace(self.train, preprocessing=preprocessing), test=replace(self.test, preprocessing=preprocessing))
+        splits = {name: replace(getattr(self, name), preprocessing=preprocessing) for name in ("train", "val", "test")}
+        return replace(self, **splits)
+
+
+def held_out(train: ImageSplit, size: int | None = None, *, seed: int = 0) -> tuple[ImageSplit, ImageSplit, str]:
+    """The training split without a validation split, that validation split, and a sentence on it.
+
+    `size` images, by default a tenth and at most 5,000, are drawn by `seed` from each class in proportion.
+    """
+    at_least(0, val_size=size)
+    if size is None:
+        size = min(round(VAL_SHARE * len(train)), MOST_VAL_IMAGES)
+        size = max(size, 1)
+    rows = proportional_indices(train.labels, size, seed)
+    if not len(rows):
+        return train, train.subset(rows), "none: all training images are trained on"
+    rest = torch.ones(len(train), dtype=torch.bool)
+    rest[rows] = False
+    note = f"{len(rows):,} of {len(train):,} training images, stratified, seed {seed}"
+    return train.subset(rest.nonzero().squeeze(1)), train.subset(rows), note
 
 
 def from_store(
@@ -73,25 +133,36 @@ def from_store(
     licence: str = "",
     hub_id: str = "",
     moments: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
+    val_size: int | None = None,
+    val_note: str = "",
+    notice: str = "",
 ) -> ImageDataset:
-    """A dataset from the store's tensors; mean and std are taken over the training pixels where not given.
+    """A dataset from the store's tensors; mean and std are computed from the training pixels where not given.
 
-    Batches deliver images of `img_size`, resized or padded on the device, so that a store file serves every size.
-    Raises `UsageError` for an `img_size` below 1.
+    Batches deliver images of `img_size`, resized or padded on the device, so that a store file serves every size. `val_size` is as in
+    `ImageDataset`. Raises `UsageError` for an `img_size` below 1, and for a `val_size` where the file has a validation split.
     """
+    if stored.val is not None and val_size is not None:
+        raise UsageError(f"val_size is {val_size}, but {stored.name} has a validation split; leave val_size out")
+    unscaled = Preprocessing((stored.train.images.shape[1],) * 3, (), ())
+    train, test = (ImageSplit(split.images, split.labels, unscaled) for split in (stored.train, stored.test))
+    if stored.val is not None:
+        val = ImageSplit(stored.val.images, stored.val.labels, unscaled)
+    else:
+        train, val, val_note = held_out(train, val_size)
     channels, height, width = stored.train.images.shape[1:]
-    mean, std = moments or pixel_moments(stored.train.images)
-    preprocessing = Preprocessing((channels, height, width), mean, std, fit)
-    train, test = (ImageSplit(split.images, split.labels, preprocessing) for split in (stored.train, stored.test))
-    dataset = ImageDataset(stored.name, stored.classes, train, test, source, licence, hub_id, skipped=stored.skipped)
+    preprocessing = Preprocessing((channels, height, width), *(moments or pixel_moments(train.images)), fit)
+    train, val, test = (replace(split, preprocessing=preprocessing) for split in (train, val, test))
+    dataset = ImageDataset(
+        stored.name, stored.classes, train, test, source, licence, hub_id, notice=notice, skipped=stored.skipped, val=val, val_note=val_note
+    )
     return dataset if img_size is None else dataset.resized(img_size)
 
 
-def imported(name: str, *, img_size: int | None = None) -> ImageDataset:
-    """A dataset that `vitkit data import` wrote into the store, delivered at `img_size`; errors as `read_store`."""
-    return from_store(
-        read_store(store_path(name)), img_size=img_size, source=f"imported as {name}", licence="its owner's"
-    )
+def imported(name: str, *, img_size: int | None = None, val_size: int | None = None) -> ImageDataset:
+    """A dataset that `vitkit data import` wrote into the store, delivered at `img_size`; errors as `read_store` and `from_store`."""
+    stored = read_store(store_path(name))
+    return from_store(stored, img_size=img_size, val_size=val_size, source=f"imported as {name}", licence="its owner's")
 
 
 def build(name: str, **kwargs: Any) -> ImageDataset:
@@ -99,14 +170,14 @@ def build(name: str, **kwargs: Any) -> ImageDataset:
 
     Raises `UnknownNameError` where there is neither, `ArgumentsError` for arguments that do not fit, `DatasetError`.
     """
-    own = [] if ":" in name or name in datasets else stored_names()
-    if name in own:
+    stored = [] if ":" in name or name in datasets else stored_names()
+    if name in stored:
         check_arguments(f"dataset {name!r}", imported, {"name": name, **kwargs})
         return imported(name, **kwargs)
     try:
         built: ImageDataset = datasets.build(name, **kwargs)
     except UnknownNameError as error:
-        more = sorted(set(own) - set(datasets.names()))
+        more = sorted(set(stored) - set(datasets.names()))
         if not more:
             raise
         raise UnknownNameError(f"{error}; in the store: {', '.join(more)}{nearest(name, more)}") from None
@@ -114,7 +185,7 @@ def build(name: str, **kwargs: Any) -> ImageDataset:
 
 
 def resolve(name: str, *, default: str, **kwargs: Any) -> ImageDataset:
-    """A dataset by name; `auto` is `default`, or the embedded `digits` with a `notice` where that cannot be had.
+    """A dataset by name; `auto` is `default`, or the embedded `digits` with a `notice` where that is not available.
 
     A dataset named by hand never falls back, nor does a store file that is broken. Errors are those of `build`.
     """
@@ -128,12 +199,12 @@ def resolve(name: str, *, default: str, **kwargs: Any) -> ImageDataset:
 
 def stand_in(wanted: str, why: str, more: str = "", **kwargs: Any) -> ImageDataset:
     """The embedded `digits` in place of a dataset, with a `notice` that says `why`."""
-    found = build("digits", **kwargs)
+    digits = build("digits", **kwargs)
     notice = (
-        f"{why}: training on scikit-learn's digits instead, {len(found.train):,} small images. "
+        f"{why}: training on scikit-learn's digits instead, {len(digits.train):,} small images. "
         f"These numbers are NOT {wanted}'s. {more}"
     )
-    return replace(found, fallback_for=wanted, notice=notice.rstrip())
+    return replace(digits, fallback_for=wanted, notice=notice.rstrip())
 
 
 def fetched(name: str, fetch: Callable[[], tuple[dict[str, Tensor], list[str]]]) -> Stored:
@@ -156,24 +227,22 @@ def _downloaded(
     try:
         return fetch()
     except Exception as error:  # network, archive and checksum errors of many libraries
-        said = " ".join(str(error).split())
         raise MissingDatasetError(
             f"dataset {name!r} is not in the store ({store_path(name)}) and could not be downloaded: "
-            f"{type(error).__name__}: {said[:500]}; on a machine with a network run `vitkit data get {name}` and copy "
-            f"the file there, or use --dataset digits"
+            f"{type(error).__name__}: {printable(' '.join(str(error).split()), 500)}; on a machine with a network run "
+            f"`vitkit data get {name}` and copy the file there, or use --dataset digits"
         ) from None
 
 
-def pixel_moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def pixel_moments(images: Tensor | LazyImages) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel of uint8 `(n c h w)` scaled to [0, 1], over about 30 million values at most."""
-    some, count = images, 30_000_000 // images[0].numel() + 1
-    if count < len(images):
-        # Drawn, for every k-th need not be like the others: MNIST's writers alternate.
-        drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
-        some = images.index_select(0, drawn.sort().values)
+    count = MOMENTS_VALUES // int(torch.Size(images.shape[1:]).numel()) + 1
+    # Drawn, since every k-th image need not be like the others: MNIST's writers alternate.
+    rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count].sort().values
+    sample = images if isinstance(images, Tensor) and count >= len(images) else images.index_select(0, rows)
     values = torch.arange(256, dtype=torch.float64) / 255
     mean, std = [], []
-    for channel in some.unbind(1):
+    for channel in sample.unbind(1):
         share = torch.bincount(channel.flatten(), minlength=256) / channel.numel()
         mean.append(float((share * values).sum()))
         variance = float((share * (values - mean[-1]).square()).sum())
@@ -181,4 +250,4 @@ def pixel_moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]
     return tuple(mean), tuple(std)
 
 
-__all__ = ["ImageDataset", "build", "fetched", "from_store", "imported", "pixel_moments", "resolve", "stand_in"]
+__all__ = ["ImageDataset", "build", "fetched", "from_store", "held_out", "imported", "pixel_moments", "resolve", "stand_in"]

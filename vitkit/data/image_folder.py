@@ -1,148 +1,268 @@
-"""A folder of pictures, a folder a class, into the dataset store."""
+"""A folder of images into the dataset store: class folders, the layouts of other tools, or images without labels."""
 
 import hashlib
-import warnings
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import os
+import tempfile
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
-from vitkit.data.store import store_path, write_store
-from vitkit.errors import DatasetError, UsageError
+from vitkit.contracts import UNLABELLED
+from vitkit.data.decode import SUFFIXES, ImageReadError, read_square
+from vitkit.data.image_files import class_folders, class_order, list_images
+from vitkit.data.store import PixelFile, store_path, write_store, writing_to
+from vitkit.errors import DatasetError, printable
+from vitkit.validation import at_least, in_range
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-TEST_FOLDERS = ("test", "val", "valid", "validation")
+SPLIT_FOLDERS = {
+    "train": "train", "training": "train",
+    "val": "val", "valid": "val", "validation": "val", "dev": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+"""Names of folders that hold a split, in lower case; capitals make no difference."""
+DECODED_AHEAD = 64
+"""Images that are being decoded while earlier ones are written."""
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture file, the class it shows and the split it belongs to."""
+class ImageFile:
+    """An image file, the split it belongs to, and its class, or None where it has no label."""
 
     split: str
-    label: str
+    label: str | None
     path: Path
 
 
-def import_folder(
-    root: str | Path, name: str, *, img_size: int = 64, test_fraction: float = 0.2, **metadata: str
-) -> list[str]:
-    """Write a folder of pictures into the store as dataset `name`, and return a line for whatever was left out.
+@dataclass
+class Layout:
+    """What a folder was taken for: its image files, lines for images that are left out, and remarks on the rest."""
 
-    Each picture is turned upright by its EXIF data, laid on white where it is transparent, made RGB, and cropped to the
-    square in its middle, resized to `img_size`. The lines are kept in the store too, as `skipped`. Raises
-    `UsageError` for arguments out of range, and `DatasetError` where `pictures_of` does, where fewer than two classes
-    have a readable picture to train on and where the store cannot be written.
+    files: list[ImageFile] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    divided: bool = False
+    """True where test images were taken from the training images."""
+
+    @property
+    def labelled(self) -> bool:
+        return any(file.label is not None for file in self.files)
+
+
+def import_folder(
+    root: str | Path, name: str, *, img_size: int = 64, test_fraction: float = 0.2, unlabelled: bool = False, **metadata: str
+) -> list[str]:
+    """Write a folder of images into the store as dataset `name`, and return a line for each image that was left out.
+
+    `read_layout` says how folders are understood. The middle square of each image is resized to `img_size`. The lines are kept in the
+    store as `skipped`, and remarks on the layout as `layout`. Images are written as they are decoded: memory does not grow with their
+    number. Raises `UsageError` for arguments out of range, and `DatasetError` where `read_layout` does, where fewer than two classes
+    have a readable image to train on, where a split has no readable image, and where the store is not writable.
     """
-    if img_size < 1:
-        raise UsageError(f"img_size is {img_size}; expected at least 1 pixel")
-    store_path(name)  # a bad name is refused before any work
+    at_least(1, img_size=img_size)
+    path = store_path(name)  # a bad name is refused before any work
     folder = Path(root).expanduser()
-    pictures, skipped = pictures_of(folder, test_fraction)
-    pixels = torch.empty(len(pictures), 3, img_size, img_size, dtype=torch.uint8)
-    read: list[int] = []
-    for index, problem in enumerate(_read_all(pictures, pixels)):
-        if problem:
-            skipped.append(f"{pictures[index].path}: {problem}")
-        else:
-            read.append(index)
-    classes = sorted({pictures[index].label for index in read if pictures[index].split == "train"})
-    for label in sorted({picture.label for picture in pictures} - set(classes)):
-        skipped.append(f"class {label!r}: no readable picture of it to train on")
-    if len(classes) < 2:
-        raise DatasetError(
-            f"{folder} has pictures to train on of {len(classes)} classes, expected at least two; "
-            f"left out: {'; '.join(skipped[:3])}"
-        )
-    tensors = {}
-    for split in ("train", "test"):
-        own = [i for i in read if pictures[i].split == split and pictures[i].label in classes]
-        tensors[f"{split}.images"] = pixels[own]
-        tensors[f"{split}.labels"] = torch.tensor([classes.index(pictures[i].label) for i in own], dtype=torch.int64)
-    write_store(name, tensors, classes, skipped=skipped, **metadata)
+    layout = read_layout(folder, test_fraction, unlabelled=unlabelled)
+    skipped = list(layout.left_out)
+    with writing_to(path), tempfile.TemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".partial") as pixels:
+        readable = list(_decode_into(pixels, layout.files, img_size, skipped))
+        rows = {file.path: row for row, file in enumerate(readable)}
+        if layout.divided:  # among the readable ones, so that no split is empty without need
+            readable = [replace(file, split="train") if file.split == "test" else file for file in readable]
+            readable = _with_test(readable, test_fraction)
+        classes = sorted({file.label for file in readable if file.split == "train" and file.label is not None}, key=class_order)
+        skipped += _foreign_classes(layout.files, classes)
+        splits = {
+            split: [file for file in readable if file.split == split and (file.label is None or file.label in classes)]
+            for split in ("train", "val", "test")
+        }
+        _require_images(folder, layout, splits, classes, skipped)
+        tensors: dict[str, Tensor | PixelFile] = {}
+        for split, files in splits.items():
+            if files or split != "val":
+                tensors[f"{split}.images"] = PixelFile(pixels, [rows[file.path] for file in files], (3, img_size, img_size))
+                labels = [UNLABELLED if file.label is None else classes.index(file.label) for file in files]
+                tensors[f"{split}.labels"] = torch.tensor(labels, dtype=torch.int64)
+        remarks = "\n".join(layout.remarks)
+        write_store(name, tensors, list(map(printable, classes)), skipped=skipped, layout=remarks, **metadata)
     return skipped
 
 
-def pictures_of(root: Path, test_fraction: float) -> tuple[list[Picture], list[str]]:
-    """Every picture below `root`, and a line for each class folder that holds none.
+def read_layout(root: Path, test_fraction: float, *, unlabelled: bool = False) -> Layout:
+    """Every image below `root` with its split and class.
 
-    `root` holds a folder a class, or a folder `train`, and `test` or `val`, that do. Where there is no folder for
-    testing, `test_fraction` of each class, at least one of two pictures, is for that: those whose names' hashes come
-    first, so that adding pictures hardly moves others from one split into the other. Raises `UsageError` for a
-    fraction outside [0, 1), and `DatasetError` where there is no such folder or fewer than two classes.
+    - Folders called train, val and test, or as in `SPLIT_FOLDERS`, each with a folder a class: these splits. A val or test folder
+      without class folders is left out, since nothing can be measured on it.
+    - Such folders that hold images directly: these splits, without labels.
+    - A folder a class: every image below it has this class, whatever its name; a class may be called `train`.
+    - Images directly in `root`, and at most one folder: images without labels. With `unlabelled` every layout is read so.
+
+    Without a test folder `test_fraction` of the training images of each class, at least one of two, are for testing: the ones whose
+    names' hashes come first, so that adding an image hardly moves others from one split into the other. Raises `UsageError` for a
+    fraction outside [0, 1), and `DatasetError` where there is no folder, no image, only one class, or a split's folder without images.
     """
-    if not 0.0 <= test_fraction < 1.0:
-        raise UsageError(f"test_fraction is {test_fraction}; expected a share in [0, 1)")
+    in_range(0, 1, high_included=False, test_fraction=test_fraction)
     if not root.is_dir():
-        raise DatasetError(f"no folder at {root}; expected one that holds a folder of pictures for each class")
-    divided = (root / "train").is_dir() and bool(_folders(root / "train"))
-    test = next((root / name for name in TEST_FOLDERS if divided and (root / name).is_dir()), None)
-    found: list[Picture] = []
-    empty: list[str] = []
-    for base in [root / "train" if divided else root, *([test] if test else [])]:
-        for folder in _folders(base):
-            paths = sorted(path for path in folder.rglob("*") if _is_picture(path))
-            if not paths:
-                empty.append(f"{folder}: no {', '.join(SUFFIXES)} file")
-            if test:
-                found += [Picture("test" if base == test else "train", folder.name, path) for path in paths]
-                continue
-            count = min(max(round(len(paths) * test_fraction), int(test_fraction > 0)), len(paths) - 1)
-            paths.sort(key=lambda path: hashlib.sha256(path.name.encode()).digest())
-            found += [Picture("test" if i < count else "train", folder.name, path) for i, path in enumerate(paths)]
-    classes = sorted({picture.label for picture in found})
-    if len(classes) < 2:
-        raise DatasetError(
-            f"{root} should hold a folder for each of at least two classes, with {', '.join(SUFFIXES)} files in them; "
-            f"found {f'only {classes[0]!r}' if classes else 'none'}"
-        )
-    return found, empty
+        raise DatasetError(f"there is no folder at {printable(root)}; expected one with images in it, or with a folder for each class")
+    listing = list_images(root)
+    layout = Layout(left_out=listing.left_out, remarks=[f"passed over: {line}" for line in listing.remarks])
+    if not listing.images:
+        raise DatasetError(f"{printable(root)} holds no image; expected {', '.join(SUFFIXES)} files in it or below it")
+    groups = _top_folders(root, listing.images)
+    roles = _split_folders(root, groups)
+    for name, role in roles.items():
+        if name not in groups:
+            raise DatasetError(f"{printable(root / name)} is the folder of the {role} split and holds no image; fill it or remove it")
+    if roles:
+        _read_splits(root, groups, roles, layout, unlabelled)
+    elif unlabelled or (groups.get("") and len(groups) <= 2):
+        layout.files = [ImageFile("train", None, path) for path in listing.images]
+        layout.remarks.insert(0, f"images without labels: {len(listing.images):,}")
+    else:
+        _read_classes(root, groups, layout)
+    if all(file.split != "test" for file in layout.files):
+        layout.files, layout.divided = _with_test(layout.files, test_fraction), True
+        layout.remarks.append(f"test: {test_fraction:.0%} of the training images of each class, by their names")
+    return layout
 
 
-def _folders(base: Path) -> list[Path]:
-    return sorted(path for path in base.iterdir() if path.is_dir() and not path.name.startswith("."))
+def folder_labels(root: Path, paths: Sequence[Path]) -> list[str]:
+    """The class that each image below `root` has by its folder, as `read_layout` sees it, or an empty string."""
+    roles = _split_folders(root, _top_folders(root, paths))
+    labels = []
+    for path in paths:
+        folders = path.relative_to(root).parts[:-1]
+        folders = folders[1:] if folders and folders[0] in roles else folders
+        labels.append(folders[0] if folders else "")
+    return labels
 
 
-def _is_picture(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+def _top_folders(root: Path, paths: Sequence[Path]) -> dict[str, list[Path]]:
+    """Image files by the folder in `root` that they lie in, an empty string for `root` itself."""
+    groups: dict[str, list[Path]] = {}
+    for path in paths:
+        parts = path.relative_to(root).parts
+        groups.setdefault(parts[0] if len(parts) > 1 else "", []).append(path)
+    return groups
 
 
-def _read_all(pictures: list[Picture], pixels: Tensor) -> Iterable[str]:
-    """Fill `pixels` `(n 3 s s)`; what is wrong with each picture, or an empty string, in their order."""
+def _split_folders(root: Path, groups: dict[str, list[Path]]) -> dict[str, str]:
+    """The split of each folder that holds one, or nothing where the folders are classes or `root` has none of that kind."""
+    roles = {path.name: SPLIT_FOLDERS[path.name.lower()] for path in class_folders(root) if path.name.lower() in SPLIT_FOLDERS}
+    trained = [name for name, role in roles.items() if role == "train" and name in groups]
+    inner = {path.relative_to(root).parts[1] for name in trained for path in groups[name] if len(path.relative_to(root).parts) > 2}
+    others = [name for name in groups if name and name not in roles]
+    if not trained or (others and len(inner) < 2):  # among other classes, `train` is one of them
+        return {}
+    return roles
 
-    def read(index: int) -> str:
+
+def _read_splits(root: Path, groups: dict[str, list[Path]], roles: dict[str, str], layout: Layout, unlabelled: bool) -> None:
+    def label(path: Path) -> str | None:
+        parts = path.relative_to(root).parts
+        return parts[1] if len(parts) > 2 else None
+
+    labelled = not unlabelled and any(label(path) is not None for name in groups if roles.get(name) == "train" for path in groups[name])
+    for name, paths in sorted(groups.items()):
+        shown = printable(root / name)
+        role = roles.get(name)
+        if role is None:
+            where = f"{shown}: {len(paths):,} images {'beside' if not name else 'in a folder that is none of'} train, val and test"
+            layout.left_out.append(where)
+            continue
+        files = [ImageFile(role, label(path) if labelled else None, path) for path in paths]
+        kept = [file for file in files if not labelled or file.label is not None]
+        if len(kept) < len(files):
+            layout.left_out.append(
+                f"{shown}: {len(files) - len(kept):,} images without a class folder have no label; `vitkit predict` can label them"
+            )
+        if labelled:
+            layout.left_out += _empty_classes(root / name, paths)
+        layout.files += kept
+        if kept:
+            layout.remarks.append(f"{role}: {len(kept):,} images in {shown}{'' if labelled else ', without labels'}")
+    if labelled and len({file.label for file in layout.files}) < 2:
+        raise DatasetError(_too_few_classes(root, layout))
+
+
+def _read_classes(root: Path, groups: dict[str, list[Path]], layout: Layout) -> None:
+    if loose := groups.pop("", []):
+        layout.left_out.append(f"{printable(root)}: {len(loose):,} images beside the class folders have no label")
+    layout.left_out += [f"{printable(path)}: no {', '.join(SUFFIXES)} file" for path in class_folders(root) if path.name not in groups]
+    layout.files = [ImageFile("train", name, path) for name in sorted(groups, key=class_order) for path in groups[name]]
+    if len(groups) < 2:
+        raise DatasetError(_too_few_classes(root, layout))
+    layout.remarks.insert(0, f"classes: the {len(groups):,} folders in {printable(root)}")
+
+
+def _too_few_classes(root: Path, layout: Layout) -> str:
+    names = sorted({file.label for file in layout.files if file.label is not None})
+    only = f"only {printable(names[0])!r}" if names else "none"
+    return (
+        f"{printable(root)} should hold a folder for each of at least two classes, with {', '.join(SUFFIXES)} files in them; there is "
+        f"{only}; images without labels are imported with --unlabelled"
+    )
+
+
+def _empty_classes(base: Path, paths: Sequence[Path]) -> list[str]:
+    filled = {path.relative_to(base).parts[0] for path in paths}
+    return [f"{printable(path)}: no {', '.join(SUFFIXES)} file" for path in class_folders(base) if path.name not in filled]
+
+
+def _with_test(files: list[ImageFile], fraction: float) -> list[ImageFile]:
+    """The same files, with a share of the training images of each class, or of all without labels, for testing."""
+    groups: dict[str | None, list[ImageFile]] = {}
+    for file in files:
+        groups.setdefault(file.label if file.split == "train" else "", []).append(file)
+    divided = groups.pop("", [])  # no class folder has an empty name
+    for group in groups.values():
+        count = min(max(round(len(group) * fraction), int(fraction > 0)), len(group) - 1)
+        group.sort(key=lambda file: hashlib.sha256(os.fsencode(file.path.name)).digest())
+        divided += [replace(file, split="test") if place < count else file for place, file in enumerate(group)]
+    return divided
+
+
+def _decode_into(pixels: BinaryIO, files: Sequence[ImageFile], img_size: int, skipped: list[str]) -> Iterator[ImageFile]:
+    """Append the pixels of each readable image, in order, and yield its file; the others get a line in `skipped`."""
+    waiting: deque[tuple[ImageFile, Future[Tensor]]] = deque()
+
+    def finish() -> Iterator[ImageFile]:
+        file, future = waiting.popleft()
         try:
-            pixels[index] = read_square(pictures[index].path, pixels.shape[-1])
-        except Exception as error:  # Pillow's plugins raise many kinds for damaged files
-            return f"{type(error).__name__}: {error}"
-        return ""
+            pixels.write(future.result().numpy().tobytes())
+            yield file
+        except ImageReadError as error:
+            skipped.append(f"{printable(file.path)}: {printable(error)}")
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # remarks on odd metadata; what cannot be read is an error
-        warnings.simplefilter("error", Image.DecompressionBombWarning)  # an enormous picture is named, not loaded
-        with ThreadPoolExecutor() as pool:  # Pillow lets other threads run while it decodes
-            yield from pool.map(read, range(len(pictures)))
+    with ThreadPoolExecutor() as pool:  # Pillow lets other threads run while it decodes
+        for file in files:
+            waiting.append((file, pool.submit(read_square, file.path, img_size)))
+            if len(waiting) > DECODED_AHEAD:
+                yield from finish()
+        while waiting:
+            yield from finish()
 
 
-def read_square(file: Path | BinaryIO, size: int, channels: int = 3) -> Tensor:
-    """A picture as uint8 `(channels size size)`, RGB or grey, prepared as `import_folder` says; Pillow's errors."""
-    with Image.open(file) as opened:
-        # A JPEG is decoded at a fraction of its size where that is enough.
-        opened.draft("RGB" if channels == 3 else "L", (2 * size, 2 * size))
-        picture = ImageOps.exif_transpose(opened)
-        if picture.mode.startswith("I"):  # convert("RGB") would cut 16 bits to white
-            picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
-        if picture.has_transparency_data:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        side = min(picture.size)
-        left, top = ((length - side) / 2 for length in picture.size)
-        middle = (left, top, left + side, top + side)
-        picture = picture.convert("RGB" if channels == 3 else "L")
-        square = picture.resize((size, size), Image.Resampling.BICUBIC, box=middle, reducing_gap=3.0)
-    return torch.from_numpy(np.array(square)).view(size, size, channels).permute(2, 0, 1)
+def _foreign_classes(files: Sequence[ImageFile], classes: Sequence[str]) -> list[str]:
+    foreign = {file.label for file in files if file.label is not None} - set(classes)
+    return [f"class {printable(label)!r}: no readable image of it to train on" for label in sorted(foreign, key=class_order)]
+
+
+def _require_images(
+    folder: Path, layout: Layout, splits: dict[str, list[ImageFile]], classes: Sequence[str], skipped: Sequence[str]
+) -> None:
+    reasons = f"; left out: {'; '.join(skipped[:3])}" if skipped else ""
+    if layout.labelled and len(classes) < 2:
+        raise DatasetError(f"{printable(folder)} has images to train on of {len(classes)} classes; expected at least two{reasons}")
+    for split, files in splits.items():
+        expected = split == "train" or any(file.split == split for file in layout.files)
+        if not files and expected and not (layout.divided and split == "test"):
+            raise DatasetError(f"{printable(folder)} has no readable image for the {split} split{reasons}")
+
+
+__all__ = ["SPLIT_FOLDERS", "ImageFile", "Layout", "folder_labels", "import_folder", "read_layout"]

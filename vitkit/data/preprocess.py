@@ -1,4 +1,4 @@
-"""Preprocessing: from stored pixels, or a person's own pictures, to what a model sees."""
+"""Preprocessing: from stored pixels, or image files, to the input of a model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,15 +10,16 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from vitkit.data.decode import in_colour, on_white, reduced
 from vitkit.errors import UsageError
 from vitkit.transforms.functional import grey
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """From stored pixels to what a model sees: `shape` `(c h w)`, and `mean` and `std` of pixels scaled to [0, 1].
+    """From stored pixels to the input of a model: `shape` `(c h w)`, and `mean` and `std` of pixels scaled to [0, 1].
 
-    `fit` "pad" surrounds a smaller image with black (LeNet's way with MNIST), "resize" resizes it, antialiased.
+    `fit` "pad" surrounds a smaller image with black, as LeNet does with MNIST; "resize" resizes it, antialiased.
     """
 
     shape: tuple[int, int, int]
@@ -48,25 +49,25 @@ class Preprocessing:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Preprocessing":
-        """The inverse of `to_json`; `UsageError` where it is something else."""
+        """The inverse of `to_json`; `UsageError` for anything else."""
         try:
             channels, height, width = (int(size) for size in data["shape"])
             mean, std = tuple(map(float, data["mean"])), tuple(map(float, data["std"]))
-            known = data["fit"] in ("pad", "resize") and len(mean) == len(std) == channels
+            valid = data["fit"] in ("pad", "resize") and len(mean) == len(std) == channels
         except (KeyError, TypeError, ValueError):
-            known = False
-        if not known:
-            raise UsageError(f"preprocessing names shape, mean, std and fit; given {data!r:.120}")
+            valid = False
+        if not valid:
+            raise UsageError(f"preprocessing is {data!r:.120}; expected shape, mean, std and fit")
         return cls((channels, height, width), mean, std, data["fit"])
 
 
 def preprocess(images: Tensor | Sequence[Image.Image], preprocessing: Preprocessing) -> Tensor:
     """uint8 `(n c h w)` in [0, 255], or Pillow images of any size and mode → normalised float32 `(n c h w)`.
 
-    Pillow images are turned upright by their EXIF data, laid on white where they are transparent, made grey or RGB, and,
-    where `preprocessing` resizes, cropped about their middle to its proportions. Grey tensors are repeated for a model of RGB
-    images, and RGB ones become luma (ITU-R BT.601) for a model of grey ones. Raises `UsageError` for another type, other
-    numbers of channels, and no image at all.
+    Pillow images are turned upright by their EXIF orientation, laid on white where they are transparent, made grey or RGB, and, where
+    `preprocessing` resizes, cropped about their middle to its proportions. Grey tensors are repeated for a model of RGB images, and
+    RGB ones become luma (ITU-R BT.601) for a model of grey ones. Raises `UsageError` for another type, other numbers of channels, and
+    an empty list.
     """
     channels = preprocessing.shape[0]
     if isinstance(images, Tensor):
@@ -82,22 +83,17 @@ def preprocess(images: Tensor | Sequence[Image.Image], preprocessing: Preprocess
     return torch.cat([preprocessing.normalise(preprocessing.pixels(_pixels(one, preprocessing))) for one in images])
 
 
-def _pixels(picture: Image.Image, preprocessing: Preprocessing) -> Tensor:
+def _pixels(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
     """uint8 `(1 c h w)`."""
     channels, height, width = preprocessing.shape
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I"):  # convert() would cut 16 bits to white
-        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    picture = picture.convert("L" if channels == 1 else "RGB")
+    image = in_colour(ImageOps.exif_transpose(image))
     if preprocessing.fit == "resize":
-        scale = min(picture.width / width, picture.height / height)
+        scale = min(image.width / width, image.height / height)
         across, down = max(1, round(width * scale)), max(1, round(height * scale))
-        left, top = (picture.width - across) // 2, (picture.height - down) // 2
-        picture = picture.crop((left, top, left + across, top + down))
-    return torch.from_numpy(np.array(picture)).view(1, picture.height, picture.width, channels).permute(0, 3, 1, 2)
+        left, top = (image.width - across) // 2, (image.height - down) // 2
+        image = image.crop((left, top, left + across, top + down))
+    image = on_white(reduced(image, (height, width))).convert("L" if channels == 1 else "RGB")
+    return torch.from_numpy(np.array(image)).view(1, image.height, image.width, channels).permute(0, 3, 1, 2)
 
 
 def _column(values: tuple[float, ...], device: torch.device) -> Tensor:

@@ -1,6 +1,6 @@
-"""Batches cut from memory-mapped images, sized, augmented and normalised as a whole on the device."""
+"""One split of a dataset: its images, labels and preprocessing; subsets, masked labels, batches."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,19 +8,24 @@ import torch
 from torch import Tensor
 
 from vitkit.contracts import UNLABELLED, LazyImages
+from vitkit.data.dataloader import ImageBatches, View
 from vitkit.data.preprocess import Preprocessing
-from vitkit.distributed.collectives import world_size
 from vitkit.errors import UsageError
 from vitkit.seeding import derive_seed
 from vitkit.transforms.augment import Transform
 from vitkit.transforms.mixup import Mixing
+from vitkit.validation import at_least, in_range
+
+COPIED_BYTES = 256 << 20
+"""A subset of a tensor up to this size is copied; a larger one reads its rows from the whole tensor when they are needed."""
+READ_ROWS = 256
 
 
 @dataclass(frozen=True)
 class ImageSplit:
     """One split: `images` uint8 `(n c h w)`, `labels` int64 `(n,)`, and how batches are prepared.
 
-    `images` is a memory-mapped tensor, or `contracts.LazyImages`, which are read when a batch takes them.
+    `images` is a memory-mapped tensor, or `contracts.LazyImages`, which are read when a batch needs them.
     """
 
     images: Any
@@ -33,16 +38,21 @@ class ImageSplit:
         return len(self.labels)
 
     def subset(self, indices: Tensor) -> "ImageSplit":
-        """The images at `indices`, in that order: a copy of these alone, in memory, unless images are read lazily."""
-        lazy = isinstance(self.images, LazyImages)
-        images = self.images.subset(indices) if lazy else self.images.index_select(0, indices)
+        """The images at `indices`, in that order, copied into memory; lazy images and subsets beyond `COPIED_BYTES` stay unread."""
+        images = self.images
+        if isinstance(images, LazyImages):
+            images = images.subset(indices)
+        elif len(indices) * images[:1].nbytes > COPIED_BYTES:
+            images = ImageRows(images, indices)
+        else:
+            images = images.index_select(0, indices)
         return replace(self, images=images, labels=self.labels[indices])
 
     def in_memory(self) -> "ImageSplit":
-        """This split with a tensor of images; of lazy ones those that can be read, all in memory."""
+        """This split with a tensor of images; lazy images are all read into memory, without the unreadable ones."""
         if not isinstance(self.images, LazyImages):
             return self
-        parts = list(self.read(torch.arange(len(self)).split(256)))
+        parts = list(self.read(torch.arange(len(self)).split(READ_ROWS)))
         images = [images for images, _ in parts] or [torch.empty((0, *self.images.shape[1:]), dtype=torch.uint8)]
         rows = [rows for _, rows in parts] or [torch.arange(0)]
         return replace(self, images=torch.cat(images), labels=self.labels[torch.cat(rows)])
@@ -50,7 +60,7 @@ class ImageSplit:
     def read(self, shares: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """For each index tensor `(m,)` its images uint8 `(k c h w)` and their indices `(k,)`.
 
-        These are all m, or of lazy images those that can be read; the others are named in `skipped`.
+        k is m, or for lazy images the number of readable ones; the others are named in `skipped`.
         """
         if isinstance(self.images, LazyImages):
             yield from self.images.read(shares)
@@ -60,53 +70,52 @@ class ImageSplit:
             yield self.images.index_select(0, share), share
 
     def order(self, generator: torch.Generator, size: int) -> Tensor:
-        """A permutation of all indices, for batches of `size` over all ranks; lazy images are read as suits them."""
+        """A permutation of all indices, for batches of `size` over all ranks; lazy images choose one that is cheap to read."""
         if isinstance(self.images, LazyImages):
             return self.images.order(generator, size)
         return torch.randperm(len(self), generator=generator)
 
     @property
     def locality(self) -> int:
-        """How many places of `order` apart images may lie that are read at the same time: all, but for lazy images."""
+        """Images at most this many positions apart in `order` are cheap to read together; n or more means random access."""
         return self.images.locality if isinstance(self.images, LazyImages) else len(self)
 
     @property
     def skipped(self) -> list[str]:
-        """A line for each lazy image that could not be read so far and was left out."""
+        """A line for each lazy image that could not be read so far."""
         return list(self.images.skipped) if isinstance(self.images, LazyImages) else []
 
     def stratified_subset(self, count: int, *, seed: int = 0) -> "ImageSplit":
-        """`count` images, the classes as evenly as they can be had, chosen by `seed`; all where there are no more.
-
-        Raises `UsageError` for fewer than one.
-        """
-        if count < 1:
-            raise UsageError(f"stratified_subset({count}): expected at least 1 image")
+        """At most `count` images, as many of each class as possible, drawn by `seed`; `UsageError` for a count below 1."""
+        at_least(1, count=count)
         return self if count >= len(self) else self.subset(stratified_indices(self.labels, count, seed))
 
     def mask_labels(self, fraction: float, *, seed: int = 0) -> "ImageSplit":
-        """The same images, with the labels of all but a `fraction` of them hidden (−1), evenly over the classes.
+        """The same images, with the labels of all but a `fraction` of them `UNLABELLED`, evenly over the classes.
 
         Raises `UsageError` where `fraction` lies outside (0, 1] or leaves no label.
         """
-        if not 0.0 < fraction <= 1.0 or round(fraction * len(self)) < 1:
-            raise UsageError(f"a label fraction lies in (0, 1] and leaves at least one label; given {fraction}")
-        shown = stratified_indices(self.labels, round(fraction * len(self)), seed)
+        in_range(0, 1, low_included=False, fraction=fraction)
+        count = round(fraction * len(self))
+        if count < 1:
+            raise UsageError(f"fraction is {fraction}; of {len(self):,} images it leaves no label, expected at least one")
+        kept = stratified_indices(self.labels, count, seed)
         labels = torch.full_like(self.labels, UNLABELLED)
-        labels[shown] = self.labels[shown]
+        labels[kept] = self.labels[kept]
         return replace(self, labels=labels)
 
     def oversample_labelled(self, share: float) -> "ImageSplit":
-        """All images, those whose label is shown as often as it takes them to make up `share` of the whole.
+        """All images, with labelled ones repeated until they are about `share` of the split.
 
-        Where few labels are shown, a batch would otherwise hold next to none. Raises `UsageError` for a share outside
-        [0, 1) and where no label is shown.
+        With few labels a batch would otherwise hold next to none. Raises `UsageError` for a share outside [0, 1) and where there is no
+        label.
         """
-        shown = (self.labels != UNLABELLED).nonzero().squeeze(1)
-        if not 0.0 <= share < 1.0 or not len(shown):
-            raise UsageError(f"oversample_labelled({share}): expected a share in [0, 1), and at least one label that is shown")
-        times = round(share / (1.0 - share) * (len(self) - len(shown)) / len(shown))
-        return self if times <= 1 else self.subset(torch.cat([torch.arange(len(self)), shown.repeat(times - 1)]))
+        in_range(0, 1, high_included=False, share=share)
+        labelled = (self.labels != UNLABELLED).nonzero().squeeze(1)
+        if not len(labelled):
+            raise UsageError("oversample_labelled: no image of this split has a label; expected at least one")
+        times = round(share / (1.0 - share) * (len(self) - len(labelled)) / len(labelled))
+        return self if times <= 1 else self.subset(torch.cat([torch.arange(len(self)), labelled.repeat(times - 1)]))
 
     def batches(
         self,
@@ -115,112 +124,99 @@ class ImageSplit:
         shuffle: bool = False,
         drop_last: bool = False,
         augment: Transform | None = None,
-        views: int = 1,
+        views: int | Sequence[View] = 1,
         mix: Mixing | None = None,
-    ) -> "ImageBatches":
+    ) -> ImageBatches:
         """This split in batches of normalised images `(b c h w)`, or `(b v c h w)` for several augmented views.
 
-        With `mix` augmented images are mixed in pairs within a rank's batch, all views of an image alike, and a batch
-        also holds `partners` int64 `(b,)`, the labels of the images mixed in, and `weights` float32 `(b,)`, by which
-        `labels` count; `partners` count by 1 − `weights`. An image's two labels are both shown or both hidden (−1).
+        With a sequence of `View`s a batch holds `views`, a tuple of tensors `(b v c h w)`, one for each `View`, and the first of them
+        also as `images`; `augment` and `mix` are then not allowed.
+
+        With `mix` augmented images are mixed in pairs within a rank's batch, all views of an image alike, and a batch also holds
+        `partners` int64 `(b,)`, the labels of the images mixed in, and `weights` float32 `(b,)`: `labels` count by `weights`,
+        `partners` by 1 − `weights`. The two labels of an image are both known or both `UNLABELLED`.
         """
-        return ImageBatches(self, batch_size, shuffle, drop_last, augment, views, mix)
+        return ImageBatches(self, batch_size, shuffle, drop_last, augment, views if isinstance(views, int) else tuple(views), mix)
 
 
 @dataclass(frozen=True)
-class ImageBatches:
-    """A split, cut into batches of `batch_size` a rank: `contracts.Batches`.
+class ImageRows:
+    """The rows `rows` int64 `(n,)` of a memory-mapped tensor, as `contracts.LazyImages`: nothing is copied until it is read."""
 
-    The order of an epoch comes from (seed, epoch), a batch's augmentation and mixing from (seed, epoch, index, rank), so
-    an epoch can be entered anywhere. W ranks share each run of W · `batch_size` images. The rest at an epoch's end is left
-    out with `drop_last`; without it every image comes exactly once, and the ranks' last batches differ by up to one
-    image, so that one may be empty. Raises `UsageError` for a `batch_size` or `views` below 1.
-    """
-
-    split: ImageSplit
-    batch_size: int
-    shuffle: bool = False
-    drop_last: bool = False
-    augment: Transform | None = None
-    views: int = 1
-    mix: Mixing | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "views"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}; expected at least 1")
-
-    def __len__(self) -> int:
-        """Batches an epoch, the same number on every rank."""
-        return self._count(world_size())
+    images: Tensor
+    rows: Tensor
 
     @property
-    def preprocessing(self) -> Preprocessing:
-        """How the images are prepared: what a model that is trained on them must be given."""
-        return self.split.preprocessing
+    def shape(self) -> tuple[int, int, int, int]:
+        channels, height, width = self.images.shape[1:]
+        return len(self.rows), channels, height, width
 
     @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the classes, empty for a split that belongs to no dataset."""
-        return self.split.classes
+    def dtype(self) -> torch.dtype:
+        return self.images.dtype
+
+    @property
+    def ndim(self) -> int:
+        return 4
 
     @property
     def skipped(self) -> list[str]:
-        """A line for each image that could not be read so far and was left out of its batch."""
-        return self.split.skipped
+        return []
 
-    def _count(self, world: int) -> int:
-        whole, rest = divmod(len(self.split), self.batch_size * world)
-        return whole + (rest > 0 and not self.drop_last)
+    @property
+    def locality(self) -> int:
+        return len(self)
 
-    def epoch(
-        self, number: int, *, seed: int = 0, start: int = 0, device: Any = "cpu", rank: int = 0, world: int = 1
-    ) -> Iterator[dict[str, Tensor]]:
-        """The batches of one epoch from index `start` on, on `device`."""
-        size, indices = self.batch_size * world, range(start, self._count(world))
-        order = self._order(derive_seed(seed, number), size)
-        shares = (order[index * size : (index + 1) * size].tensor_split(world)[rank] for index in indices)
-        # Sorted indices read a memory-mapped file in one direction; the order within a shuffled batch means nothing.
-        shares = (share.sort().values if self.shuffle else share for share in shares)
-        for index, (images, rows) in zip(indices, self.split.read(shares), strict=True):
-            yield self._make(images, self.split.labels[rows], derive_seed(seed, number, index, rank), torch.device(device))
+    def __len__(self) -> int:
+        return len(self.rows)
 
-    def _order(self, seed: int, size: int) -> Tensor:
-        if self.shuffle:
-            return self.split.order(torch.Generator().manual_seed(seed), size)
-        return torch.arange(len(self.split))
+    def read(self, shares: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        for share in shares:
+            yield self.index_select(0, share), share
 
-    def _make(self, images: Tensor, labels: Tensor, seed: int, device: torch.device) -> dict[str, Tensor]:
-        preprocessing = self.split.preprocessing
-        images, labels = preprocessing.pixels(_moved(images, device)), _moved(labels, device)
-        generator = torch.Generator(images.device).manual_seed(seed)
-        if self.views > 1:
-            images = images.repeat_interleave(self.views, dim=0)
-        if self.augment is not None:
-            images = self.augment(images, generator)
-        if self.views > 1:
-            images = images.unflatten(0, (len(labels), self.views))  # (b·v c h w) → (b v c h w)
-        batch = {"labels": labels}
-        if self.mix is not None:
-            images, partners, weights = self.mix(images, labels, generator)
-            batch |= {"partners": labels[partners], "weights": weights}
-        return {"images": preprocessing.normalise(images), **batch}
+    def index_select(self, dim: int, index: Tensor) -> Tensor:
+        return self.images.index_select(dim, self.rows[index])
 
+    def subset(self, rows: Tensor) -> "ImageRows":
+        return replace(self, rows=self.rows[rows])
 
-def _moved(values: Tensor, device: torch.device) -> Tensor:
-    """On the device; a copy from pinned memory does not wait for what the GPU is still computing."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+    def order(self, generator: torch.Generator, size: int) -> Tensor:
+        return torch.randperm(len(self), generator=generator)
 
 
 def stratified_indices(labels: Tensor, count: int, seed: int) -> Tensor:
     """Sorted indices of `count` samples, round-robin over the classes, shuffled within each."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(derive_seed(seed)))
-    shuffled = labels[order]
-    place = torch.zeros_like(shuffled)
-    for label in shuffled.unique():
-        mask = shuffled == label
-        place[mask] = torch.arange(int(mask.sum()))
+    place = _place_in_class(labels[order])
     return order[place.argsort(stable=True)[:count]].sort().values
 
 
-__all__ = ["ImageBatches", "ImageSplit", "stratified_indices"]
+def proportional_indices(labels: Tensor, count: int, seed: int) -> Tensor:
+    """Sorted indices of about `count` samples, drawn from each class in proportion to its size.
+
+    A class of two or more gives at least one and keeps at least one; `UNLABELLED` counts as a class.
+    """
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(derive_seed(seed)))
+    drawn = labels[order]
+    classes, sizes = labels.unique(return_counts=True)
+    exact = sizes.double() * (min(count, len(labels)) / max(len(labels), 1))
+    quota = exact.floor().long()
+    left = min(count, len(labels)) - int(quota.sum())
+    quota[(exact - quota).argsort(descending=True, stable=True)[:left]] += 1
+    quota = quota.clamp(min=1 if count else 0).minimum(sizes - 1)
+    return order[_place_in_class(drawn) < quota[torch.searchsorted(classes, drawn)]].sort().values
+
+
+def _place_in_class(labels: Tensor) -> Tensor:
+    """`(n,)`: how many earlier samples have the same label."""
+    order = labels.argsort(stable=True)
+    ordered = labels[order]
+    places = torch.arange(len(labels))
+    first = torch.ones_like(ordered, dtype=torch.bool)
+    first[1:] = ordered[1:] != ordered[:-1]
+    place = torch.empty_like(places)
+    place[order] = places - torch.where(first, places, 0).cummax(0).values if len(labels) else places
+    return place
+
+
+__all__ = ["ImageRows", "ImageSplit", "proportional_indices", "stratified_indices"]

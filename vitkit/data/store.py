@@ -1,34 +1,41 @@
 """The dataset store: one memory-mapped safetensors file a dataset.
 
 `$VITKIT_DATA/<name>.safetensors` (default: the platform's cache directory) holds `train.images` uint8 `(n c h w)`,
-`train.labels` int64 `(n,)`, `test.images`, `test.labels`, and the metadata `name` and `classes`, a JSON list.
+`train.labels` int64 `(n,)`, `test.images`, `test.labels`, optionally `val.images` and `val.labels`, and the metadata `name` and
+`classes`, a JSON list. Labels index `classes`; images without a label have −1, and a dataset without labels has no classes.
+
+Files are written here in pieces, since safetensors' own writer copies every tensor into memory first.
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeGuard
+from typing import BinaryIO, TypeGuard
 
 import platformdirs
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from torch import Tensor
 
-from vitkit.errors import DatasetError, RunError, UsageError
+from vitkit.contracts import UNLABELLED
+from vitkit.errors import DatasetError, RunError, UsageError, printable
 from vitkit.files import atomic_write
 
-SPLITS = ("train", "test")
+SPLITS = ("train", "val", "test")
+PIECE_BYTES = 1 << 20
+LINES_KEPT = 1000
+"""Lines on images that were left out that a store file keeps."""
 
 
 @dataclass(frozen=True)
 class StoredSplit:
-    """`images` uint8 `(n c h w)` and `labels` int64 `(n,)`, both on disk until they are looked at."""
+    """`images` uint8 `(n c h w)`, on disk until they are used, and `labels` int64 `(n,)`."""
 
     images: Tensor
     labels: Tensor
@@ -38,10 +45,38 @@ class StoredSplit:
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A store file's content: the tensors by their names in the file, and the class names.
+class PixelFile:
+    """The images `rows` of an open file that holds images uint8 of `image_shape` `(c h w)`: a tensor `(n c h w)` that is not in memory."""
 
-    `skipped` has a line for each picture that was left out, `metadata` what else its maker wrote.
+    file: BinaryIO
+    rows: Sequence[int]
+    image_shape: tuple[int, int, int]
+    dtype = torch.uint8
+    ndim = 4
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self.rows), *self.image_shape
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def pieces(self) -> Iterator[bytes]:
+        size = math.prod(self.image_shape)
+        for row in self.rows:
+            self.file.seek(row * size)
+            yield self.file.read(size)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The content of a store file: the tensors by their names in the file, and the class names.
+
+    `skipped` has a line for each image that was left out, `metadata` the other entries of the file.
     """
 
     name: str
@@ -52,11 +87,19 @@ class Stored:
 
     @property
     def train(self) -> StoredSplit:
-        return StoredSplit(self.tensors["train.images"], self.tensors["train.labels"])
+        return self._split("train")
+
+    @property
+    def val(self) -> StoredSplit | None:
+        """The validation split, where the file has one."""
+        return self._split("val") if "val.images" in self.tensors else None
 
     @property
     def test(self) -> StoredSplit:
-        return StoredSplit(self.tensors["test.images"], self.tensors["test.labels"])
+        return self._split("test")
+
+    def _split(self, name: str) -> StoredSplit:
+        return StoredSplit(self.tensors[f"{name}.images"], self.tensors[f"{name}.labels"])
 
 
 def store_directory() -> Path:
@@ -69,8 +112,7 @@ def store_path(name: str) -> Path:
     """The store file of a dataset; `UsageError` for a name that could lead out of the store."""
     if not re.fullmatch(r"[^\W_][\w.-]*", name) or ".." in name:
         raise UsageError(
-            f"a dataset's name begins with a letter or digit and goes on with letters, digits, '_', '-' and '.'; "
-            f"given {name!r}"
+            f"a dataset's name begins with a letter or digit, followed by letters, digits, '_', '-' and '.'; given {printable(name)!r}"
         )
     return store_directory() / f"{name}.safetensors"
 
@@ -78,23 +120,30 @@ def store_path(name: str) -> Path:
 def stored_names() -> list[str]:
     """The names of the datasets in the store, readable or not."""
     folder = store_directory()
-    found = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    return [path.stem for path in found if not path.name.startswith(".")]
+    paths = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    return [path.stem for path in paths if not path.name.startswith(".")]
+
+
+@contextmanager
+def writing_to(path: Path) -> Iterator[None]:
+    """Make the folder of a store file; an `OSError` in the block becomes a `DatasetError` with the way out."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise _unwritable(path, error.strerror or str(error)) from None
 
 
 @contextmanager
 def store_lock(name: str) -> Iterator[None]:
     """Held while a dataset is made, so that the ranks of one job do not all download it.
 
-    Raises `DatasetError` where the store cannot be written to.
+    Raises `DatasetError` where the store is not writable.
     """
     path = store_path(name)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with writing_to(path):
         lock = FileLock(path.with_name(f".{path.name}.lock"))
         lock.acquire()
-    except OSError as error:
-        raise _unwritable(path, error.strerror or str(error)) from None
     try:
         yield
     finally:
@@ -102,14 +151,14 @@ def store_lock(name: str) -> Iterator[None]:
 
 
 def read_store(path: str | Path) -> Stored:
-    """Map a store file into memory and check what is cheap to check; images stay unread until a batch takes them.
+    """Map a store file into memory and check what is cheap to check; pixels stay unread until a batch needs them.
 
-    Raises `DatasetError` where it is missing, cannot be read, is cut short or no store file, is of other types or
-    shapes, or holds labels outside its classes.
+    Raises `DatasetError` where it is missing, not readable, cut short or no store file, has other types or shapes, or labels outside
+    its classes.
     """
     path = Path(path)
     if not path.is_file():
-        raise DatasetError(f"no dataset file at {path}; `vitkit data list` shows what there is")
+        raise DatasetError(f"there is no dataset file at {path}; `vitkit data list` shows the ones there are")
     way = f"delete it and make it again with `vitkit data get {path.stem}` (or `vitkit data import`)"
     try:
         with safe_open(path, framework="pt") as file:
@@ -119,7 +168,7 @@ def read_store(path: str | Path) -> Stored:
         classes = json.loads(metadata.get("classes", "null"))
         skipped = json.loads(metadata.get("skipped", "[]"))
     except OSError as error:
-        raise DatasetError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise DatasetError(f"{path} is not readable: {error.strerror or error}") from None
     except (SafetensorError, ValueError, RecursionError) as error:
         raise DatasetError(f"{path} is cut short or no store file ({error}); {way}") from None
     problem = _problem(tensors, classes)
@@ -131,35 +180,54 @@ def read_store(path: str | Path) -> Stored:
 
 
 def write_store(
-    name: str, tensors: Mapping[str, Tensor], classes: list[str], *, skipped: Sequence[str] = (), **metadata: str
+    name: str, tensors: Mapping[str, Tensor | PixelFile], classes: list[str], *, skipped: Sequence[str] = (), **metadata: str
 ) -> Path:
-    """Write a dataset into the store, whole or not at all.
+    """Write a dataset into the store in one step: a failure leaves an earlier file as it was.
 
-    Raises `DatasetError` for tensors that `read_store` would refuse, and where the file cannot be written.
+    Raises `DatasetError` for tensors that `read_store` would refuse, and where the file is not writable.
     """
     path = store_path(name)
     problem = _problem(tensors, classes)
     if problem:
         raise DatasetError(f"dataset {name!r} cannot be stored: {problem}")
-    lists = {"classes": classes, "skipped": skipped} if skipped else {"classes": classes}
-    everything = {"name": name, **metadata} | {
-        key: json.dumps(value, ensure_ascii=False) for key, value in lists.items()
-    }
+    kept = list(skipped[:LINES_KEPT])
+    if len(skipped) > LINES_KEPT:
+        kept.append(f"and {len(skipped) - LINES_KEPT:,} more")
+    lists = {"classes": classes, "skipped": kept} if kept else {"classes": classes}
+    entries = {"name": name, **metadata} | {key: json.dumps(value, ensure_ascii=False) for key, value in lists.items()}
     try:
-        with atomic_write(path) as temporary:
-            # The form for torch refuses tensors that share memory, such as two slices of one.
-            arrays = {key: value.contiguous().numpy() for key, value in tensors.items()}
-            save_file(arrays, temporary, metadata=everything)
-    except (RunError, SafetensorError) as error:  # safetensors wraps what the operating system says
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
+            _write_safetensors(file, tensors, entries)
+    except RunError as error:
         cause = error.__cause__
-        said = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(error)
-        raise _unwritable(path, said) from None
+        raise _unwritable(path, cause.strerror if isinstance(cause, OSError) and cause.strerror else str(error)) from None
     return path
 
 
-def _unwritable(path: Path, said: str) -> DatasetError:
+def _write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor | PixelFile], metadata: Mapping[str, str]) -> None:
+    """The format of safetensors: the header's length in 8 bytes, a JSON header padded to 8 bytes, and the tensors' bytes."""
+    # Labels come first: their 8-byte numbers have to be aligned, and pixels may end anywhere.
+    ordered = sorted(tensors.items(), key=lambda item: (item[1].dtype == torch.uint8, item[0]))
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    place = 0
+    for name, tensor in ordered:
+        kind = "U8" if tensor.dtype == torch.uint8 else "I64"
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [place, place + tensor.nbytes]}
+        place += tensor.nbytes
+    text = json.dumps(header, ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for _, tensor in ordered:
+        if isinstance(tensor, PixelFile):
+            file.writelines(tensor.pieces())
+        elif tensor.numel():
+            for piece in tensor.split(max(1, PIECE_BYTES // max(1, tensor[0].nbytes))):
+                file.write(memoryview(piece.contiguous().numpy()).cast("B"))
+
+
+def _unwritable(path: Path, reason: str) -> DatasetError:
     return DatasetError(
-        f"cannot write {path}: {said}; free some room there, or let the environment variable VITKIT_DATA name another "
+        f"cannot write {path}: {reason}; free some room there, or let the environment variable VITKIT_DATA name another "
         f"directory; nothing was left half-written"
     )
 
@@ -168,26 +236,34 @@ def _is_names(value: object) -> TypeGuard[list[str]]:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
-def _problem(tensors: Mapping[str, Tensor], classes: object) -> str:
-    """What is wrong with a dataset's content, or an empty string."""
-    expected = [f"{split}.{part}" for split in SPLITS for part in ("images", "labels")]
-    missing = [name for name in expected if name not in tensors]
+def _problem(tensors: Mapping[str, Tensor | PixelFile], classes: object) -> str:
+    """The fault of a dataset's content, or an empty string."""
+    splits = [split for split in SPLITS if split != "val" or f"{split}.images" in tensors or f"{split}.labels" in tensors]
+    missing = [f"{split}.{part}" for split in splits for part in ("images", "labels") if f"{split}.{part}" not in tensors]
     if missing:
         return f"it lacks {', '.join(missing)}"
-    if not classes or not _is_names(classes):
+    if not _is_names(classes):
         return "it names no classes: its metadata 'classes' should be a JSON list of names"
     sizes = tensors["train.images"].shape[1:]
-    for split in SPLITS:
+    for split in splits:
         images, labels = tensors[f"{split}.images"], tensors[f"{split}.labels"]
         if images.dtype != torch.uint8 or images.ndim != 4 or 0 in images.shape[1:]:
             return f"{split}.images is {images.dtype} {tuple(images.shape)}, expected uint8 (n, c, h, w)"
         if images.shape[1:] != sizes:
             return f"{split}.images is {tuple(images.shape)}, expected (n, {', '.join(map(str, sizes))}) as in train"
-        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+        if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or tuple(labels.shape) != tuple(images.shape[:1]):
             return f"{split}.labels is {labels.dtype} {tuple(labels.shape)}, expected int64 ({len(images)},)"
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(classes):
+        if len(labels) and not UNLABELLED <= int(labels.min()) <= int(labels.max()) < len(classes):
+            if not classes:
+                return "it names no classes: its metadata 'classes' should be a JSON list of names"
             return (
                 f"{split}.labels run from {int(labels.min())} to {int(labels.max())}, "
-                f"expected 0 to {len(classes) - 1} for its {len(classes)} classes"
+                f"expected 0 to {len(classes) - 1} for its {len(classes)} classes, or {UNLABELLED} without a label"
             )
     return "" if len(tensors["train.labels"]) else "it holds no training images"
+
+
+__all__ = [
+    "PixelFile", "Stored", "StoredSplit", "read_store", "store_directory", "store_lock", "store_path", "stored_names", "write_store",
+    "writing_to",
+]  # fmt: skip

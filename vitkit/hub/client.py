@@ -33,7 +33,8 @@ from vitkit.errors import CheckpointError, HubError, UsageError, VitkitError, ne
 from vitkit.hub.files import CARD, check_fetched, copy_into, most_bytes, of_run, require_free, to_fetch
 from vitkit.hub.model_card import Card, is_unedited, sealed
 from vitkit.models import saving
-from vitkit.models.saving import CONFIG, WEIGHTS, Model
+from vitkit.models.model import Model
+from vitkit.models.saving import CONFIG, WEIGHTS
 from vitkit.models.untrusted import read_json
 from vitkit.registry import version_of
 

@@ -2,8 +2,9 @@
 
 from vitkit.models.features import Features, encode_image, evaluating, extract_features, feature_cache
 from vitkit.models.image_sources import pictures_below, read_picture
+from vitkit.models.model import Model
 from vitkit.models.predict import Prediction
-from vitkit.models.saving import Model, load, save
+from vitkit.models.saving import load, save
 
 __all__ = [
     "Features",

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -20,12 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from vitkit.contracts import TrainedModel
 from vitkit.errors import RunError, UsageError, printable
 from vitkit.files import atomic_write, check_output, is_leftover, write_text
+from vitkit.models.features import device_of
 from vitkit.models.image_sources import Source
-
-if TYPE_CHECKING:
-    from vitkit.models.saving import Model
 
 FORMAT = "vitkit-features-1"
 PIECE = 1024
@@ -47,7 +46,7 @@ class Embedded:
 
 
 def embed(
-    model: "Model",
+    model: TrainedModel,
     source: Source,
     out: str | Path,
     *,
@@ -71,7 +70,7 @@ def embed(
     if out.suffix != ".safetensors":
         raise UsageError(f"-o {printable(out)}: expected the name of a .safetensors file")
     check_output(out, overwrite=overwrite, is_ours=_holds_features, kind="a .safetensors file of features")
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     about = {
         "model": {
             "source": model_name, "weights": model.config["weights"]["sha256"], "modules": model.config["modules"],
@@ -228,7 +227,7 @@ def _partial_folder(out: Path) -> Iterator[Path]:
         lock.release()
 
 
-def _encode(model: "Model", images: Tensor, device: torch.device, precision: str) -> Tensor:
+def _encode(model: TrainedModel, images: Tensor, device: torch.device, precision: str) -> Tensor:
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         return model.encode_image(images.to(device)).float().cpu().contiguous()
 

@@ -8,17 +8,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from vitkit.contracts import TrainedModel
 from vitkit.data.preprocess import Preprocessing
 from vitkit.errors import UsageError, VitkitError
 from vitkit.files import atomic_write
-
-if TYPE_CHECKING:
-    from vitkit.models.saving import Model
 
 Format = Literal["onnx", "torch-export"]
 SUFFIX: dict[str, str] = {"onnx": ".onnx", "torch-export": ".pt2"}
@@ -50,7 +48,7 @@ class Exported(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: "Model", preprocessing: Preprocessing) -> None:
+    def __init__(self, model: TrainedModel, preprocessing: Preprocessing) -> None:
         super().__init__()
         self.model = model
         self.register_buffer("mean", torch.tensor(preprocessing.mean).view(1, -1, 1, 1), persistent=False)
@@ -68,7 +66,7 @@ class Exported(nn.Module):
         return found
 
 
-def export(model: "Model", out: str | Path, *, format: Format | None = None, overwrite: bool = False) -> Export:
+def export(model: TrainedModel, out: str | Path, *, format: Format | None = None, overwrite: bool = False) -> Export:
     """Write a model, on the CPU and in fp32, as `out`, and check that it gives the same numbers.
 
     Its input `images` is float32 `(batch c h w)` in [0, 1], sized as `model.preprocessing` says, with any batch size; its
@@ -110,7 +108,7 @@ def export(model: "Model", out: str | Path, *, format: Format | None = None, ove
     return Export(out, outputs, difference)
 
 
-def _to_onnx(wrapped: Exported, example: Tensor, file: Path, model: "Model") -> Callable[[Tensor], Outputs]:
+def _to_onnx(wrapped: Exported, example: Tensor, file: Path, model: TrainedModel) -> Callable[[Tensor], Outputs]:
     import onnxruntime
 
     with _exporting("ONNX"):
@@ -133,7 +131,7 @@ def _to_onnx(wrapped: Exported, example: Tensor, file: Path, model: "Model") -> 
     return run
 
 
-def _to_torch(wrapped: Exported, example: Tensor, file: Path, model: "Model") -> Callable[[Tensor], Outputs]:
+def _to_torch(wrapped: Exported, example: Tensor, file: Path, model: TrainedModel) -> Callable[[Tensor], Outputs]:
     with _exporting("torch's form"):
         program = _traced(wrapped, example)
         about = {"classes.json": json.dumps(model.classes), "preprocessing.json": json.dumps(model.preprocessing)}

@@ -37,6 +37,12 @@ def encode_image(backbone: Any, images: Tensor) -> Tensor:
     return output.mean(dim=1) if pooled is None else output
 
 
+def device_of(model: Any) -> torch.device:
+    """The device of a model's first parameter; the CPU for a model without parameters."""
+    parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
+    return next((parameter.device for parameter in parameters), torch.device("cpu"))
+
+
 @contextmanager
 def evaluating(model: Any) -> Iterator[torch.device]:
     """Yield the model's device, with the model in evaluation mode and without gradients.
@@ -45,8 +51,7 @@ def evaluating(model: Any) -> Iterator[torch.device]:
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     training = [module for module in modules if module.training]
-    parameter = next(model.parameters(), None) if modules else None
-    device = parameter.device if parameter is not None else torch.device("cpu")
+    device = device_of(model)
     try:
         for module in training:
             module.training = False
@@ -139,4 +144,4 @@ def _encode(model: Any, images: Tensor) -> Tensor:
     return encode_image(model, images)[:count].float()
 
 
-__all__ = ["Features", "encode_image", "evaluating", "extract_features", "feature_cache"]
+__all__ = ["Features", "device_of", "encode_image", "evaluating", "extract_features", "feature_cache"]

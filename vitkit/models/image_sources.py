@@ -2,10 +2,8 @@
 
 import hashlib
 import json
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,10 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vitkit.data.image_folder import SUFFIXES, TEST_FOLDERS
-from vitkit.errors import DatasetError, UsageError
+from vitkit.data.decode import SUFFIXES, ImageReadError, read_image
+from vitkit.data.image_files import class_order, list_images
+from vitkit.data.image_folder import folder_labels
+from vitkit.errors import DatasetError, UsageError, printable
+from vitkit.validation import one_of
 
-SPLIT_FOLDERS = ("train", *TEST_FOLDERS)
 FINGERPRINTED = 1000
 """Images of a dataset that its fingerprint is taken of."""
 
@@ -59,19 +59,20 @@ class Source(Protocol):
 class Files:
     """Picture files, decoded by threads while the model computes.
 
-    Where each lies in a folder below `root`, the uppermost one, or the one below `train`, `test` or `val`, names its
-    class; `classes` are these names in alphabetical order.
+    The folder below `root` that an image lies in, or the one below a split's folder, names its class; `classes` are these names in the
+    order of `class_order`. `left_out` has a line for each kind of file that was passed over.
     """
 
-    def __init__(self, paths: Sequence[Path], root: Path | None = None) -> None:
-        self.paths = list(paths)
-        folders = [_class_folder(path, root) for path in self.paths]
-        self.classes: list[str] = sorted({folder for folder in folders if folder})
+    def __init__(self, paths: Sequence[Path], root: Path | None = None, left_out: Sequence[str] = ()) -> None:
+        self.paths, self.left_out = list(paths), list(left_out)
+        folders = folder_labels(root, self.paths) if root is not None else [""] * len(self.paths)
+        self.classes: list[str] = sorted({folder for folder in folders if folder}, key=class_order)
         self.labels: Tensor | None = None
         if len(self.classes) > 1 and all(folders):
             self.labels = torch.tensor([self.classes.index(folder) for folder in folders], dtype=torch.int64)
         else:
             self.classes = []
+        self.classes = list(map(printable, self.classes))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -95,7 +96,7 @@ class Files:
         def ask(start: int) -> list[Future[Tensor | str]]:
             return [pool.submit(_prepared, model, path) for path in self.paths[start : start + size]]
 
-        with _strict_about_bombs(), ThreadPoolExecutor() as pool:
+        with ThreadPoolExecutor() as pool:
             waiting: list[Future[Tensor | str]] = []
             try:
                 for place, start in enumerate(starts):
@@ -156,7 +157,7 @@ def prepared(model: Preprocessed, images: Any, batch_size: int) -> Iterator[Tens
     for start in range(0, len(images), batch_size):
         some = images[start : start + batch_size]
         if not isinstance(some, Tensor):
-            some = [read_picture(one) if isinstance(one, str | Path) else one for one in some]
+            some = [read_picture(one, least=_size(model)) if isinstance(one, str | Path) else one for one in some]
         yield model.preprocess(some)
 
 
@@ -166,8 +167,7 @@ def find_source(images: Sequence[str], *, split: str = "test") -> Source:
     Raises `UsageError` for no word, a file that is not there and a split that is none; `DatasetError` for a folder
     without pictures and where the dataset cannot be had.
     """
-    if split not in ("train", "test"):
-        raise UsageError(f"--split {split}: expected train or test")
+    one_of(("train", "val", "test"), **{"--split": split})
     if not images:
         raise UsageError("which images? give a folder, a dataset's name, or picture files")
     if not all(word.strip() for word in images):
@@ -176,37 +176,39 @@ def find_source(images: Sequence[str], *, split: str = "test") -> Source:
         return DatasetSplit(_dataset(images[0]), split)
     root = Path(images[0]).expanduser() if len(images) == 1 else None
     paths: list[Path] = []
+    left_out: list[str] = []
     for word in images:
         path = Path(word).expanduser()
         if path.is_dir():
-            paths += pictures_below(path)
+            listing = list_images(path)
+            paths += _some(path, listing.images)
+            left_out += [*listing.left_out, *(f"{printable(path)}: {remark}" for remark in listing.remarks)]
         elif path.is_file():
             paths.append(path)
         else:
-            raise UsageError(f"no picture at {path}; give files and folders that are there, or one dataset's name")
-    return Files(paths, root if root is not None and root.is_dir() else None)
+            if "://" in word:
+                raise UsageError(f"{printable(word)} is an address; download the image, and give the file")
+            raise UsageError(f"no picture at {printable(path)}; give files and folders that are there, or one dataset's name")
+    return Files(paths, root if root is not None and root.is_dir() else None, left_out)
 
 
 def pictures_below(folder: Path) -> list[Path]:
-    """Every picture in a folder and below it, in alphabetical order; `DatasetError` where there is none."""
-    found = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES and path.is_file() and not _is_hidden(path.relative_to(folder))
-    )
-    if not found:
-        raise DatasetError(f"{folder} holds no picture: expected {', '.join(SUFFIXES)} files in it or below it")
-    return found
+    """Every image file in a folder and below it, in alphabetical order; `DatasetError` where there is none."""
+    return _some(folder, list_images(folder).images)
 
 
-def read_picture(path: str | Path) -> Image.Image:
-    """A picture file, decoded; `UsageError` that says what is wrong with it."""
+def _some(folder: Path, paths: list[Path]) -> list[Path]:
+    if not paths:
+        raise DatasetError(f"{printable(folder)} holds no picture: expected {', '.join(SUFFIXES)} files in it or below it")
+    return paths
+
+
+def read_picture(path: str | Path, *, least: tuple[int, int] | None = None) -> Image.Image:
+    """An image file, decoded as `vitkit.data.read_image` does; `UsageError` with the reason where it is not readable."""
     try:
-        with _strict_about_bombs(), Image.open(path) as opened:
-            opened.load()
-            return opened
-    except Exception as error:  # Pillow's plugins raise many kinds for damaged files
-        raise UsageError(f"{path} cannot be read as a picture: {_said(error)}") from None
+        return read_image(path, least=least)
+    except ImageReadError as error:
+        raise UsageError(f"{printable(path)} cannot be read as a picture: {printable(error)}") from None
 
 
 def _dataset(name: str) -> Any:
@@ -218,26 +220,19 @@ def _dataset(name: str) -> Any:
         raise UsageError(f"{name!r} is neither a file, a folder nor a dataset: {error}") from None
 
 
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
-def _class_folder(path: Path, root: Path | None) -> str:
-    folders = path.relative_to(root).parts[:-1] if root is not None else ()
-    if folders and folders[0] in SPLIT_FOLDERS:
-        folders = folders[1:]
-    return folders[0] if folders else ""
+def _size(model: Preprocessed) -> tuple[int, int] | None:
+    """Height and width that the model takes, where its images are resized."""
+    given = getattr(model, "preprocessing", None) or {}
+    return (given["shape"][1], given["shape"][2]) if given.get("fit") == "resize" else None
 
 
 def _prepared(model: Preprocessed, path: Path) -> Tensor | str:
-    """A picture as the model sees it `(1 c h w)`, or what is wrong with it."""
+    """An image as the model takes it `(1 c h w)`, or the reason why it is left out."""
     try:
-        with Image.open(path) as opened:
-            return model.preprocess([opened])
-    except UsageError:  # a model that takes no pictures takes none of them
-        raise
-    except Exception as error:  # Pillow's plugins raise many kinds for damaged files
-        return _said(error)
+        image = read_image(path, least=_size(model))
+    except ImageReadError as error:
+        return printable(error)
+    return model.preprocess([image])
 
 
 def _collected(start: int, found: Sequence[Tensor | str]) -> Batch:
@@ -245,18 +240,6 @@ def _collected(start: int, found: Sequence[Tensor | str]) -> Batch:
     rows = [start + place for place, one in enumerate(found) if isinstance(one, Tensor)]
     problems = {start + place: one for place, one in enumerate(found) if isinstance(one, str)}
     return Batch(start, start + len(found), torch.cat(images) if images else None, rows, problems)
-
-
-@contextmanager
-def _strict_about_bombs() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # remarks on odd metadata; what cannot be read is an error
-        warnings.simplefilter("error", Image.DecompressionBombWarning)  # an enormous picture is named, not loaded
-        yield
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 __all__ = ["Batch", "DatasetSplit", "Files", "Source", "find_source", "pictures_below", "prepared", "read_picture"]

@@ -1,72 +1,138 @@
-"""How much memory a factory may take that somebody else's arguments are given to."""
+"""Limits of what a factory may build from arguments that came from somebody else."""
 
-import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
-from vitkit.errors import UsageError
+from vitkit.errors import AmbiguousNameError, ArgumentsError, PluginError, UnknownNameError, UsageError
+
+META = torch.device("meta")
+FEW_TENSORS, TENSORS_PER_SAVED = 256, 16
+"""Tensors that building may make: a few, and so many per saved tensor, for masks, tables and parts that are replaced."""
+FEW_BYTES, BYTES_PER_SAVED = 256 * 2**20, 4
+"""Bytes that building may take, likewise."""
 
 
 class MemoryLimit(TorchDispatchMode):
-    """Within it, tensors made out of nothing may hold `most` bytes together; `UsageError` before the first beyond.
+    """Within it a thread makes tensors of at most `most` bytes together, and at most `tensors` of them; else `UsageError`.
 
-    A width of a billion, or a billion blocks, would otherwise end the process before anybody can say why.
+    The size of a result is known before its memory is taken, from the same operation on the meta device. `exceeded` is the reason
+    once a limit was reached, for callers whose factory turns errors into others. Random numbers come from a generator of its
+    own. Other threads are not affected.
+
+    With `plan=True` every operation runs on the meta device only: no memory is taken and nothing is computed.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, tensors: int | None = None, *, plan: bool = False) -> None:
         super().__init__()
-        self.most, self.made = most, 0
+        self.most, self.tensors, self.plan = most, tensors, plan
+        self.made_bytes, self.made_tensors, self.exceeded = 0, 0, ""
+        self.generator = torch.Generator().manual_seed(0)
+
+    @classmethod
+    def of_saved(cls, size: int, tensors: int, *, plan: bool = False) -> "MemoryLimit":
+        """The limits of building a model whose weights have `size` bytes in so many tensors."""
+        return cls(FEW_BYTES + BYTES_PER_SAVED * size, FEW_TENSORS + TENSORS_PER_SAVED * tensors, plan=plan)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if _makes(func) and str(kwargs.get("device")) != "meta":
-            planned = func(*args, **{**kwargs, "device": "meta", "pin_memory": None})
-            self.made += planned.nbytes if isinstance(planned, Tensor) else 0
-            if self.made > self.most:
-                raise UsageError(f"it takes more than {self.most:,} bytes, far beyond the weights that were saved")
+        kwargs = dict(kwargs or {})
+        names = _argument_names(func)
+        if self.plan:
+            if "generator" in names and func._schema.is_mutable:  # a random fill changes no size
+                return args[0]
+            result = self._on_meta(func, names, args, kwargs)
+            self._count(func, result)
+            return result
+        if _returns_memory(func):
+            try:
+                planned = self._on_meta(func, names, args, kwargs)
+            except (NotImplementedError, RuntimeError, TypeError):  # the operation itself raises, or sizes depend on values
+                planned = None
+            self._count(func, planned)
+        if "generator" not in names and "generator" in func.overloadpacket.overloads():
+            func, names = func.overloadpacket.generator, (*names, "generator")
+        if "generator" in names and kwargs.get("generator") is None:
+            kwargs["generator"] = self.generator
         return func(*args, **kwargs)
 
+    def _on_meta(self, func: Any, names: tuple[str, ...], args: Any, kwargs: dict[str, Any]) -> Any:
+        args, kwargs = tree_map_only(Tensor, _as_meta, (args, kwargs))
+        if "device" in names:
+            kwargs["device"] = META
+            kwargs.pop("pin_memory", None)
+        kwargs.pop("generator", None)
+        return func(*args, **kwargs)
 
-def check_size(build: Callable[[], Any], most: int, parameters: int) -> None:
-    """Build without memory; `UsageError` for a parameter or buffer of more than `most` bytes, or too many parameters.
+    def _count(self, func: Any, result: Any) -> None:
+        if self.exceeded:
+            raise UsageError(self.exceeded)
+        if not _returns_memory(func):
+            return
+        results = result if isinstance(result, list | tuple) else [result]
+        sizes = [tensor.nbytes for tensor in results if isinstance(tensor, Tensor)]
+        if _makes(func):
+            self.made_bytes += sum(sizes)
+            self.made_tensors += 1
+        if max([self.made_bytes, *sizes]) > self.most:
+            self.exceeded = f"it takes more than {self.most:,} bytes, far beyond the weights that were saved"
+        elif self.tensors is not None and self.made_tensors > self.tensors:
+            self.exceeded = f"it makes more than {self.tensors:,} tensors, far beyond the weights that were saved"
+        if self.exceeded:
+            raise UsageError(self.exceeded)
 
-    What a buffer is computed from may be small, and blocks without end may be small too. A factory that needs values while
-    it builds is let through, and so are its own errors.
+
+def plan(build: Callable[[], Any], limit: MemoryLimit) -> Any:
+    """`build()` on the meta device, or None where that fails; `UsageError` beyond the limit and as the registry raises it.
+
+    A factory that reads values while it builds fails on the meta device. Its errors are not raised: a real build shows them.
     """
-    left = parameters
-
-    def count(module: nn.Module, name: str, parameter: Any) -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise UsageError(f"it has more than {parameters:,} parameters, far beyond the weights that were saved")
-
-    handle = register_module_parameter_registration_hook(count)
     try:
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # nothing is ever computed with it
-            built = build()
-    except UsageError:
+        with limit:
+            return build()
+    except (ArgumentsError, UnknownNameError, AmbiguousNameError, PluginError):
         raise
     except Exception:
-        return
-    finally:
-        handle.remove()
-    tensors = (*built.parameters(), *built.buffers()) if isinstance(built, nn.Module) else ()
-    if any(tensor.nbytes > most for tensor in tensors if not nn.parameter.is_lazy(tensor)):
-        raise UsageError(f"it takes more than {most:,} bytes, far beyond the weights that were saved")
+        if limit.exceeded:
+            raise UsageError(limit.exceeded) from None
+        return None
 
 
+def state_shapes(module: Any) -> dict[str, tuple[tuple[int, ...], torch.dtype]] | None:
+    """Shape and dtype of every saved tensor of a module; None where a shape is not known before its first call."""
+    if not isinstance(module, nn.Module):
+        return None
+    state = module.state_dict()
+    if not all(isinstance(value, Tensor) and not nn.parameter.is_lazy(value) for value in state.values()):
+        return None
+    return {name: (tuple(value.shape), value.dtype) for name, value in state.items()}
+
+
+def _as_meta(tensor: Tensor) -> Tensor:
+    return tensor if tensor.device == META else torch.empty_strided(
+        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=META
+    )  # fmt: skip
+
+
+@cache
+def _argument_names(func: Any) -> tuple[str, ...]:
+    return tuple(argument.name for argument in func._schema.arguments)
+
+
+@cache
 def _makes(func: Any) -> bool:
     """Whether an operation takes no tensor and says on which device to make one: empty, zeros, rand, arange, ..."""
-    arguments = func._schema.arguments
-    names = {argument.name for argument in arguments}
-    return {"device", "pin_memory"} <= names and not any("Tensor" in str(argument.type) for argument in arguments)
+    return "device" in _argument_names(func) and not any("Tensor" in str(a.type) for a in func._schema.arguments)
 
 
-__all__ = ["MemoryLimit", "check_size"]
+@cache
+def _returns_memory(func: Any) -> bool:
+    """Whether the results of an operation are new tensors: neither views nor arguments that it changes."""
+    return any(result.alias_info is None and "Tensor" in str(result.type) for result in func._schema.returns)
+
+
+__all__ = ["MemoryLimit", "plan", "state_shapes"]

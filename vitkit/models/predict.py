@@ -2,16 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitkit.contracts import TrainedModel
 from vitkit.errors import UsageError
-
-if TYPE_CHECKING:
-    from vitkit.models.saving import Model
 
 Measure = Literal["probability", "cosine"]
 
@@ -31,7 +29,7 @@ class Prediction:
 
 
 def predict(
-    model: "Model", images: Tensor, *, labels: Sequence[str] | None = None, top: int | None = None
+    model: TrainedModel, images: Tensor, *, labels: Sequence[str] | None = None, top: int | None = None
 ) -> list[Prediction]:
     """A `Prediction` of each of preprocessed images `(n c h w)`, with the `top` best labels, or all.
 
@@ -56,7 +54,7 @@ def predict(
 Scoring = Callable[[Tensor], Tensor]
 
 
-def _way(model: "Model", labels: Sequence[str] | None) -> tuple[list[str], Measure, Scoring]:
+def _way(model: TrainedModel, labels: Sequence[str] | None) -> tuple[list[str], Measure, Scoring]:
     """The labels' names, what is measured, and features `(n d)` → scores `(n k)`."""
     classifier: Any = getattr(model, "classifier", None)
     backbone: Any = getattr(model, "backbone", None)
@@ -85,12 +83,12 @@ def _way(model: "Model", labels: Sequence[str] | None) -> tuple[list[str], Measu
     )
 
 
-def _has(model: "Model") -> str:
+def _has(model: TrainedModel) -> str:
     parts = [f"{name} ({spec['name']})" for name, spec in model.config["modules"].items()]
     return f"this model has {', '.join(parts) or 'no module'}"
 
 
-def _probabilities(model: "Model", logits: Tensor) -> Tensor:
+def _probabilities(model: TrainedModel, logits: Tensor) -> Tensor:
     if logits.ndim != 2 or logits.shape[1] != len(model.classes):
         raise UsageError(
             f"the classifier gives {tuple(logits.shape)}, but the model was saved with {len(model.classes)} classes; "

@@ -1,113 +1,48 @@
-"""Saved models: `model.safetensors` beside a `config.json` that says from which registered names to build them."""
+"""Saved models: `model.safetensors`, and a `config.json` with the registered names to build its modules from.
+
+Loading trusts neither file. It builds only registered components, with arguments that they declare as architecture (see
+`vitkit.arguments`), within limits of work and memory that follow from the size of the weights; it opens no other file.
+"""
 
 import hashlib
 import json
 import keyword
+import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as read_tensors
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from vitkit.contracts import Scores
-from vitkit.data.preprocess import Preprocessing, preprocess
-from vitkit.errors import CheckpointError, MissingPluginError, UnknownNameError, UsageError
+from vitkit.data.preprocess import Preprocessing
+from vitkit.errors import ArgumentsError, CheckpointError, MissingPluginError, UnknownNameError, UsageError
 from vitkit.files import atomic_write, write_json
-from vitkit.models.features import encode_image
-from vitkit.models.image_sources import prepared
-from vitkit.models.memory_limit import MemoryLimit, check_size
-from vitkit.models.predict import Prediction, predict
-from vitkit.models.untrusted import AGAIN, plain_size, read_json
-from vitkit.registry import ADDED, Spec, version_of
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from vitkit.models.export import Export
-
-    Images = str | Path | Tensor | Sequence[str | Path | Image.Image]
+from vitkit.models.memory_limit import MemoryLimit, plan, state_shapes
+from vitkit.models.model import Model
+from vitkit.models.untrusted import TensorFile, read_json
+from vitkit.registry import ADDED, Spec, architecture_only, version_of
 
 FORMAT = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 KINDS = ("backbone", "head", "loss")
-"""What a saved model is built from; the other registries read files and download, which loading must not."""
-ROOM = 256 * 2**20
-"""How many bytes building may take besides four times the weights: for tables and masks that are not saved."""
+"""Kinds that a saved model is built from; components of other kinds read files and download, which loading must not."""
+MAX_MODULES, MAX_NAME_CHARACTERS, MAX_PIXELS = 64, 64, 2**14
+LEAST_LARGEST = 2**20
+"""A number among a component's arguments may be this large, or as large as the count of bytes of the weights."""
+VERSION = re.compile(r"[\w.+!-]{1,40}", re.ASCII)
+
+Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 class VersionWarning(UserWarning):
-    """A saved model was built with another version of a plugin than the one installed."""
+    """A saved model was built with another version of a plugin than the installed one."""
 
 
-class Model(nn.Module):
-    """A loaded model: its saved modules as attributes, and what is needed to use them.
-
-    `config` is `config.json`, `classes` the class names, `preprocessing` what `preprocess` does.
-    """
-
-    def __init__(self, modules: Mapping[str, nn.Module], config: Mapping[str, Any]) -> None:
-        super().__init__()
-        for name, module in modules.items():
-            self.add_module(name, module)
-        self.config = dict(config)
-        self.classes: list[str] = list(config["classes"])
-        self.preprocessing: dict[str, Any] = dict(config["preprocessing"])
-
-    def preprocess(self, images: "Tensor | Sequence[Image.Image]") -> Tensor:
-        """uint8 `(n c h w)` in [0, 255] or Pillow images → float32 `(n c h w)` as in training: sized and normalised.
-
-        Raises `UsageError` for another type or number of channels, or where the model was saved without preprocessing.
-        """
-        if not self.preprocessing:
-            raise UsageError("this model was saved without preprocessing; normalise images as its training did")
-        return preprocess(images, Preprocessing.from_json(self.preprocessing))
-
-    def encode_image(self, images: Tensor) -> Tensor:
-        """Preprocessed images `(n c h w)` → the backbone's pooled features `(n d)`."""
-        backbone = getattr(self, "backbone", None)
-        if backbone is None:
-            raise UsageError("this model was saved without a module named 'backbone'")
-        return encode_image(backbone, images)
-
-    def embed(self, images: "Images", *, batch_size: int = 256) -> Tensor:
-        """A folder, picture files, Pillow images or uint8 `(n c h w)` → features float32 `(n d)` on the CPU.
-
-        A folder's pictures come in alphabetical order, those of folders in it too. Raises `UsageError` for a picture that
-        cannot be read, and as `preprocess` does.
-        """
-        device = next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
-        with torch.no_grad():
-            found = [self.encode_image(batch.to(device)).float().cpu() for batch in prepared(self, images, batch_size)]
-        return torch.cat(found)
-
-    def predict(
-        self, images: "Images", *, labels: Sequence[str] | None = None, top: int | None = None, batch_size: int = 256
-    ) -> list[Prediction]:
-        """What a folder, picture files, Pillow images or uint8 `(n c h w)` show: see `vitkit.models.predict.predict`."""
-        device = next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
-        batches = prepared(self, images, batch_size)
-        return [one for batch in batches for one in predict(self, batch.to(device), labels=labels, top=top)]
-
-    def evaluate(self, evaluator: Any, dataset: Any) -> Scores:
-        """An evaluator's scores on a dataset, whose images are prepared as this model's training images were.
-
-        Raises `UsageError` as the evaluator does, and for images with another number of channels.
-        """
-        if self.preprocessing and hasattr(dataset, "with_preprocessing"):
-            dataset = dataset.with_preprocessing(Preprocessing.from_json(self.preprocessing))
-        scores: Scores = evaluator(self, dataset)
-        return scores
-
-    def export(self, out: str | Path, *, overwrite: bool = False) -> "Export":
-        """Write `out`, an .onnx file or a .pt2 one, checked to give the same numbers: see `vitkit.models.export.export`."""
-        from vitkit.models.export import export
-
-        return export(self, out, overwrite=overwrite)
+class ArchitectureWarning(UserWarning):
+    """A model was saved that cannot be loaded, for its component does not declare an argument as architecture."""
 
 
 def save(
@@ -121,9 +56,9 @@ def save(
 ) -> None:
     """Write modules that registries built: their tensors and their Specs.
 
-    The weights are written first and the config, which holds their size and SHA-256, after them: an old config beside
-    new weights is noticed when loading. Raises `UsageError` for a module without a Spec, a name that no attribute can
-    have, a state that is no tensor and arguments that are not plain JSON, and `RunError` where the disk refuses.
+    The weights are written first, then the config with their size and SHA-256: loading notices an old config beside new
+    weights. Raises `UsageError` for a module without a Spec, a name that cannot be an attribute, a state that is no tensor and
+    arguments that are not plain JSON, and `RunError` where the files cannot be written.
     """
     directory = Path(directory)
     specs, tensors = {}, {}
@@ -137,10 +72,14 @@ def save(
         if not _is_free(name):
             raise UsageError(f"a module is saved under a name that can be an attribute of the model; given {name!r}")
         specs[name] = spec.to_json()
+        try:
+            spec.check_architecture()
+        except ArgumentsError as error:  # the weights are saved: a plugin that declares the argument can load them
+            warnings.warn(f"module {name!r} is saved, but vitkit.load will refuse it: {error}", ArchitectureWarning, stacklevel=3)
         for key, value in module.state_dict().items():
             if not isinstance(value, Tensor):
                 raise UsageError(f"the state {key!r} of module {name!r} is a {type(value).__name__}, not a tensor")
-            # Each by itself: safetensors refuses tensors that share memory, as tied weights do.
+            # A copy each: safetensors refuses tensors that share memory, as tied weights do.
             tensors[f"{name}.{key}"] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
     body = to_bytes(tensors, metadata={"format": "pt"})
     config = {
@@ -156,57 +95,124 @@ def save(
     }
     try:
         json.dumps(config)
-    except (TypeError, ValueError) as error:  # before the weights are written, which would not have their config
-        raise UsageError(f"a saved model's config holds plain JSON values alone: {error}") from None
+    except (TypeError, ValueError) as error:  # raised before the weights are written, which would lack their config
+        raise UsageError(f"a saved model's config holds plain JSON values only: {error}") from None
     with atomic_write(directory / WEIGHTS) as temporary:
         temporary.write_bytes(body)
     write_json(directory / CONFIG, config)
 
 
 def load(source: str | Path, *, device: str | torch.device = "cpu") -> Model:
-    """Rebuild a saved model from its names and load its weights strictly, in evaluation mode.
+    """Build a saved model again from registered names and load its weights strictly, in evaluation mode.
 
-    `source` is a directory that a run saved into. Nothing in it is executed: only registered backbones, heads and losses
-    are built, with arguments checked against their signatures, and tensors are read from safetensors. The random state
-    stays as it was. Raises `CheckpointError` for files that are missing, damaged or foreign and `MissingPluginError` for
-    a plugin that is not installed; warns with `VersionWarning` where another version of it is.
+    `source` is a directory that a run saved into. Nothing in it is executed, and no other file is opened. The random state stays
+    as it was; other threads may build modules meanwhile. Raises `CheckpointError` for files that are missing, damaged or
+    foreign and `MissingPluginError` for a plugin that is not installed; warns with `VersionWarning` where another version of
+    it is installed.
     """
     directory = Path(source)
     config = _read_config(directory)
-    tensors = _read_weights(directory, config["weights"])
-    most = ROOM + 4 * config["weights"]["bytes"]
-    parameters = 64 + 8 * len(tensors)  # some build parts that they then replace
-    with torch.random.fork_rng(devices=[]), MemoryLimit(most):  # building draws weights, on the CPU
-        built = {name: _build(directory, name, data, most, parameters) for name, data in config["modules"].items()}
-    modules = {name: module for name, (module, _) in built.items()}
-    _check_tensors(directory, modules, tensors, "".join(mend for _, mend in built.values()))
+    weights = _open_weights(directory, config)
+    size, count = weights.size, len(weights.shapes)
+    parts = [_Part(directory, name, data) for name, data in config["modules"].items()]
+    with architecture_only(max(LEAST_LARGEST, size)):
+        limit = MemoryLimit.of_saved(size, count, plan=True)
+        planned = {part.name: part.build(limit) for part in parts}
+        _check_state(weights, planned, parts)  # cheap, and before gigabytes are read
+        weights.verify()
+        limit = MemoryLimit.of_saved(size, count)
+        modules = {part.name: part.build(limit) for part in parts}
+    _check_state(weights, modules, parts)
     for name, module in modules.items():
-        own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
-        module.load_state_dict(own, strict=True)
+        with weights.tensors() as tensors:
+            module.load_state_dict({key: tensors.get_tensor(f"{name}.{key}") for key in module.state_dict()}, strict=True)
     return Model(modules, config).to(device).eval()
 
 
 def check(directory: str | Path) -> dict[str, Any]:
-    """The config of a saved model whose two files are whole and belong together; nothing is built.
+    """The config of a saved model whose two files are complete and belong together; nothing is built.
 
     Raises `CheckpointError` for files that are missing, damaged or foreign.
     """
     config = _read_config(Path(directory))
-    _read_weights(Path(directory), config["weights"])
+    _open_weights(Path(directory), config).verify()
     return config
+
+
+class _Part:
+    """One module of a saved model, as its config describes it.
+
+    Raises `CheckpointError` for a Spec that is none, and `MissingPluginError`.
+    """
+
+    def __init__(self, directory: Path, name: str, data: Any) -> None:
+        self.name, self.where = name, f"{directory / CONFIG}: module {name!r}"
+        try:
+            self.spec = spec = Spec.from_json(data)
+        except UsageError as error:
+            raise CheckpointError(f"{self.where}: {error}") from None
+        if not _is_free(name):
+            raise CheckpointError(f"{self.where} has a name that no attribute of a model can have")
+        if spec.kind not in KINDS:
+            raise CheckpointError(
+                f"{self.where} is of kind {spec.kind!r:.40}; a saved model is built from {', '.join(KINDS)}"
+            )
+        self.component, self.fix = f"the {spec.kind} {spec.name!r}", ""
+        saved, installed = data.get("version"), version_of(spec.distribution)
+        exact = isinstance(saved, str) and VERSION.fullmatch(saved)
+        pin = f"pip install '{spec.distribution}=={saved}'" if exact else f"pip install '{spec.distribution}'"
+        if spec.distribution == ADDED:
+            return
+        if installed is None:
+            version = f" {saved}" if exact else ""
+            raise MissingPluginError(
+                f"{self.where} is {self.component} of {spec.distribution}{version}, which is not installed: {pin}"
+            )
+        if installed != saved:
+            difference = f"saved with {spec.distribution} {saved!s:.40}, installed is {installed}"
+            warnings.warn(f"{self.where} was {difference}", VersionWarning, stacklevel=5)
+            self.fix = f"; {name!r} was {difference}: {pin}"
+
+    def build(self, limit: MemoryLimit) -> Any:
+        """The module, or, where `limit` is a plan, the module on the meta device or None where that fails."""
+        try:
+            if limit.plan:
+                return plan(self.spec.build, limit)
+            with limit:
+                module = self.spec.build()
+        except UnknownNameError as error:
+            if self.spec.distribution == ADDED:
+                raise MissingPluginError(
+                    f"{self.where} was added by hand as {self.component}: call "
+                    f"vitkit.REGISTRIES[{self.spec.kind!r}].add({self.spec.name!r}, ...) with the same class before loading"
+                ) from None
+            raise CheckpointError(f"{self.where} cannot be built: {error}{self.fix}") from None
+        except Exception as error:  # a plugin's factory may raise anything
+            message = str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
+            raise CheckpointError(f"{self.where} cannot be built: {limit.exceeded or message}{self.fix}") from error
+        if not isinstance(module, nn.Module):
+            raise CheckpointError(
+                f"{self.where}: {self.component} is no torch module but a {type(module).__name__}{self.fix}"
+            )
+        return module
 
 
 def _is_free(name: str) -> bool:
     """Whether a module of a model can have this name: `model.<name>` is not something else already."""
     empty = Model({}, {"classes": [], "preprocessing": {}})
-    return name.isidentifier() and not keyword.iskeyword(name) and not hasattr(empty, name)
+    return (
+        len(name) <= MAX_NAME_CHARACTERS
+        and name.isidentifier()
+        and not keyword.iskeyword(name)
+        and not hasattr(empty, name)
+    )
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG
     if not directory.is_dir():
-        there = "that is a file" if directory.exists() else "no such directory"
-        raise CheckpointError(f"no model at {directory}: {there}; give a directory that a run saved into")
+        reason = "that is a file" if directory.exists() else "no such directory"
+        raise CheckpointError(f"no model at {directory}: {reason}; give a directory that a run saved into")
     config = read_json(path)
     if not isinstance(config, dict) or config.get("library") != "vitkit":
         raise CheckpointError(f'{path} is no vitkit config: expected an object with "library": "vitkit"')
@@ -219,100 +225,54 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 
 def _check_fields(path: Path, config: Mapping[str, Any]) -> None:
-    wanted = {"modules": dict, "preprocessing": dict, "classes": list, "arguments": dict, "weights": dict}
-    for key, kind in wanted.items():
+    types = {"modules": dict, "preprocessing": dict, "classes": list, "arguments": dict, "weights": dict}
+    for key, kind in types.items():
         if not isinstance(config.get(key), kind):
             raise CheckpointError(f"{path}: {key!r} should be a {kind.__name__}, is {config.get(key)!r:.60}")
     if not all(isinstance(name, str) for name in config["classes"]):
         raise CheckpointError(f"{path}: 'classes' should be a list of names, is {config['classes']!r:.60}")
+    if len(config["modules"]) > MAX_MODULES:
+        raise CheckpointError(f"{path} has {len(config['modules']):,} modules; a saved model has at most {MAX_MODULES}")
     try:
         if config["preprocessing"]:
-            Preprocessing.from_json(config["preprocessing"])
+            channels, height, width = Preprocessing.from_json(config["preprocessing"]).shape
+            if min(channels, height, width) < 1 or max(channels, height, width) > MAX_PIXELS:
+                raise UsageError(
+                    f"preprocessing has the shape ({channels:.3g}, {height:.3g}, {width:.3g}); expected 1 to {MAX_PIXELS:,} each"
+                )
     except (UsageError, OverflowError) as error:
         raise CheckpointError(f"{path}: {error}") from None
 
 
-def _read_weights(directory: Path, recorded: Mapping[str, Any]) -> dict[str, Tensor]:
-    path = directory / WEIGHTS
-    try:
-        size = plain_size(path)
-        body = path.read_bytes() if size == recorded.get("bytes") else b""
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}; {AGAIN}") from None
-    if size != recorded.get("bytes"):
+def _open_weights(directory: Path, config: Mapping[str, Any]) -> TensorFile:
+    recorded = config["weights"]
+    return TensorFile(directory / WEIGHTS, recorded.get("bytes"), recorded.get("sha256"), CONFIG)
+
+
+def _check_state(weights: TensorFile, modules: Mapping[str, Any], parts: list[_Part]) -> None:
+    """`CheckpointError` where the saved tensors are not exactly those of the modules; nothing where a module is only planned."""
+    built = {name: state_shapes(module) for name, module in modules.items()}
+    expected: Shapes = {
+        f"{name}.{key}": value for name, state in built.items() if state is not None for key, value in state.items()
+    }
+    unknown = tuple(f"{name}." for name, state in built.items() if state is None)
+    fix = "".join(part.fix for part in parts)
+    missing = sorted(expected.keys() - weights.shapes.keys())
+    extra = sorted(key for key in weights.shapes.keys() - expected.keys() if not key.startswith(unknown))
+    if missing or extra:
         raise CheckpointError(
-            f"{path} has {size} bytes, its config says {recorded.get('bytes')!r:.40}: cut short or foreign; {AGAIN}"
+            f"{weights.path} does not fit its config: lacks {_some(missing)}; does not belong: {_some(extra)}{fix}"
         )
-    try:
-        tensors = read_tensors(body)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is no safetensors file ({error}); {AGAIN}") from None
-    if hashlib.sha256(body).hexdigest() != recorded.get("sha256"):
-        raise CheckpointError(
-            f"{path} is not the file that was saved: its SHA-256 differs from the one in {CONFIG}; {AGAIN}"
-        )
-    return tensors
-
-
-def _build(directory: Path, name: str, data: Any, most: int, parameters: int) -> tuple[nn.Module, str]:
-    """A module, and how to mend it where another version of its plugin is installed than it was saved with."""
-    where = f"{directory / CONFIG}: module {name!r}"
-    try:
-        spec = Spec.from_json(data)
-    except UsageError as error:
-        raise CheckpointError(f"{where}: {error}") from None
-    if not _is_free(name):
-        raise CheckpointError(f"{where} has a name that no attribute of a model can have")
-    if spec.kind not in KINDS:
-        raise CheckpointError(f"{where} is of kind {spec.kind!r:.40}; a saved model is built from {', '.join(KINDS)}")
-    what, saved, here = f"the {spec.kind} {spec.name!r}", data.get("version"), version_of(spec.distribution)
-    pin = f"pip install '{spec.distribution}=={saved}'" if saved else f"pip install '{spec.distribution}'"
-    mend = ""
-    if spec.distribution != ADDED:
-        if here is None:
-            raise MissingPluginError(f"{where} is {what} of {spec.distribution} {saved}, which is not installed: {pin}")
-        if here != saved:
-            said = f"saved with {spec.distribution} {saved}, installed is {here}"
-            warnings.warn(f"{where} was {said}", VersionWarning, stacklevel=4)
-            mend = f"; {name!r} was {said}: {pin}"
-    try:
-        check_size(spec.build, most, parameters)
-        module = spec.build()
-    except UnknownNameError as error:
-        if spec.distribution == ADDED:
-            raise MissingPluginError(
-                f"{where} was added by hand as {what}: call vitkit.REGISTRIES[{spec.kind!r}].add({spec.name!r}, ...) "
-                f"with the same class before loading"
-            ) from None
-        raise CheckpointError(f"{where} cannot be built: {error}{mend}") from None
-    except Exception as error:  # a plugin's factory may raise anything
-        said = str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{where} cannot be built: {said}{mend}") from error
-    if not isinstance(module, nn.Module):
-        raise CheckpointError(f"{where}: {what} is no torch module but a {type(module).__name__}{mend}")
-    return module, mend
-
-
-def _check_tensors(directory: Path, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], mend: str) -> None:
-    path = directory / WEIGHTS
-    wanted = {f"{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
-    lacks, foreign = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
-    if lacks or foreign:
-        raise CheckpointError(
-            f"{path} does not fit its config: lacks {_some(lacks)}; does not belong: {_some(foreign)}{mend}"
-        )
-    for key, value in wanted.items():
-        found = tensors[key]
-        if value.shape != found.shape:
-            raise CheckpointError(
-                f"{path}: {key} has the shape {tuple(found.shape)}, its config builds {tuple(value.shape)}{mend}"
-            )
-        if value.dtype != found.dtype:
-            raise CheckpointError(f"{path}: {key} is {found.dtype}, its config builds {value.dtype}{mend}")
+    for key, (shape, dtype) in expected.items():
+        saved_shape, saved_dtype = weights.shapes[key]
+        if shape != saved_shape:
+            raise CheckpointError(f"{weights.path}: {key} has the shape {saved_shape}, its config builds {shape}{fix}")
+        if dtype != saved_dtype:
+            raise CheckpointError(f"{weights.path}: {key} is {saved_dtype}, its config builds {dtype}{fix}")
 
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") if names else "nothing"
 
 
-__all__ = ["Model", "VersionWarning", "check", "load", "save"]
+__all__ = ["ArchitectureWarning", "VersionWarning", "check", "load", "save"]

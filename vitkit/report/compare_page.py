@@ -94,9 +94,9 @@ def _lines(axis: Axes, comparison: Comparison, name: str, series: Sequence[Serie
     present = [column for column in series if column]
     handles = [draw(axis, column, **_look(place)) for place, column in enumerate(series) if column]
     values = np.concatenate([column.finite for column in present])
-    lines = {("chance", record.chance(name)) for record in comparison.records}
-    lines |= {("uninformed", record.bound("uninformed", name)) for record in comparison.records if name in record.losses}
-    for label, value in lines:
+    lines = [("chance", record.chance(name)) for record in comparison.records]
+    lines += [("uninformed", record.bound("uninformed", name)) for record in comparison.records]
+    for label, value in dict.fromkeys(lines):
         # The differences between curves matter here: a line far away from the curves would press them flat.
         if value is not None and values.min() - np.ptp(values) <= value <= values.max() + np.ptp(values):
             axis.axhline(value, color=MUTED, linestyle=CHANCE, linewidth=1.0)

@@ -126,7 +126,7 @@ class Comparison:
 def read_runs(directories: Sequence[Path]) -> Comparison:
     """Read run directories; the shortest ends of their paths that differ become their names.
 
-    Raises `UsageError` for fewer than two, for one given twice and for a directory that holds no run.
+    Raises `UsageError` for fewer than two directories, for the same one twice, and for one that holds no run.
     """
     for directory in directories:
         _check(directory)

@@ -144,13 +144,13 @@ def pace(record: Record) -> Plot | None:
     columns = {name: series for name, series in record.pace.items() if series}
     if not columns:
         return None
-    figure, axes = panels(len(columns), height=3.4, width=5.6)
+    figure, axes = panels(len(columns))
     for name, axis, color in zip(columns, axes, (PALETTE[6], PALETTE[7]), strict=False):
         draw(axis, columns[name], color=color)
         fit_axes(axis, [columns[name]], from_zero=True)
         axis.set_title(PACE[name])
     alt = " ".join(_description(PACE[name], series) for name, series in columns.items())
-    return Plot("pace", "Learning rate and speed", figure, alt)
+    return Plot("pace", "Learning rate and speed", figure, alt, wide=len(columns) > 1)
 
 
 def bars(record: Record) -> Plot | None:
@@ -161,11 +161,13 @@ def bars(record: Record) -> Plot | None:
         return None
     figure, (axis,) = panels(1)
     figure.set_size_inches(5.6, 1.5 + 0.34 * len(final))
-    legend: dict[str, Line2D | Patch] = {}
+    colors = {record.split(name): SPLIT_COLORS.get(record.split(name), PALETTE[2]) for name in final}
+    legend: dict[str, Line2D | Patch] = {
+        drawable(SPLITS.get(split, split)) or "last value": Patch(color=color) for split, color in colors.items()
+    }
     marks: dict[str, str] = {}
     for row, (name, value) in enumerate(final.items()):
-        color = SPLIT_COLORS.get(record.split(name), PALETTE[2])
-        legend.setdefault(SPLITS.get(record.split(name), record.split(name)) or "last value", Patch(color=color))
+        color = colors[record.split(name)]
         axis.barh(row, value, color=color, height=0.66)
         axis.annotate(format_number(value), (1.02, row), va="center", fontsize=8.5, fontweight="bold", annotation_clip=False)
         ticks: list[tuple[str, Any, float | None]] = [("chance", (0, (2, 1.2)), record.chance(name))]

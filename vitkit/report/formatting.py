@@ -20,7 +20,9 @@ def split_topk(name: str) -> tuple[str, int] | None:
 
 
 def title_of(name: str) -> str:
-    """`m1_top3` → `M1 top-3`, `linear_top1` → `linear top-1`."""
+    """`m1_top3` → `M1 top-3`, `val_linear_top1` → `linear top-1 (validation)`."""
+    if name.startswith("val_"):
+        return f"{title_of(name.removeprefix('val_'))} (validation)"
     name = re.sub(r"_?\btop_?(\d+)$|_top_?(\d+)$", lambda match: f" top-{match[1] or match[2]}", name)
     return re.sub(r"\b[a-z]\d\b", lambda match: match[0].upper(), name.replace("_", " ").strip())
 

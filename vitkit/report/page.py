@@ -119,7 +119,7 @@ def _banners(record: Record) -> list[Banner]:
     if stuck := uninformed_losses(record):
         text = "A prediction that uses no information about its input has this loss: so far the model may have learned nothing."
         advice = "Usual causes: too high or too low a learning rate, labels that do not belong to their images, or too few steps."
-        banners.append(Banner("error", "The loss is where an uninformed prediction is", (*stuck, text, advice)))
+        banners.append(Banner("error", "The loss is that of an uninformed prediction", (*stuck, text, advice)))
     return banners
 
 
@@ -136,12 +136,12 @@ def uninformed_losses(record: Record) -> list[str]:
 
 def _cards(record: Record, results: Sequence[Result]) -> list[dict[str, Any]]:
     """A card for each metric, of several k for the smallest; for the loss if there is no metric."""
-    shown = [result for result in results if result.name != "loss" and np.isfinite(record.final[result.main])]
+    finite = [result for result in results if result.name != "loss" and np.isfinite(record.final[result.main])]
     smallest: dict[str, int] = {}
-    for result in shown:
+    for result in finite:
         if topk := split_topk(result.name):
             smallest[topk[0]] = min(topk[1], smallest.get(topk[0], topk[1]))
-    chosen = [result for result in shown if not (topk := split_topk(result.name)) or smallest[topk[0]] == topk[1]]
+    chosen = [result for result in finite if not (topk := split_topk(result.name)) or smallest[topk[0]] == topk[1]]
     if not chosen and record.losses.get("loss"):
         value = format_number(record.losses["loss"].last)
         return [{"title": "loss", "split": SPLITS["train"], "value": value, "error": "", "meter": None, "lines": []}]
@@ -178,7 +178,10 @@ def _card(record: Record, result: Result) -> dict[str, Any]:
 
 
 def _table(record: Record, results: Sequence[Result]) -> dict[str, Any] | None:
-    """The results as a table: a row for each metric, its splits side by side."""
+    """The results as a table: a row for each metric, its splits side by side; the training loss stands below."""
+    loss = next((result for result in results if result.name == "loss"), None)
+    results = [result for result in results if result != loss]
+    below = f"Training loss {format_number(record.final['loss'])}, best {_best(record, loss)}; a mean over an epoch." if loss else ""
     if not results:
         return None
     splits = list(dict.fromkeys(split for result in results for split in result.metrics if split))
@@ -203,7 +206,7 @@ def _table(record: Record, results: Sequence[Result]) -> dict[str, Any] | None:
         })  # fmt: skip
     words = [*(SPLITS.get(split, split) for split in splits), *(["last"] if unknown else [])]
     head = ["metric", *words, "best", "chance", *(["untrained"] if any_untrained else []), *labels, "how it was measured"]
-    return {"head": head, "rows": rows, "has_validation": "val" in splits}
+    return {"head": head, "rows": rows, "has_validation": "val" in splits, "loss": below}
 
 
 def _best(record: Record, result: Result) -> str:
@@ -214,22 +217,22 @@ def _best(record: Record, result: Result) -> str:
         return "–"
     series = record.metrics.get(result.main)
     if chooser != result.main and series is not None and best[1] in series.epochs:
-        return f"{format_number(float(series.values[series.epochs == best[1]][-1]))} (epoch {best[1]}, by validation)"
+        return f"{format_number(float(series.values[series.epochs == best[1]][-1]))} (epoch {best[1]})"
     return f"{format_number(best[0])} (epoch {best[1]})"
 
 
 def _protocol(record: Record, result: Result) -> str:
     protocol = record.protocol(result.main)
     if not protocol:
-        return "mean over the last epoch's training batches" if result.name == "loss" else "not recorded"
+        return "not recorded"
     pieces = [f"frozen: {protocol['frozen']}"] if protocol.get("frozen") else []
     pieces += [f"{SPLITS.get(record.split(result.main), record.split(result.main))} split"] if record.split(result.main) else []
     if as_float(protocol.get("samples")) >= 0:
-        pieces.append(f"{int(protocol['samples']):,} samples")
+        pieces.append(f"{as_float(protocol['samples']):,.0f} samples")
     pieces += [str(protocol["note"])] if protocol.get("note") else []
     validation = result.metrics.get("val", result.main)
     if validation != result.main and as_float(record.protocol(validation).get("samples")) >= 0:
-        pieces.append(f"validation split: {int(record.protocol(validation)['samples']):,} samples")
+        pieces.append(f"validation split: {as_float(record.protocol(validation)['samples']):,.0f} samples")
     return "; ".join(pieces)
 
 
@@ -251,13 +254,14 @@ def _data(record: Record) -> dict[str, Any] | None:
     rows: dict[str, Any] = {"name": data.get("name")}
     if data.get("asked") not in (None, data.get("name")):
         rows["requested"] = data["asked"]
-    if data.get("shape"):
-        rows["image shape"] = " × ".join(map(str, data["shape"])) + " (channels × height × width)"
+    shape, classes = (item if isinstance(item := data.get(name), list) else [] for name in ("shape", "classes"))
+    if shape:
+        rows["image shape"] = " × ".join(map(str, shape)) + " (channels × height × width)"
     for split, word in SPLITS.items():
         if as_float(data.get(split)) >= 0:
-            rows[f"{word} images"] = f"{int(data[split]):,}"
+            rows[f"{word} images"] = f"{as_float(data[split]):,.0f}"
     rows |= {name: data[name] for name in ("source", "licence") if data.get(name)}
-    return {"rows": rows, "classes": [str(name) for name in data.get("classes") or []]}
+    return {"rows": rows, "classes": classes}
 
 
 def _timing(record: Record) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def legend_below(axes: Axes, handles: Sequence[Artist], labels: Sequence[str], c
         handles,
         [drawable(label, 40) for label in labels],
         loc="upper center",
-        bbox_to_anchor=(0.5, -0.2),
+        bbox_to_anchor=(0.5, -0.24),
         ncols=columns,
         handlelength=1.8,
         columnspacing=1.2,

@@ -68,8 +68,8 @@ def _environment() -> Environment:
 
 def _value(item: Any) -> Any:
     """An argument as a person would type it."""
-    if item is None or item == "":
-        return Markup('<span class="muted">{}</span>').format("none" if item is None else "empty")
+    if item is None or item in ("", [], {}):
+        return Markup('<span class="muted">{}</span>').format("empty" if item == "" else "none")
     if isinstance(item, bool):
         return "yes" if item else "no"
     if isinstance(item, list | tuple):

@@ -17,15 +17,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from vitkit.arguments import check_arguments
 from vitkit.data.dataset import ImageDataset, from_store
 from vitkit.data.store import Stored
 from vitkit.errors import ConformanceError, UnknownNameError, UsageError, nearest
-from vitkit.registry import ADDED, REGISTRIES, Spec, canonical, check_arguments
+from vitkit.registry import ADDED, REGISTRIES, Spec, canonical
 
 USUAL: dict[str, Any] = {
     "in_dim": 16, "out_dim": 4, "num_classes": 3, "in_chans": 3, "img_size": 32, "vocab_size": 32, "context_length": 8,
 }  # fmt: skip
-"""Small values for required arguments by their usual names; `root` is a folder of pictures made for the occasion."""
+"""Small values for required arguments by their usual names; `root` is a folder of made-up images."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Case:
             return REGISTRIES[self.kind].build(name, **self.kwargs)
 
     def rebuild(self, built: Any, seed: int = 0) -> Any:
-        """Build it from what a saved model would know of it: the Spec as JSON, or a bare factory's arguments."""
+        """Build it from the record of a saved model: the Spec as JSON, or a bare factory's arguments."""
         torch.manual_seed(seed)
         with _store(self.store):
             if not self.distribution:
@@ -67,14 +68,14 @@ class Case:
             return Spec.from_json(json.loads(json.dumps(built.spec.to_json()))).build()
 
     def inputs(self, built: Any, samples: int, seed: int = 1) -> dict[str, Any]:
-        """What it is called with, by argument name: `samples` samples drawn at `seed`."""
+        """The arguments of a call by name: `samples` samples drawn at `seed`."""
         torch.manual_seed(seed)
-        own = self.draw(samples) if self.draw is not None else {}
-        if own:
-            return own
+        declared = self.draw(samples) if self.draw is not None else {}
+        if declared:
+            return declared
         if self.kind == "loss":
             raise ConformanceError(
-                f"{self} does not say what it is called with; give its class a static method "
+                f"{self} does not declare its inputs; give its class a static method "
                 f"vitkit_example(samples) -> (arguments, inputs), see vitkit/contracts.py"
             )
         if self.kind == "evaluator":
@@ -102,9 +103,9 @@ class Case:
 def make_case(
     kind: str, name: str, factory: Callable[..., Any], given: dict[str, Any], distribution: str = "", skip: int = 0
 ) -> Case:
-    """The example of a factory: its own `vitkit_example`, or required arguments by their usual names; `given` win.
+    """The example of a factory: its own `vitkit_example`, or required arguments by their usual names; the arguments in `given` win.
 
-    `skip` counts first arguments that are fixed already, as the name of a family's member is.
+    `skip` is the number of leading arguments that are fixed, such as the name of a family's member.
     """
     example = getattr(factory, "vitkit_example", None)
     parameters = list(_parameters(factory).values())
@@ -119,7 +120,7 @@ def make_case(
         if parameter.default is not parameter.empty or parameter.name in kwargs:
             continue
         if parameter.name == "root":
-            kwargs["root"], store = str(pictures() / "pictures"), pictures() / "store"
+            kwargs["root"], store = str(image_folder() / "images"), image_folder() / "store"
         elif parameter.name in USUAL:
             kwargs[parameter.name] = USUAL[parameter.name]
     return Case(kind, name, factory, kwargs, distribution, store=store)
@@ -127,7 +128,7 @@ def make_case(
 
 @contextmanager
 def _store(folder: Path | None) -> Iterator[None]:
-    """With `folder` as the dataset store, so that checking leaves nothing in the user's own."""
+    """Use `folder` as the dataset store, so that a check leaves nothing in the user's store."""
     before = os.environ.get("VITKIT_DATA")
     if folder is not None:
         os.environ["VITKIT_DATA"] = str(folder)
@@ -147,18 +148,18 @@ def _parameters(factory: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
 
 
 def _example(what: str, example: Callable[[int], Any], samples: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    found = example(samples)
-    if not isinstance(found, tuple) or len(found) != 2 or not all(isinstance(part, dict) for part in found):
+    answer = example(samples)
+    if not isinstance(answer, tuple) or len(answer) != 2 or not all(isinstance(part, dict) for part in answer):
         raise ConformanceError(
-            f"vitkit_example of {what} returned {found!r:.80}; expected two dicts, (arguments, inputs), for a number of samples"
+            f"vitkit_example of {what} returned {answer!r:.80}; expected two dicts, (arguments, inputs), for a number of samples"
         )
-    return found
+    return answer
 
 
 def find(asked: str, kind: str | None = None, **given: Any) -> list[Case]:
     """The cases of a distribution, of a registered name in every kind that has it, or of DISTRIBUTION:NAME.
 
-    Raises `UnknownNameError` where nothing installed is called so, `UsageError` for arguments to a whole distribution.
+    Raises `UnknownNameError` where nothing installed has that name, and `UsageError` for arguments to several components.
     """
     registries = [registry for registry in REGISTRIES.values() if kind in (None, registry.kind)]
     entries = [
@@ -168,14 +169,14 @@ def find(asked: str, kind: str | None = None, **given: Any) -> list[Case]:
         if canonical(entry.distribution) == canonical(asked)
     ]
     if entries and given and len(entries) > 1:
-        names = ", ".join(entry.name for entry in entries)
-        raise UsageError(f"arguments go with one name, and {asked} registers {names}; name one of them")
+        several = ", ".join(entry.name for entry in entries)
+        raise UsageError(f"arguments go with one name, and {asked} registers {several}; name one of them")
     if not entries:
         short = asked.rpartition(":")[2]
         entries = [registry.entry(asked) for registry in registries if short in registry]
     if not entries:
-        known = sorted({word for r in registries for e in r.entries() for word in (e.name, e.distribution)})
-        raise UnknownNameError(f"nothing installed is called {asked!r}{nearest(asked, known) or ';'} known: {', '.join(known)}")
+        names = sorted({word for r in registries for e in r.entries() for word in (e.name, e.distribution)})
+        raise UnknownNameError(f"nothing installed is called {asked!r}{nearest(asked, names) or ';'} known: {', '.join(names)}")
     cases = []
     for entry in entries:
         factory = replace(entry, member=None).load()
@@ -183,11 +184,11 @@ def find(asked: str, kind: str | None = None, **given: Any) -> list[Case]:
     return cases
 
 
-def small_dataset(train: int = 24, test: int = 12) -> ImageDataset:
+def small_dataset(train: int = 24, val: int = 6, test: int = 12) -> ImageDataset:
     """Made-up grey images `(1 8 8)` of three classes that differ in brightness."""
     generator = torch.Generator().manual_seed(0)
     tensors = {}
-    for split, count in (("train", train), ("test", test)):
+    for split, count in (("train", train), ("val", val), ("test", test)):
         labels = torch.arange(count) % 3
         noise = torch.randint(0, 60, (count, 1, 8, 8), generator=generator)
         tensors[f"{split}.images"] = (labels.view(-1, 1, 1, 1) * 90 + noise).to(torch.uint8)
@@ -196,7 +197,7 @@ def small_dataset(train: int = 24, test: int = 12) -> ImageDataset:
 
 
 class SmallBackbone(nn.Module):
-    """Images `(b 1 8 8)` → sixteen tokens of eight dimensions: patches of 2×2 pixels, mapped linearly."""
+    """Images `(b 1 8 8)` → sixteen tokens of eight dimensions: patches of 2×2 pixels under a linear map."""
 
     embed_dim = 8
 
@@ -229,12 +230,12 @@ def small_model() -> SmallModel:
 
 
 @cache
-def pictures() -> Path:
-    """A folder with made-up `pictures`, four in each of two classes, kept until the process ends."""
-    holder = tempfile.TemporaryDirectory(prefix="vitkit-pictures-")
+def image_folder() -> Path:
+    """A folder with made-up `images`, four in each of two classes, kept until the process ends."""
+    holder = tempfile.TemporaryDirectory(prefix="vitkit-images-")
     atexit.register(holder.cleanup)
     for number, label in enumerate(("dark", "light")):
-        folder = Path(holder.name) / "pictures" / label
+        folder = Path(holder.name) / "images" / label
         folder.mkdir(parents=True)
         for index in range(4):
             pixels = np.full((16, 16, 3), 60 + 120 * number + 10 * index, dtype=np.uint8)

@@ -1,6 +1,5 @@
-"""What backbones, heads and losses have in common: parameters, gradients, precision, modes, seeds, saving."""
+"""What backbones, heads and losses must do alike: gradients, precision, modes, seeds, state, small batches."""
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,25 +12,24 @@ from vitkit.errors import ConformanceError, UsageError
 from vitkit.testing.cases import Case
 
 SAMPLES = 3
-_NOT_OWN = ("builtins", "torch", "abc", "typing")
 CLOSE = 0.1
-"""How far results under bf16 may lie from those in fp32, as a share of their norm: its eight bits, through some layers."""
+"""Largest distance of results under bf16 from those in fp32, as a share of their norm: eight bits of precision, through some layers."""
 
 
 def outputs(case: Case, module: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Every floating tensor that a call gives, by name; for backbones also what their `encode_*` give."""
-    found = _flat("output", module(**inputs))
+    """Every floating tensor that a call returns, by name; for backbones also the results of their `encode_*` methods."""
+    results = _flat("output", module(**inputs))
     if case.kind != "backbone":
-        return found
+        return results
     x = next(iter(inputs.values()))
     is_image = isinstance(x, Tensor) and x.ndim == 4
     for name in ("encode_image", "encode_latent"):
         if is_image and hasattr(module, name):
-            found |= _flat(name, getattr(module, name)(x))
+            results |= _flat(name, getattr(module, name)(x))
     if is_image and hasattr(module, "encode_label"):
         classes = int(getattr(module, "num_classes", 1))
-        found |= _flat("encode_label", module.encode_label(torch.arange(len(x)) % classes))
-    return found
+        results |= _flat("encode_label", module.encode_label(torch.arange(len(x)) % classes))
+    return results
 
 
 def _flat(name: str, value: Any) -> dict[str, Tensor]:
@@ -41,24 +39,24 @@ def _flat(name: str, value: Any) -> dict[str, Tensor]:
     return {key: tensor for part, item in items for key, tensor in _flat(f"{name}[{part!r}]", item).items()}
 
 
-def objective(case: Case, found: Mapping[str, Tensor]) -> Tensor:
-    """A scalar that depends on every output: a loss's own, or else each output weighed with fixed random numbers."""
+def objective(case: Case, results: Mapping[str, Tensor]) -> Tensor:
+    """A scalar that depends on every output: the loss, or each output weighted with fixed random numbers."""
     if case.kind == "loss":
-        return found["output['loss']"]
+        return results["output['loss']"]
     generator = torch.Generator().manual_seed(0)
-    return sum(((t.float() * torch.randn(t.shape, generator=generator)).sum() for t in found.values()), torch.zeros(()))
+    return sum(((t.float() * torch.randn(t.shape, generator=generator)).sum() for t in results.values()), torch.zeros(()))
 
 
 def built_module(case: Case, seed: int = 0) -> nn.Module:
-    """The component, or `ConformanceError` where it is no torch module."""
+    """The component; `ConformanceError` where it is not a torch module."""
     module = case.build(seed)
     if not isinstance(module, nn.Module):
         raise ConformanceError(f"{case} is a {type(module).__name__}; expected an nn.Module, which can be trained and saved")
     return module
 
 
-def finite(case: Case, found: Mapping[str, Tensor], where: str) -> None:
-    for name, tensor in found.items():
+def finite(case: Case, results: Mapping[str, Tensor], where: str) -> None:
+    for name, tensor in results.items():
         if not bool(tensor.isfinite().all()):
             raise ConformanceError(
                 f"{case} gives numbers in {name} that are not finite {where}; look for divisions by zero, logarithms, roots and "
@@ -66,38 +64,13 @@ def finite(case: Case, found: Mapping[str, Tensor], where: str) -> None:
             )
 
 
-def check_docstring(case: Case) -> str:
-    """A sentence, the shapes of tensors, every required argument, and what a loss does across ranks."""
-    text = inspect.getdoc(case.factory) or ""
-    first = text.strip().split("\n\n")[0].replace("\n", " ")
-    bases = inspect.getmro(case.factory) if inspect.isclass(case.factory) else ()
-    text = "\n".join([text, *(base.__doc__ or "" for base in bases if base.__module__.split(".")[0] not in _NOT_OWN)])
-    if not first or first == (nn.Module.__doc__ or "").strip().split("\n")[0]:
-        raise ConformanceError(f"{case} has no docstring; its first sentence is the line that `vitkit list` shows")
-    if not any(mark in first for mark in ".:"):
-        raise ConformanceError(f"the docstring of {case} begins with {first!r:.60}; expected a sentence with a full stop")
-    signature = inspect.signature(case.factory).parameters.values()
-    required = [p.name for p in signature if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    unnamed = [name for name in required if name not in text]
-    if unnamed:
-        raise ConformanceError(f"the docstring of {case} does not name its argument {', '.join(unnamed)}; say what it is")
-    shaped = "`(" in text or (case.kind == "loss" and "scalar" in text)
-    if case.kind in ("backbone", "head", "loss") and not shaped:
-        raise ConformanceError(f"the docstring of {case} names no shape; write e.g. `(b d)` → `(b k)`, in backticks")
-    if case.kind == "loss" and "rank" not in text.lower() and "process" not in text.lower():
-        raise ConformanceError(
-            f"the docstring of {case} does not say what it does across ranks; e.g. 'Ranks: the whole batch's mean on each.'"
-        )
-    return f"{len((inspect.getdoc(case.factory) or '').splitlines())} lines"
-
-
 def check_gradients(case: Case) -> str:
-    """Every parameter that is trained gets a finite gradient, and an input that can have one too."""
+    """Every trained parameter gets a finite gradient, and so does an input of floats."""
     module = built_module(case).train()
     inputs = {k: _with_gradient(v) for k, v in case.inputs(module, SAMPLES).items()}
-    found = outputs(case, module, inputs)
-    finite(case, found, "in training mode")
-    total = objective(case, found)
+    results = outputs(case, module, inputs)
+    finite(case, results, "in training mode")
+    total = objective(case, results)
     if not total.requires_grad:
         raise ConformanceError(f"{case} gives a result without gradient; do not detach it or use no_grad in training mode")
     total.backward()
@@ -155,7 +128,7 @@ def check_precision(case: Case) -> str:
 
 
 def check_modes(case: Case) -> str:
-    """In evaluation mode: the same answer twice, a sample's own whatever its neighbours are, nothing drawn or updated."""
+    """In evaluation mode: equal results in two calls, independent of the other samples; nothing is drawn or updated."""
     module = built_module(case)
     inputs = case.inputs(module, SAMPLES)
     torch.manual_seed(2)
@@ -169,13 +142,13 @@ def check_modes(case: Case) -> str:
         first, second = outputs(case, module, inputs), outputs(case, module, inputs)
     changed = [name for name, value in module.state_dict().items() if not torch.equal(value, before[name])]
     if changed:
-        raise ConformanceError(f"{case} changes {_some(changed)} in evaluation mode; update them where self.training alone")
+        raise ConformanceError(f"{case} changes {_some(changed)} in evaluation mode; update them only where self.training")
     if {n: t.shape for n, t in trained.items()} != {n: t.shape for n, t in first.items()}:
         raise ConformanceError(f"{case} gives other shapes in evaluation mode than in training mode")
     if case.kind == "loss":  # it may draw directions or negatives at each call
         return "trains, evaluates"
     if not torch.equal(torch.random.get_rng_state(), state):
-        raise ConformanceError(f"{case} draws random numbers in evaluation mode; draw them where self.training alone")
+        raise ConformanceError(f"{case} draws random numbers in evaluation mode; draw them only where self.training")
     for name, tensor in first.items():
         if not torch.equal(tensor, second[name]):
             raise ConformanceError(f"{case}: {name} differs between two calls in evaluation mode")
@@ -197,10 +170,10 @@ def check_determinism(case: Case) -> str:
         module = built_module(case, seed=5).train()
         inputs = {k: _with_gradient(v) for k, v in case.inputs(module, SAMPLES).items()}
         torch.manual_seed(6)
-        found = outputs(case, module, inputs)
-        objective(case, found).backward()
+        results = outputs(case, module, inputs)
+        objective(case, results).backward()
         gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
-        runs.append({"parameters": dict(module.state_dict()), "results": found, "gradients": gradients})
+        runs.append({"parameters": dict(module.state_dict()), "results": results, "gradients": gradients})
     for what, first in runs[0].items():
         second = runs[1][what]
         differing = [name for name in first if not torch.equal(first[name], second[name])]
@@ -213,12 +186,12 @@ def check_determinism(case: Case) -> str:
 
 
 def check_state(case: Case) -> str:
-    """The state dict through safetensors into another instance, which then gives the same bit for bit."""
+    """The state dict goes through safetensors into another instance, which then gives the same results to the bit."""
     module, other = built_module(case, seed=0).eval(), built_module(case, seed=1).eval()
     state = module.state_dict()
     odd = [key for key, value in state.items() if not isinstance(value, Tensor)]
     if odd:
-        raise ConformanceError(f"{case}: the state {_some(odd)} is no tensor, and safetensors holds tensors alone")
+        raise ConformanceError(f"{case}: the state {_some(odd)} is not a tensor, and safetensors holds only tensors")
     body = to_bytes({key: value.clone(memory_format=torch.contiguous_format) for key, value in state.items()})
     try:
         other.load_state_dict(read_tensors(body), strict=True)
@@ -233,48 +206,35 @@ def check_state(case: Case) -> str:
     differing = [name for name in first if not torch.equal(first[name], second[name])]
     if differing:
         raise ConformanceError(
-            f"{case}: {_some(differing)} differs after loading its state dict; what it computes with and draws or learns "
-            f"must be a parameter or a persistent buffer"
+            f"{case}: {_some(differing)} differs after loading its state dict; drawn or learned values must be "
+            f"parameters or persistent buffers"
         )
     return f"{len(state)} tensors"
 
 
-def check_spec(case: Case) -> str:
-    """Built again from its Spec as JSON: the same class with the same tensors."""
-    built = case.build()
-    again = case.rebuild(built)
-    if type(again) is not type(built):
-        raise ConformanceError(f"{case} is a {type(again).__name__} when rebuilt, was a {type(built).__name__}")
-    if isinstance(built, nn.Module):
-        first, second = ({k: tuple(v.shape) for k, v in m.state_dict().items()} for m in (built, again))
-        if first != second:
-            raise ConformanceError(f"{case} has other tensors when rebuilt from its arguments {case.kwargs!r:.200}")
-    return ", ".join(case.kwargs) or "defaults"
-
-
 def check_batches(case: Case) -> str:
-    """A batch of one sample and one of none: a finite result of that many, or a `UsageError` that says why not."""
+    """A batch of one sample and an empty one: finite results of that many rows, or a `UsageError` that says why not."""
     module = built_module(case).eval()
-    said = []
+    outcomes = []
     for samples in (1, 0):
         inputs = case.inputs(module, samples)
         try:
             with torch.no_grad():
-                found = outputs(case, module, inputs)
+                results = outputs(case, module, inputs)
         except UsageError:
-            said.append("refused")
+            outcomes.append("refused")
             continue
         except Exception as error:
             raise ConformanceError(
                 f"{case} fails with a batch of {samples}: {type(error).__name__}: {error}; give a result, or raise a "
                 f"UsageError that says what it needs"
             ) from error
-        finite(case, found, f"for a batch of {samples}")
-        wrong = [name for name, tensor in found.items() if case.kind != "loss" and len(tensor) != samples]
+        finite(case, results, f"for a batch of {samples}")
+        wrong = [name for name, tensor in results.items() if case.kind != "loss" and len(tensor) != samples]
         if wrong:
-            raise ConformanceError(f"{case}: {_some(wrong)} has not {samples} rows for a batch of {samples}")
-        said.append("works")
-    return f"one: {said[0]}, none: {said[1]}"
+            raise ConformanceError(f"{case}: {_some(wrong)} does not have {samples} rows for a batch of {samples}")
+        outcomes.append("works")
+    return f"one: {outcomes[0]}, none: {outcomes[1]}"
 
 
 def _some(names: list[str]) -> str:

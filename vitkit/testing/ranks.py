@@ -1,4 +1,4 @@
-"""A loss or an evaluator over two processes against one that has all samples."""
+"""Losses and evaluators on two processes, compared with one process that has all samples."""
 
 import json
 import math
@@ -22,30 +22,30 @@ from vitkit.registry import REGISTRIES
 from vitkit.testing.cases import Case, make_case, small_dataset
 
 SIZES = (5, 3)
-"""How many of eight samples each process holds: parts of different sizes tell a mean of means from a mean."""
-MEND = (
-    "statistics of the batch go through vitkit.distributed.collectives: a mean over it is all_reduce_sum(sum) / all_reduce_sum(count), "
-    "other samples come by all_gather, and what is drawn at random for all comes by broadcast"
+"""Samples of each process, eight in all: with different counts a mean of means differs from the mean."""
+SOLUTION = (
+    "statistics of the batch go through vitkit.distributed: a mean over it is all_reduce_sum(sum) / all_reduce_sum(count), "
+    "other ranks' samples come by all_gather, and random draws for all ranks by broadcast"
 )
 
 
 def check_ranks(case: Case) -> str:
-    """Two gloo processes with parts of the batch: the loss and the gradient of one with all of it, by DDP's mean."""
+    """Two gloo processes with parts of the batch give the loss and, by DDP's mean, the gradient of one process with all of it."""
     if not torch.distributed.is_available():
         return "torch was built without processes"
     module = case.build()
-    whole, bigger = case.inputs(module, sum(SIZES)), case.inputs(module, sum(SIZES) + 1)
-    tensors, others = _split(whole)
-    axes = {name: _axis(value, bigger[name]) for name, value in whole.items()}
+    inputs, bigger = case.inputs(module, sum(SIZES)), case.inputs(module, sum(SIZES) + 1)
+    tensors, others = _split(inputs)
+    axes = {name: _axis(value, bigger[name]) for name, value in inputs.items()}
     if tensors and all(axis is None for axis in axes.values()):
         raise ConformanceError(f"{case}: no input grows with the number of samples; see vitkit_example in vitkit/contracts.py")
     expected = _measure(case, {**tensors, **others})
     with tempfile.TemporaryDirectory(prefix="vitkit-ranks-") as folder:
         _write(tensors, Path(folder) / "inputs.safetensors")
         _start(case, _worker, folder, _portable(case), others, axes)
-        found = [load_file(Path(folder) / f"{rank}.safetensors") for rank in range(len(SIZES))]
+        results = [load_file(Path(folder) / f"{rank}.safetensors") for rank in range(len(SIZES))]
     for name, value in expected.items():
-        parts = [result[name] for result in found]
+        parts = [result[name] for result in results]
         if name.startswith("input "):  # each process's rows, whose mean over processes is a share of them
             axis = axes[name.removeprefix("input ")]
             parts = [torch.cat(parts, dim=axis) / len(SIZES) if axis is not None else torch.stack(parts).mean(dim=0)]
@@ -55,12 +55,12 @@ def check_ranks(case: Case) -> str:
             if not torch.allclose(part, value, rtol=1e-5, atol=1e-5):
                 gap = float((part - value).abs().max())
                 what = name if name.startswith("part ") else f"the gradient of {name}"
-                raise ConformanceError(f"{case}: {what} in two processes is off by {gap:.3g} from one process's; {MEND}")
+                raise ConformanceError(f"{case}: {what} in two processes is off by {gap:.3g} from one process's; {SOLUTION}")
     return f"{' + '.join(map(str, SIZES))} samples"
 
 
 TEST_IMAGES = 11
-"""What an evaluator is shown: two processes have six and five of them."""
+"""Test images of the check: two processes get six and five of them."""
 
 
 def check_evaluator_ranks(case: Case) -> str:
@@ -68,18 +68,18 @@ def check_evaluator_ranks(case: Case) -> str:
     if not torch.distributed.is_available():
         return "torch was built without processes"
     if case.inputs(case.build(), 8).keys() - {"model", "dataset"}:
-        return "needs inputs of its own"
+        return "takes other inputs"
     expected = _scores(case)
     with tempfile.TemporaryDirectory(prefix="vitkit-ranks-") as folder:
         _start(case, _evaluate, folder, _portable(case))
         for rank in range(len(SIZES)):
-            found = json.loads((Path(folder) / f"{rank}.json").read_text())
+            scores = json.loads((Path(folder) / f"{rank}.json").read_text())
             for name, (value, samples) in expected.items():
-                other = found.get(name, (None, 0))
+                other = scores.get(name, (None, 0))
                 if other[0] is None or not math.isclose(other[0], value, rel_tol=1e-5, abs_tol=1e-5) or other[1] != samples:
                     raise ConformanceError(
                         f"{case}: {name} of {samples} samples is {value:g} in one process, and of {other[1]} samples {other[0]} on "
-                        f"rank {rank} of two; encode this rank's share of the images and all_gather it, see vitkit.distributed.collectives"
+                        f"rank {rank} of two; encode this rank's share of the images and all_gather it, see vitkit.distributed"
                     )
     return f"{TEST_IMAGES} test images"
 
@@ -109,7 +109,7 @@ def _start(case: Case, worker: Any, *arguments: Any) -> None:
             raise ConformanceError(
                 f"{case}: other processes import this script too; put what it does under if __name__ == '__main__':"
             ) from None
-        raise ConformanceError(f"{case} fails in two processes: {str(error).strip().splitlines()[-1]}; {MEND}") from error
+        raise ConformanceError(f"{case} fails in two processes: {str(error).strip().splitlines()[-1]}; {SOLUTION}") from error
 
 
 def _axis(value: Any, bigger: Any) -> int | None:
@@ -130,7 +130,7 @@ def _write(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def _portable(case: Case) -> tuple[Any, ...]:
-    """What another process builds the case from; a registered name is built by name there."""
+    """The values from which another process builds the case; a registered name is built by its name there."""
     return (case.kind, case.name, case.factory, case.kwargs, case.distribution)
 
 
@@ -146,9 +146,9 @@ def _measure(case: Case, inputs: dict[str, Any]) -> dict[str, Tensor]:
     torch.manual_seed(40 + (torch.distributed.get_rank() if torch.distributed.is_initialized() else 0))
     parts = module(**given)
     parts["loss"].backward()
-    found = {f"part {name}": value.detach().float() for name, value in parts.items()}
-    found |= {f"input {k}": v.grad for k, v in given.items() if isinstance(v, Tensor) and v.grad is not None}
-    return found | {f"parameter {k}": p.grad for k, p in module.named_parameters() if p.grad is not None}
+    measured = {f"part {name}": value.detach().float() for name, value in parts.items()}
+    measured |= {f"input {k}": v.grad for k, v in given.items() if isinstance(v, Tensor) and v.grad is not None}
+    return measured | {f"parameter {k}": p.grad for k, p in module.named_parameters() if p.grad is not None}
 
 
 def _leaf(value: Any) -> Any:
@@ -158,12 +158,12 @@ def _leaf(value: Any) -> Any:
 def _worker(rank: int, folder: str, portable: tuple[Any, ...], others: dict[str, Any], axes: dict[str, int | None]) -> None:
     with _process_group(rank, folder):
         tensors = load_file(Path(folder) / "inputs.safetensors")
-        own = {
+        share = {
             name: value if axes[name] is None else value.split(SIZES, dim=axes[name])[rank]
             for name, value in tensors.items()
         }
-        found = _measure(_unpacked(portable), {**own, **others})
-        _write(found, Path(folder) / f"{rank}.safetensors")
+        measured = _measure(_unpacked(portable), {**share, **others})
+        _write(measured, Path(folder) / f"{rank}.safetensors")
 
 
 @contextmanager

@@ -1,6 +1,7 @@
-"""What each kind of module returns: tokens, features, and losses by name."""
+"""What each kind of module must return: tokens, features, or losses by name."""
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,20 +15,20 @@ from vitkit.testing.modules import SAMPLES, built_module, finite, outputs
 
 
 def check_tokens(case: Case) -> str:
-    """Images or ids → tokens `(b n d)` with d = `embed_dim`; pooled features `(b d)`; extra tokens go in and come out."""
+    """Images or ids → tokens `(b n d)` with d = `embed_dim`; pooled features `(b d)`; extra tokens are accepted and returned."""
     module = built_module(case).eval()
     width = getattr(module, "embed_dim", None)
     if not isinstance(width, int):
-        raise ConformanceError(f"{case} has embed_dim {width!r}; expected the whole number of its tokens' dimensions")
+        raise ConformanceError(f"{case} has embed_dim {width!r}; expected the number of its tokens' dimensions, a whole number")
     inputs = case.inputs(module, SAMPLES)
     with torch.no_grad():
         tokens = module(**inputs)
         _expect(case, "the call", tokens, (SAMPLES, None, width))
-        found = outputs(case, module, inputs)
-        finite(case, found, "in evaluation mode")
+        results = outputs(case, module, inputs)
+        finite(case, results, "in evaluation mode")
         for name in ("encode_image", "encode_label"):
-            if name in found:
-                _expect(case, name, found[name], (SAMPLES, found[name].shape[-1]))
+            if name in results:
+                _expect(case, name, results[name], (SAMPLES, results[name].shape[-1]))
         encode_text: Any = getattr(module, "encode_text", None)
         if encode_text is not None:
             text = encode_text([f"sample {number}" for number in range(SAMPLES)])
@@ -43,24 +44,24 @@ def check_features(case: Case) -> str:
     module = built_module(case).eval()
     inputs = case.inputs(module, SAMPLES)
     with torch.no_grad():
-        found = outputs(case, module, inputs)
+        results = outputs(case, module, inputs)
         result = module(**inputs)
-    if not found:
+    if not results:
         raise ConformanceError(f"{case} gives {type(result).__name__}; expected a floating tensor, or a dict of them")
-    finite(case, found, "in evaluation mode")
+    finite(case, results, "in evaluation mode")
     if isinstance(result, Tensor) and "out_dim" in case.kwargs:
         _expect(case, "the call", result, (SAMPLES, case.kwargs["out_dim"], *result.shape[2:]))
-    for name, tensor in found.items():
+    for name, tensor in results.items():
         if not tensor.ndim or len(tensor) != SAMPLES:
             raise ConformanceError(f"{case}: {name} is {tuple(tensor.shape)}; expected {SAMPLES} rows for {SAMPLES} samples")
-    return f"{tuple(next(iter(inputs.values())).shape)} → {', '.join(str(tuple(t.shape)) for t in found.values())}"
+    return f"{tuple(next(iter(inputs.values())).shape)} → {', '.join(str(tuple(t.shape)) for t in results.values())}"
 
 
 def check_parts(case: Case) -> str:
     """A mapping of finite scalar tensors that holds "loss"."""
     module = built_module(case)
     if not isinstance(module, Loss):
-        raise ConformanceError(f"{case} cannot be called")
+        raise ConformanceError(f"{case} is a {type(module).__name__} that is not callable; give it a forward method")
     parts = module(**case.inputs(module, SAMPLES))
     if not isinstance(parts, Mapping) or "loss" not in parts:
         given = f"a mapping of {', '.join(map(str, parts))}" if isinstance(parts, Mapping) else type(parts).__name__
@@ -73,11 +74,27 @@ def check_parts(case: Case) -> str:
     return ", ".join(parts)
 
 
-def _expect(case: Case, what: str, found: object, shape: tuple[int | None, ...]) -> None:
-    given = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-    fits = isinstance(found, Tensor) and found.ndim == len(shape)
-    if isinstance(found, Tensor) and fits:
-        fits = all(want in (None, size) for want, size in zip(shape, found.shape, strict=True))
-    if not isinstance(found, Tensor) or not fits or found.dtype != torch.float32:
+def check_uninformed(case: Case) -> str:
+    """If it offers `uninformed(batch_size)`: a finite number for parts that the loss returns."""
+    module = built_module(case)
+    uninformed: Any = getattr(module, "uninformed", None)
+    if uninformed is None:
+        return "not offered"
+    values = uninformed(SAMPLES)
+    if not isinstance(values, Mapping) or not all(isinstance(value, int | float) and math.isfinite(value) for value in values.values()):
+        raise ConformanceError(f"{case}: uninformed({SAMPLES}) is {values!r:.80}; expected finite numbers by part")
+    parts = module(**case.inputs(module, SAMPLES))
+    unknown = sorted(set(values) - set(parts))
+    if unknown:
+        raise ConformanceError(f"{case}: uninformed names {', '.join(unknown)}; expected parts of the loss: {', '.join(parts)}")
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items()) or "no part has such a value"
+
+
+def _expect(case: Case, what: str, result: object, shape: tuple[int | None, ...]) -> None:
+    given = f"{result.dtype} {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+    fits = isinstance(result, Tensor) and result.ndim == len(shape)
+    if isinstance(result, Tensor) and fits:
+        fits = all(want in (None, size) for want, size in zip(shape, result.shape, strict=True))
+    if not isinstance(result, Tensor) or not fits or result.dtype != torch.float32:
         wanted = ", ".join("n" if size is None else str(size) for size in shape)
         raise ConformanceError(f"{case}: {what} gives {given} for {SAMPLES} samples; expected float32 ({wanted})")

@@ -1,4 +1,4 @@
-"""Which checks a kind has, and how they are run."""
+"""The checks of each kind, and how they are run."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from vitkit.errors import ConformanceError, UsageError, VitkitError, nearest
-from vitkit.testing import data, modules, ranks, shapes
+from vitkit.testing import data, evaluators, modules, ranks, shapes, signatures
 from vitkit.testing.cases import Case, make_case
 
 Check = Callable[[Case], str]
@@ -20,11 +20,21 @@ _MODULES: dict[str, Check] = {
     "state": modules.check_state,
     "batches": modules.check_batches,
 }
-_ALL: dict[str, Check] = {"docstring": modules.check_docstring, "spec": modules.check_spec}
+_ALL: dict[str, Check] = {
+    "docstring": signatures.check_docstring,
+    "spec": signatures.check_spec,
+    "arguments": signatures.check_arguments_of_strangers,
+}
 CHECKS: dict[str, dict[str, Check]] = {
     "backbone": {"shapes": shapes.check_tokens, **_MODULES, **_ALL},
     "head": {"shapes": shapes.check_features, **_MODULES, **_ALL},
-    "loss": {"shapes": shapes.check_parts, **_MODULES, "ranks": ranks.check_ranks, **_ALL},
+    "loss": {
+        "shapes": shapes.check_parts,
+        **_MODULES,
+        "ranks": ranks.check_ranks,
+        "uninformed": shapes.check_uninformed,
+        **_ALL,
+    },
     "dataset": {
         "fields": data.check_dataset_fields,
         "splits": data.check_splits,
@@ -33,15 +43,16 @@ CHECKS: dict[str, dict[str, Check]] = {
         **_ALL,
     },
     "evaluator": {
-        "scores": data.check_scores,
-        "model": data.check_leaves_the_model,
-        "precision": data.check_evaluator_precision,
-        "batches": data.check_small_datasets,
+        "scores": evaluators.check_scores,
+        "val": evaluators.check_val_split,
+        "model": evaluators.check_leaves_the_model,
+        "precision": evaluators.check_evaluator_precision,
+        "batches": evaluators.check_small_datasets,
         "ranks": ranks.check_evaluator_ranks,
         **_ALL,
     },
 }
-"""The checks of each kind by name; a check takes a `Case`, returns what it saw and raises `ConformanceError`."""
+"""The checks of each kind by name. A check takes a `Case`, returns a line on what it saw, and raises `ConformanceError`."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +67,7 @@ class Result:
 
 
 def examine(case: Case, names: Iterable[str] | None = None) -> list[Result]:
-    """Run a case's checks, all or those named, and return how each went; torch's random state stays as it was."""
+    """Run a case's checks, or only the named ones, and return their results; torch's random state stays as it was."""
     checks = CHECKS[case.kind]
     results = []
     for name in checks if names is None else names:
@@ -70,9 +81,9 @@ def examine(case: Case, names: Iterable[str] | None = None) -> list[Result]:
         except ConformanceError as error:
             results.append(Result(case, name, "", str(error)))
         except Exception as error:  # a component may raise anything
-            said = str(error) if isinstance(error, VitkitError) else f"{type(error).__name__}: {error}"
-            what = (checks[name].__doc__ or "").strip()
-            results.append(Result(case, name, "", f"{case}, built with {case.kwargs!r:.200}: {said} (checked: {what})"))
+            message = str(error) if isinstance(error, VitkitError) else f"{type(error).__name__}: {error}"
+            rule = (checks[name].__doc__ or "").strip()
+            results.append(Result(case, name, "", f"{case}, built with {case.kwargs!r:.200}: {message} (checked: {rule})"))
     return results
 
 
@@ -84,25 +95,25 @@ def _check(kind: str, factory: Callable[..., Any], kwargs: dict[str, Any]) -> No
 
 
 def check_backbone(factory: Callable[..., Any], **kwargs: Any) -> None:
-    """Check a backbone's factory, built with `kwargs`; `ConformanceError` with a line for every check that fails."""
+    """Check a backbone's factory, built with `kwargs`; `ConformanceError` with a line for each failed check."""
     _check("backbone", factory, kwargs)
 
 
 def check_head(factory: Callable[..., Any], **kwargs: Any) -> None:
-    """Check a head's factory, built with `kwargs`; `ConformanceError` with a line for every check that fails."""
+    """Check a head's factory, built with `kwargs`; `ConformanceError` with a line for each failed check."""
     _check("head", factory, kwargs)
 
 
 def check_loss(factory: Callable[..., Any], **kwargs: Any) -> None:
-    """Check a loss's factory, built with `kwargs`; `ConformanceError` with a line for every check that fails."""
+    """Check a loss's factory, built with `kwargs`; `ConformanceError` with a line for each failed check."""
     _check("loss", factory, kwargs)
 
 
 def check_dataset(factory: Callable[..., Any], **kwargs: Any) -> None:
-    """Check a dataset's factory, built with `kwargs`; `ConformanceError` with a line for every check that fails."""
+    """Check a dataset's factory, built with `kwargs`; `ConformanceError` with a line for each failed check."""
     _check("dataset", factory, kwargs)
 
 
 def check_evaluator(factory: Callable[..., Any], **kwargs: Any) -> None:
-    """Check an evaluator's factory, built with `kwargs`; `ConformanceError` with a line for every check that fails."""
+    """Check an evaluator's factory, built with `kwargs`; `ConformanceError` with a line for each failed check."""
     _check("evaluator", factory, kwargs)

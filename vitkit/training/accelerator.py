@@ -1,5 +1,6 @@
 """Where and in which precision a run computes: the one file that knows accelerate."""
 
+import math
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -11,21 +12,11 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 from vitkit.errors import UsageError, nearest
+from vitkit.training.processor import bf16_seconds_per_fp32_second, has_fast_bf16, keep_freed_memory
 
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 TRACKERS = ("tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio")
-
-
-def has_fast_bf16(device: str) -> bool:
-    """Whether bf16 products run on the device's own units rather than being emulated."""
-    if device == "cuda":
-        return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-    if device == "cpu":
-        # AMX or AVX512-BF16; where only emulation is to be had fp32 is faster.
-        checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-        return any(check() for check in checks if check is not None)
-    return False
 
 
 def resolve_device(device: str) -> str:
@@ -50,6 +41,8 @@ def resolve_precision(precision: str, device: str) -> str:
         raise UsageError(f"--precision {precision}: expected auto, fp32, bf16 or fp16")
     if precision == "fp16" and device != "cuda":
         raise UsageError(f"--precision fp16 needs a CUDA device, this run is on {device}; use bf16 or fp32")
+    if precision == "bf16" and device == "cpu" and not has_fast_bf16("cpu") and bf16_seconds_per_fp32_second() == math.inf:
+        raise UsageError("--precision bf16: this processor cannot compute in bf16; use fp32")
     return precision
 
 
@@ -72,6 +65,8 @@ def make_accelerator(device: str, precision: str, trackers: list[str], directory
     AcceleratorState._reset_state(reset_partial_state=alone)
     GradientState._reset_state()
     mixed = {"fp32": "no"}.get(precision, precision)
+    if device == "cpu":
+        keep_freed_memory()
     options: dict[str, Any] = {"log_with": trackers, "project_dir": directory / "trackers"} if trackers else {}
     try:
         found = Accelerator(cpu=device == "cpu", mixed_precision=mixed, **options)

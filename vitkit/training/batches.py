@@ -2,7 +2,7 @@
 
 import contextlib
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from typing import Any, Protocol
@@ -52,27 +52,42 @@ class LoaderBatches:
                 return
             if index >= start:
                 check_batch(batch)
-                yield {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+                yield map_batch(batch, lambda value: value.to(device, non_blocking=True))
 
 
 def check_batch(batch: Any) -> None:
-    """Raise `UsageError` for a batch that is not a dict of tensors with one sample per row."""
+    """Raise `UsageError` for a batch that is not a dict of tensors, or tuples of tensors, with one sample per row."""
     if not isinstance(batch, Mapping):
         raise UsageError(
             f"a batch is a dict of tensors, such as {{'images': ..., 'labels': ...}}; the loader gave a {type(batch).__name__}: make "
             f"a dict in its collate_fn"
         )
     for name, value in batch.items():
-        if not isinstance(value, Tensor) or value.ndim == 0:
-            what = "a tensor without dimensions" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-            raise UsageError(f"the batch's {name!r} is {what}; expected a tensor with one row per sample (turn texts into ids first)")
+        for part in value if isinstance(value, tuple | list) and value else [value]:
+            if not isinstance(part, Tensor) or part.ndim == 0:
+                what = "a tensor without dimensions" if isinstance(part, Tensor) else f"a {type(part).__name__}"
+                within = f" holds {what}" if part is not value else f" is {what}"
+                raise UsageError(f"the batch's {name!r}{within}; expected a tensor with one row per sample (turn texts into ids first)")
     if not batch:
         raise UsageError("a batch is a dict of tensors; the loader gave an empty dict")
 
 
-def samples_of(batch: Mapping[str, Tensor]) -> int:
+def map_batch(batch: Mapping[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """The batch with every tensor changed, those in tuples of views included."""
+    return {
+        name: tuple(map(change, value)) if isinstance(value, tuple | list) else change(value) for name, value in batch.items()
+    }  # fmt: skip
+
+
+def tensors_of(batch: Mapping[str, Any]) -> Iterator[Tensor]:
+    """Every tensor of a batch."""
+    for value in batch.values():
+        yield from value if isinstance(value, tuple | list) else (value,)
+
+
+def samples_of(batch: Mapping[str, Any]) -> int:
     """The number of samples in a batch."""
-    return len(batch["labels"]) if "labels" in batch else len(next(iter(batch.values())))
+    return len(batch["labels"] if "labels" in batch else next(tensors_of(batch)))
 
 
 def prefetch(batches: Iterator[Any]) -> Iterator[Any]:
@@ -103,4 +118,4 @@ def _global_seed(seed: int) -> Iterator[None]:
         np.random.set_state(states[2])
 
 
-__all__ = ["LoaderBatches", "check_batch", "prefetch", "samples_of"]
+__all__ = ["LoaderBatches", "check_batch", "map_batch", "prefetch", "samples_of", "tensors_of"]

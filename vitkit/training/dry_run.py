@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitkit.training import memory_estimate
-from vitkit.training.batches import check_batch, samples_of
+from vitkit.training.batches import check_batch, map_batch, samples_of
 from vitkit.training.session import Session
 
 
@@ -29,7 +29,7 @@ def preview(
     check_batch(batch)
     samples = samples_of(batch)
     measured = min(samples, memory_estimate.MEASURED_ON)  # a large batch may not fit into the machine that plans for larger ones
-    few = {name: value[:measured].to(session.device) for name, value in batch.items()}
+    few = map_batch(batch, lambda value: value[:measured].to(session.device))
     model = model.to(session.device)
     counter = FlopCounterMode(display=False)
     with _tokens(model) as tokens, torch.no_grad(), counter, session.autocast():
@@ -37,7 +37,7 @@ def preview(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     rows = {
-        "batch": ", ".join(f"{name} {tuple(value.shape)}" for name, value in batch.items()),
+        "batch": ", ".join(f"{name} {_shape(value)}" for name, value in batch.items()),
         "parameters": f"{parameters:,} ({trained:,} trained)",
         "tokens": ", ".join(f"{count} × {views * samples // measured} sequences" for count, views in tokens.items()) or "unknown",
         "FLOPs a sample": f"{counter.get_total_flops() / measured:,.0f} (forward; a training step is about three times that)",
@@ -85,6 +85,10 @@ def _tokens(model: nn.Module) -> Iterator[dict[int, int]]:
 def _count(layers: dict[nn.Module, Counter[int]], width: int, layer: nn.Module, inputs: Any, output: Any) -> None:
     if isinstance(output, Tensor) and output.ndim == 3 and output.shape[2] == width:
         layers.setdefault(layer, Counter())[output.shape[1]] += output.shape[0]
+
+
+def _shape(value: Any) -> str:
+    return " and ".join(str(tuple(part.shape)) for part in (value if isinstance(value, tuple | list) else [value]))
 
 
 def _table(title: str, rows: dict[str, Any]) -> Table:

@@ -1,23 +1,22 @@
-"""Optimisers and schedules as plain torch objects: Muon for matrices beside AdamW for the rest, warm-up and cosine."""
+"""Optimisers and schedules as plain torch objects: Muon for hidden matrices, AdamW, warm-up and cosine."""
 
-import inspect
 import math
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from vitkit.distributed.fsdp import full_tensor, is_sharded, local, shard_like
 from vitkit.errors import UsageError
+from vitkit.training.muon import Muon
+from vitkit.validation import at_least, in_range, positive
 
 
 class ChainedOptimizer(Optimizer):
     """Several optimisers, each with its own parameters, as one: for `run.fit` and for schedules.
 
-    Its parameter groups are theirs, so that a schedule acts on all. Raises `UsageError` where two share a parameter.
+    It has the parameter groups of all of them, so a schedule acts on each. Raises `UsageError` if two share a parameter.
     """
 
     def __init__(self, *optimizers: Optimizer) -> None:
@@ -43,32 +42,6 @@ class ChainedOptimizer(Optimizer):
         self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
 
-OPTIONS = inspect.signature(Muon).parameters.keys() - {"params"}
-
-
-class _Muon(Muon):
-    """torch's Muon, for weights that are sharded over ranks too: each matrix is gathered, stepped as a whole, and cut again."""
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        if not any(is_sharded(p) for group in self.param_groups for p in group["params"]):
-            return super().step(closure)
-        loss = None if closure is None else torch.enable_grad()(closure)()
-        for group in self.param_groups:
-            options = {name: group[name] for name in OPTIONS if name in group}
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                matrix = nn.Parameter(full_tensor(parameter))
-                matrix.grad = full_tensor(parameter.grad)
-                alone = Muon([matrix], **options)
-                alone.state[matrix].update(full_tensor(self.state[parameter]))
-                alone.step()
-                local(parameter).copy_(local(shard_like(matrix.detach(), parameter)))
-                self.state[parameter].update({k: shard_like(v, parameter) for k, v in alone.state[matrix].items()})
-        return loss
-
-
 def muon_adamw(
     model: nn.Module,
     *,
@@ -77,74 +50,118 @@ def muon_adamw(
     weight_decay: float = 0.05,
     betas: tuple[float, float] = (0.9, 0.999),
     only_adamw: Iterable[nn.Parameter] = (),
+    layer_decay: float | None = None,
 ) -> ChainedOptimizer:
-    """Muon for the weight matrices inside a network, AdamW for embeddings, biases, norms and convolutions.
+    """Muon for the hidden weight matrices of a network, AdamW for all its other parameters.
 
-    Muon (Jordan et al., 2024) steps along the orthogonalised momentum, scaled to AdamW's usual step so that the same
-    learning rates do (arXiv 2502.16982); `muon_lr` is `lr` where not given. Matrices of `nn.Linear` go to Muon, save
-    those in `only_adamw`; weight decay spares biases, norms and single vectors. Raises `UsageError` where a learning
-    rate is not positive, weight decay is negative or either not finite, and for a model of which nothing is trained.
+    Muon (Jordan et al., 2024) steps along the orthogonalised momentum, scaled to AdamW's usual step size so that both take the
+    same learning rates (arXiv 2502.16982); `muon_lr` defaults to `lr`. Muon gets the weights of `nn.Linear` except
+    those in `only_adamw` and those of last layers: the parameters that a module names in its method `output_weights()`.
+
+    `weight_decay` and `layer_decay` are as for `adamw`. Raises `UsageError` for a learning rate that is not positive, other
+    values out of range, and a model without a trainable parameter.
     """
     muon_lr = lr if muon_lr is None else muon_lr
-    if not (lr > 0 and muon_lr > 0 and math.isfinite(lr + muon_lr)):
-        raise UsageError(f"lr is {lr} and muon_lr {muon_lr}; expected finite positive numbers")
-    _check_decay(weight_decay)
-    trained, kept = _trained(model), {id(parameter) for parameter in only_adamw}
-    inside = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} - kept  # tied ones once
-    matrices = [p for p in trained if id(p) in inside]
-    rest = [p for p in trained if id(p) not in inside]
-    found: list[Optimizer] = []
-    if matrices:
-        found.append(_Muon(matrices, lr=muon_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
-    if rest:
-        found.append(AdamW(_groups(rest, weight_decay), lr=lr, betas=betas, fused=True))
-    return ChainedOptimizer(*found)
+    positive(lr=lr, muon_lr=muon_lr)
+    at_least(0, weight_decay=weight_decay)
+    trained, kept = _trainable(model), {id(parameter) for parameter in only_adamw} | _named(model, "output_weights")
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} - kept  # tied ones once
+    scales = _layer_scales(model, layer_decay)
+    hidden = _groups([p for p in trained if id(p) in linear], muon_lr, weight_decay, set(), scales)
+    others = _groups([p for p in trained if id(p) not in linear], lr, weight_decay, _named(model, "no_weight_decay"), scales)
+    optimizers: list[Optimizer] = []
+    if hidden:
+        optimizers.append(Muon(hidden, adjust_lr_fn="match_rms_adamw"))
+    if others:
+        optimizers.append(AdamW(others, betas=betas, fused=True))
+    return ChainedOptimizer(*optimizers)
 
 
-def adamw(model: nn.Module, *, lr: float, weight_decay: float = 0.01, betas: tuple[float, float] = (0.9, 0.999)) -> AdamW:
-    """torch's AdamW for what of a network is trained; weight decay spares biases, norms and single vectors.
+def adamw(
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float = 0.01,
+    betas: tuple[float, float] = (0.9, 0.999),
+    layer_decay: float | None = None,
+) -> AdamW:
+    """torch's AdamW for the trainable parameters of a network.
 
-    Raises `UsageError` where the learning rate or the weight decay is not a finite number of at least 0, and for a model of
-    which nothing is trained.
+    Weight decay leaves out parameters of at most one dimension (biases, norms) and those that a module names in its method
+    `no_weight_decay()`, as in timm: CLS and register tokens, positions, label types.
+
+    `layer_decay` in (0, 1] makes learning rates smaller towards the input, for fine-tuning (BEiT, arXiv 2106.08254): a module
+    with L `blocks` trains block i of 0 … L − 1 with lr·layer_decay^(L − i), its modules and tokens before the blocks with
+    lr·layer_decay^(L + 1), all other parameters with lr.
+
+    Raises `UsageError` for a value that is out of range and for a model without a trainable parameter.
     """
-    if not (math.isfinite(lr) and lr >= 0):
-        raise UsageError(f"lr is {lr}; expected a finite learning rate of at least 0")
-    _check_decay(weight_decay)
-    return AdamW(_groups(_trained(model), weight_decay), lr=lr, betas=betas, fused=True)
+    at_least(0, lr=lr, weight_decay=weight_decay)
+    groups = _groups(_trainable(model), lr, weight_decay, _named(model, "no_weight_decay"), _layer_scales(model, layer_decay))
+    return AdamW(groups, betas=betas, fused=True)
 
 
-def _check_decay(weight_decay: float) -> None:
-    if not (math.isfinite(weight_decay) and weight_decay >= 0):
-        raise UsageError(f"weight_decay is {weight_decay}; expected a finite number of at least 0")
-
-
-def _trained(model: nn.Module) -> list[nn.Parameter]:
-    found = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not found:
+def _trainable(model: nn.Module) -> list[nn.Parameter]:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters:
         raise UsageError(
             f"{type(model).__name__} has no parameter to train: all are frozen (requires_grad is False), or it has none"
         )
-    return found
+    return parameters
 
 
-def _groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+def _named(model: nn.Module, method: str) -> set[int]:
+    """Ids of the parameters that the modules of `model` name by `method`, which returns names as in `named_parameters`."""
+    return {
+        id(parameter)
+        for module in model.modules()
+        if callable(names := getattr(module, method, None))
+        for name, parameter in module.named_parameters()
+        if name in names()
+    }
+
+
+def _layer_scales(model: nn.Module, layer_decay: float | None) -> dict[int, float]:
+    """The factor of the learning rate by a parameter's id; 1 for those that are not listed."""
+    scales: dict[int, float] = {}
+    if layer_decay is None:
+        return scales
+    in_range(0, 1, layer_decay=layer_decay, low_included=False)
+    for module in model.modules():
+        blocks = getattr(module, "blocks", None)
+        if not isinstance(blocks, nn.Sequential | nn.ModuleList):
+            continue
+        names = list(dict(module.named_children()))
+        after = tuple(f"{name}." for name in names[names.index("blocks") + 1 :])
+        for name, parameter in module.named_parameters():
+            depth = int(name.split(".")[1]) if name.startswith("blocks.") else -1
+            if not name.startswith(after):
+                scales[id(parameter)] = layer_decay ** (len(blocks) - depth)
+    return scales
+
+
+def _groups(
+    parameters: list[nn.Parameter], lr: float, weight_decay: float, spared: set[int], scales: dict[int, float]
+) -> list[dict[str, Any]]:
+    """Parameter groups of one learning rate and weight decay each; the largest learning rate and the decayed ones first."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter in parameters:
+        decay = 0.0 if parameter.ndim <= 1 or id(parameter) in spared else weight_decay
+        groups.setdefault((lr * scales.get(id(parameter), 1.0), decay), []).append(parameter)
+    return [
+        {"params": groups[key], "lr": key[0], "weight_decay": key[1]} for key in sorted(groups, key=lambda key: (-key[0], -key[1]))
     ]
-    return [group for group in groups if group["params"]]
 
 
 def warmup_cosine(optimizer: Optimizer, steps: int, *, warmup: int = 0, floor: float = 0.0) -> LambdaLR:
     """Linear warm-up over `warmup` steps, then half a cosine down to `floor` times the learning rate at `steps`.
 
     lr(t) = lr·(t+1)/warmup for t < warmup, then lr·(floor + (1 − floor)·(1 + cos(π·(t − warmup)/(steps − warmup)))/2).
-    Raises `UsageError` where `warmup` is longer than `steps` or `floor` lies outside [0, 1].
+    Raises `UsageError` if `warmup` is longer than `steps` or `floor` lies outside [0, 1].
     """
     if steps < 1 or not 0 <= warmup <= steps:
         raise UsageError(f"a schedule of {steps} steps with {warmup} of warm-up; expected 0 <= warmup <= steps, steps >= 1")
-    if not 0.0 <= floor <= 1.0:
-        raise UsageError(f"a schedule's floor is a share of the learning rate in [0, 1]; given {floor}")
+    in_range(0, 1, floor=floor)
 
     def factor(step: int) -> float:
         if step < warmup:

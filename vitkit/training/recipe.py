@@ -19,9 +19,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, get_type_hints
 
+from vitkit.arguments import fits
 from vitkit.contracts import Dataset
 from vitkit.errors import RecipeError, nearest
-from vitkit.registry import Component, fits
+from vitkit.registry import Component
 from vitkit.training.flags import SUPPORTED, Flag, can_be_flag, parse_arguments, plain, split_annotation, typed
 from vitkit.training.recipe_modules import LocalModules
 

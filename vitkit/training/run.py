@@ -1,8 +1,6 @@
 """A run, as a recipe sees it: datasets, training, saving, and lines and figures for the report."""
 
 import contextlib
-import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -343,7 +341,7 @@ class Run:
     def _record(self, dataset: Any, asked: str, arguments: Mapping[str, Any], earlier: Mapping[str, Any]) -> None:
         """Keep the facts of the dataset for the summary; on resuming refuse another one."""
         counts = {"train": len(dataset.train), "test": len(dataset.test)}
-        digest = _digest(dataset)
+        digest = dataset.digest
         way = "put that dataset back to resume, or start another run with another --out"
         if earlier and counts != {split: earlier.get(split) for split in counts}:
             before, now = (" + ".join(f"{of.get(split)} {split}" for split in counts) for of in (earlier, counts))
@@ -353,12 +351,12 @@ class Run:
             )
         if earlier.get("digest", digest) != digest:
             raise RunDirectoryError(
-                f"the run in {self.directory} began with other labels or classes of {dataset.name} than there are now; {way}"
+                f"the run in {self.directory} began with other images, labels or classes of {dataset.name} than there are now; {way}"
             )
         self.session.dataset = {
             "name": dataset.name, "asked": asked, "fallback_for": dataset.fallback_for, "notice": dataset.notice,
             "arguments": {key: plain(value) for key, value in arguments.items()}, "digest": digest,
-            "classes": list(dataset.classes), **counts,
+            "classes": list(dataset.classes), **counts, "val": len(dataset.val), "val_note": dataset.val_note,
             "source": dataset.source, "licence": dataset.licence, "hub_id": dataset.hub_id,
         }  # fmt: skip
 
@@ -385,14 +383,6 @@ def _check_settings(seed: int, grad_accum: int, resume: bool, overwrite: bool, d
         raise UsageError(f"--seed {seed}: expected a whole number from 0 to 2**63 - 1")
     if resume and overwrite:
         raise RunDirectoryError("--resume continues a run and --overwrite discards it; give one of the two")
-
-
-def _digest(dataset: Any) -> str:
-    """SHA-256 of the classes and labels of a dataset: another one means that labels were exchanged."""
-    digest = hashlib.sha256(json.dumps(list(dataset.classes)).encode())
-    for split in (dataset.train, dataset.test):
-        digest.update(split.labels.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _registered_parts(model: nn.Module) -> dict[str, nn.Module]:

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from vitkit.distributed.collectives import broadcast_text
 from vitkit.distributed.watchdog import RankWatchdog
-from vitkit.errors import UsageError, VitkitError
+from vitkit.errors import UsageError, VitkitError, printable
 from vitkit.files import atomic_write, write_json
 from vitkit.runs.directory import LOCK, MODULES, TRACKERS, Claim, read_summary, trackers_aside
 from vitkit.runs.history import History
@@ -161,7 +161,8 @@ class Session:
         self.say(f"epoch {row['epoch']}/{epochs} | {parts} | {row['images_per_second']:.0f} images/s")
         if self.claim is not None:
             self.history.write_losses(self.claim.directory)
-        self._track({name: value for name, value in row.items() if name not in NO_PARTS or name == "lr"}, row["step"])
+        tracked = {name: value for name, value in row.items() if name not in NO_PARTS or name == "lr"}
+        self._track(lambda: self.accelerator.log(tracked, step=row["step"]))
 
     def log_metrics(self, row: dict[str, Any], logged: Mapping[str, float]) -> None:
         """Write an evaluated epoch's row of `metrics.csv`, and hand its metrics to the trackers."""
@@ -170,7 +171,7 @@ class Session:
         if self.claim is not None:
             self.history.write_metrics(self.claim.directory)
         self._write_summary("running")
-        self._track(logged, row["step"])
+        self._track(lambda: self.accelerator.log(dict(logged), step=row["step"]))
 
     def finish(self, status: Status = "finished") -> None:
         """Write the summary and the report, and release the directory."""
@@ -179,13 +180,11 @@ class Session:
             self.open()
             self._copy_modules()
             summary = self._summary(status)
-            if self.history.losses:
-                self._optional("the report", lambda: self._report(summary))
+            reported = bool(self.history.losses) and self._survives("the report could not be written", lambda: self._report(summary))
             write_json(self.claim.directory / "summary.json", summary)  # last: a run that says it has finished has all files
             if self.history.losses and status == "finished":
-                self.say(f"{self.history.closing_line()}\nreport: {self.directory}/report.html")
-        if self._began and self._tracking:
-            self._optional("a tracker", self.accelerator.end_training)
+                self.say(self.history.closing_line() + (f"\nreport: {self.directory}/report.html" if reported else ""))
+        self._track(self.accelerator.end_training)
         self.close()
 
     def close(self) -> None:
@@ -226,16 +225,17 @@ class Session:
         assert self.claim is not None
         write_report(self.claim.directory, self.history.figures, summary)
 
-    def _track(self, values: Mapping[str, Any], step: int) -> None:
-        if self._began and self._tracking and not self._optional("a tracker", lambda: self.accelerator.log(dict(values), step=step)):
-            self._tracking = False
+    def _track(self, call: Callable[[], Any]) -> None:
+        """Call the trackers, if there are any; after an error the run continues without them."""
+        if self.accelerator.trackers and not self._survives("the trackers failed, and the run continues without them", call):
+            self.accelerator.trackers = []
 
-    def _optional(self, what: str, call: Callable[[], Any]) -> bool:
-        """Call something that a run does not depend on; an error becomes a line of the log."""
+    def _survives(self, failure: str, call: Callable[[], Any]) -> bool:
+        """Call something that the run does not depend on; an error costs a line, never the model, the summary or the tables."""
         try:
             call()
         except Exception as error:
-            self.say(f"{what} failed: {type(error).__name__}: {error}; the run itself is not affected")
+            self.say(f"{failure}: {type(error).__name__}: {printable(error)}")
             return False
         return True
 

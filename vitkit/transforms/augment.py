@@ -1,18 +1,19 @@
 """Augmentations of whole batches on the device, with parameters drawn for each image.
 
-A transform is called with images `(n c h w)` in [0, 1] and a generator on their device, and returns images of the same
-shape. Neighbouring geometric ones in a `Compose` become one matrix an image, so that however many there are, pixels are
-sampled once: they are not blurred twice, and what one moves out of the image another may bring back.
+torchvision's transforms draw one set of parameters for a whole batch. Here a transform is called with images `(n c h w)` in [0, 1] and
+a generator on their device, and returns images of the same shape. Neighbouring geometric transforms in a `Compose` are multiplied into
+one matrix for each image, so that pixels are sampled once: they are not blurred twice, and a part that one transform moves out of the
+image another may move back.
 
-`p` is the share of images a transform changes. A range is drawn from evenly; a strength x means [1 − x, 1 + x] for
-factors and [−x, x] for offsets.
+`p` is the share of images that a transform changes. Ranges are sampled uniformly; a strength x means [1 − x, 1 + x] for factors and
+[−x, x] for offsets.
 """
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Generator, Tensor
@@ -25,6 +26,7 @@ from vitkit.transforms.functional import (
     adjust_saturation,
     affine_matrices,
     chain,
+    crop_resize,
     gaussian_blur,
     grey,
     matrices_of,
@@ -33,21 +35,27 @@ from vitkit.transforms.functional import (
 )
 from vitkit.transforms.mixup import CutMix, Mix, Mixing, MixUp
 from vitkit.transforms.randaugment import RandAugment
+from vitkit.validation import at_least, in_range
 
 
 class Transform(Protocol):
-    """Images `(n c h w)` in [0, 1] → the same shape, every choice drawn from `generator`."""
+    """Images `(n c h w)` in [0, 1] → the same shape; every random choice comes from `generator`."""
 
     def __call__(self, images: Tensor, generator: Generator) -> Tensor: ...
 
 
 class Geometric(ABC):
-    """A transform that moves pixels: matrices `(n 3 3)` from output to input coordinates, both in [−1, 1]."""
+    """A transform that moves pixels: matrices `(n 3 3)` from output to input coordinates, both in [−1, 1].
 
-    stays_inside: ClassVar[bool] = False
-    """Whether it never reads beyond the image: then half-pixels at the edge need no black to be mixed in."""
-    whole_pixels: ClassVar[bool] = False
-    """Whether it only mirrors and moves by whole pixels: then pixels are copied, and need no interpolation."""
+    - `padding_mode`: "zeros" where it may read beyond the edge, which is black; "border" where it never does, so that half-pixels at
+      the edge need no black mixed in.
+    - `interpolation`: "nearest" where it only mirrors and moves by whole pixels, which are copied; otherwise "bilinear".
+    - `axis_aligned`: True where it only crops, stretches and mirrors; then it can also resize, in the same sampling step.
+    """
+
+    padding_mode: ClassVar[Literal["zeros", "border"]] = "zeros"
+    interpolation: ClassVar[Literal["nearest", "bilinear"]] = "bilinear"
+    axis_aligned: ClassVar[bool] = False
 
     @abstractmethod
     def matrices(self, images: Tensor, generator: Generator) -> Tensor: ...
@@ -73,24 +81,49 @@ class Compose:
         return _moved(moves, images, generator)
 
 
+def cropped_views(
+    transform: Transform, images: Tensor, views: int, size: tuple[int, int], generator: Generator
+) -> Tensor | None:
+    """Views `(b·views c *size)` in [0, 1] of stored images uint8 `(b c h w)`, cropped and resized in one sampling step.
+
+    It applies where `transform` begins with transforms that only crop and mirror; the rest of `transform` follows at the new size.
+    None where it does not begin so, and the image has to be resized first.
+    """
+    steps = list(transform.transforms) if isinstance(transform, Compose) else [transform]
+    moves: list[Geometric] = []
+    while steps and isinstance(step := steps[0], Geometric) and step.axis_aligned:
+        moves.append(step)
+        del steps[0]
+    # A turn or a shift that comes next belongs to the same sampling; it can read pixels beyond the crop.
+    if not moves or (steps and isinstance(steps[0], Geometric)):
+        return None
+    every_view = images[:1].expand(len(images) * views, *images.shape[1:])  # for its sizes; nothing is copied
+    cropped = crop_resize(images.float().div_(255), _matrices(moves, every_view, generator), size)
+    return Compose(steps)(cropped, generator)
+
+
 def _moved(moves: Sequence[Geometric], images: Tensor, generator: Generator) -> Tensor:
     if not moves:
         return images
+    return sample(
+        images, _matrices(moves, images, generator),
+        padding_mode="border" if all(move.padding_mode == "border" for move in moves) else "zeros",
+        interpolation="nearest" if all(move.interpolation == "nearest" for move in moves) else "bilinear",
+    )  # fmt: skip
+
+
+def _matrices(moves: Sequence[Geometric], images: Tensor, generator: Generator) -> Tensor:
     total = moves[0].matrices(images, generator)
     for move in moves[1:]:
         total = chain(total, move.matrices(images, generator))
-    return sample(
-        images, total,
-        outside="border" if all(move.stays_inside for move in moves) else "zeros",
-        mode="nearest" if all(move.whole_pixels for move in moves) else "bilinear",
-    )  # fmt: skip
+    return total
 
 
 @dataclass(frozen=True)
 class RandomAffine(Geometric):
-    """Shear along x and turn by up to so many `degrees`, scale, and move by up to `translate` of the side.
+    """Shear along x by up to `shear` degrees, rotate by up to `degrees`, scale, and move by up to `translate` of the side.
 
-    As torchvision's, but for moves by fractions of a pixel, where torchvision rounds to whole ones.
+    As torchvision's RandomAffine, except that it moves by fractions of a pixel, where torchvision rounds to whole ones.
     """
 
     degrees: float = 0.0
@@ -102,8 +135,8 @@ class RandomAffine(Geometric):
         _positive("scale", self.scale)
 
     def matrices(self, images: Tensor, generator: Generator) -> Tensor:
-        def offset(reach: float) -> Tensor:
-            return uniform(images, generator, -reach, reach)
+        def offset(most: float) -> Tensor:
+            return uniform(images, generator, -most, most)
 
         return affine_matrices(
             images,
@@ -116,14 +149,15 @@ class RandomAffine(Geometric):
 
 @dataclass(frozen=True)
 class RandomResizedCrop(Geometric):
-    """A crop of a share `scale` of the area, its width to its height within `ratio`, stretched to the whole image.
+    """A crop of a share `scale` of the area, its width to its height within `ratio`, stretched to the size of the image.
 
     A side that would be longer than the image is cut to it; torchvision draws again, and gives up after ten times.
     """
 
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    stays_inside: ClassVar[bool] = True
+    padding_mode: ClassVar[Literal["zeros", "border"]] = "border"
+    axis_aligned: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _positive("scale", self.scale)
@@ -140,26 +174,29 @@ class RandomCrop(Geometric):
     """The image moved by whole pixels, up to `padding` each way, black outside: a crop of the padded image."""
 
     padding: int = 4
-    whole_pixels: ClassVar[bool] = True
+    interpolation: ClassVar[Literal["nearest", "bilinear"]] = "nearest"
 
     def __post_init__(self) -> None:
-        if self.padding < 0:
-            raise UsageError(f"padding is {self.padding}; expected at least 0 pixels")
+        at_least(0, padding=self.padding)
 
     def matrices(self, images: Tensor, generator: Generator) -> Tensor:
         height, width = images.shape[2:]
-        reach = (-self.padding, self.padding + 1)
-        across, down = torch.randint(*reach, (2, len(images)), device=images.device, generator=generator)
+        offsets = (-self.padding, self.padding + 1)
+        across, down = torch.randint(*offsets, (2, len(images)), device=images.device, generator=generator)
         return matrices_of(1.0, 0.0, 2 * across / width, 0.0, 1.0, 2 * down / height)
 
 
 @dataclass(frozen=True)
 class HorizontalFlip(Geometric):
-    """Left and right change places."""
+    """Mirror left and right."""
 
     p: float = 0.5
-    stays_inside: ClassVar[bool] = True
-    whole_pixels: ClassVar[bool] = True
+    padding_mode: ClassVar[Literal["zeros", "border"]] = "border"
+    interpolation: ClassVar[Literal["nearest", "bilinear"]] = "nearest"
+    axis_aligned: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        in_range(0, 1, p=self.p)
 
     def matrices(self, images: Tensor, generator: Generator) -> Tensor:
         flip = uniform(images, generator, 0, 1) < self.p
@@ -168,9 +205,9 @@ class HorizontalFlip(Geometric):
 
 @dataclass(frozen=True)
 class ColorJitter:
-    """Brightness, contrast and saturation times a factor each, the hue turned by a share of the circle, in that order.
+    """Multiply brightness, contrast and saturation by a factor each and turn the hue by a share of the circle, in that order.
 
-    As torchvision's, which draws the order too. Images of one channel have neither saturation nor hue.
+    As torchvision's ColorJitter, which also draws the order. Images of one channel have neither saturation nor hue.
     """
 
     brightness: float = 0.0
@@ -180,8 +217,9 @@ class ColorJitter:
     p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (0 <= self.hue <= 0.5 and min(self.brightness, self.contrast, self.saturation) >= 0):
-            raise UsageError(f"{self}: expected a hue in [0, 0.5] and other strengths of at least 0")
+        in_range(0, 0.5, hue=self.hue)
+        in_range(0, 1, p=self.p)
+        at_least(0, brightness=self.brightness, contrast=self.contrast, saturation=self.saturation)
 
     def __call__(self, images: Tensor, generator: Generator) -> Tensor:
         chosen = uniform(images, generator, 0, 1) < self.p
@@ -227,7 +265,7 @@ class GaussianBlur:
 
 @dataclass(frozen=True)
 class Solarize:
-    """Pixels from `threshold` on become 1 − x."""
+    """Pixels x ≥ `threshold` become 1 − x."""
 
     threshold: float = 0.5
     p: float = 0.2
@@ -275,7 +313,7 @@ class Noise:
 
 
 def uniform(images: Tensor, generator: Generator, low: float, high: float) -> Tensor:
-    """`(n,)` numbers drawn evenly from [low, high], one an image, on the images' device."""
+    """`(n,)` numbers drawn uniformly from [low, high], one for each image, on the images' device."""
     return low + (high - low) * torch.rand(len(images), device=images.device, generator=generator)
 
 
@@ -302,5 +340,5 @@ def _positive(name: str, limits: tuple[float, float]) -> None:
 __all__ = [
     "ColorJitter", "Compose", "CutMix", "GaussianBlur", "Geometric", "Grayscale", "HorizontalFlip", "Mix", "MixUp", "Mixing",
     "Noise", "RandAugment", "RandomAffine", "RandomCrop", "RandomErasing", "RandomResizedCrop", "Solarize", "Transform",
-    "uniform",
+    "cropped_views", "uniform",
 ]  # fmt: skip

@@ -1,10 +1,11 @@
-"""Operations on batches of images with a parameter for each image: what augmentations are made of.
+"""Operations on batches of images with a parameter for each image; augmentations are made of them.
 
 Images are float32 `(n c h w)` in [0, 1], parameters `(n,)`. The results agree with torchvision's functional forms, which
 take one parameter for all; the test suite compares them image by image.
 """
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -43,10 +44,16 @@ def chain(first: Tensor, then: Tensor) -> Tensor:
     return (first[:, :, :, None] * then[:, None]).sum(2)  # autocast would round a matrix product to bfloat16
 
 
-def sample(images: Tensor, matrices: Tensor, *, outside: str = "zeros", mode: str = "bilinear") -> Tensor:
-    """Images read at the places that matrices `(n 3 3)` send the output's pixels to, bilinearly or the "nearest" pixel.
+def sample(
+    images: Tensor,
+    matrices: Tensor,
+    *,
+    padding_mode: Literal["zeros", "border"] = "zeros",
+    interpolation: Literal["bilinear", "nearest"] = "bilinear",
+) -> Tensor:
+    """Images sampled at the places that matrices `(n 3 3)` send the output's pixels to.
 
-    Beyond the edge there is black (`outside="zeros"`) or the edge itself ("border").
+    Beyond the edge there is black (`padding_mode="zeros"`) or the edge itself ("border").
     """
     height, width = images.shape[2:]
     x, y = (_centres(size, images) for size in (width, height))
@@ -55,7 +62,36 @@ def sample(images: Tensor, matrices: Tensor, *, outside: str = "zeros", mode: st
     across = rows[:, :, None, None, 0] * x  # (n 2 1 w)
     down = (rows[:, :, None, 1] * y + rows[:, :, None, 2])[..., None]  # (n 2 h 1)
     grid = (across + down).permute(0, 2, 3, 1)
-    return F.grid_sample(images, grid, mode=mode, padding_mode=outside, align_corners=False)
+    return F.grid_sample(images, grid, mode=interpolation, padding_mode=padding_mode, align_corners=False)
+
+
+def crop_resize(images: Tensor, matrices: Tensor, size: tuple[int, int]) -> Tensor:
+    """Crops `(b·v c *size)` of images `(b c h w)`, v of each in a row, resized with antialiasing: torchvision's `resized_crop`.
+
+    `matrices` `(b·v 3 3)` send output to input coordinates, both in [−1, 1], and only stretch, mirror and move. Each output pixel is a
+    mean of the crop's pixels, weighted by a triangle that is one output pixel wide, and at least one input pixel.
+    """
+    count, height, width = len(images), *images.shape[2:]
+    down = _triangles(matrices[:, 1, 1], matrices[:, 1, 2], height, size[0])
+    across = _triangles(matrices[:, 0, 0], matrices[:, 0, 2], width, size[1])
+    views = len(matrices) // max(count, 1)
+    with torch.autocast(images.device.type, enabled=False):
+        rows = down.reshape(count, 1, views * size[0], height) @ images  # (b c v·h' w)
+        rows = rows.unflatten(2, (views, size[0])).transpose(1, 2).flatten(0, 1)  # (b·v c h' w)
+        return (rows.flatten(1, 2) @ across.mT).unflatten(1, (images.shape[1], size[0]))
+
+
+def _triangles(stretch: Tensor, shift: Tensor, length: int, size: int) -> Tensor:
+    """`(n size length)`: the weights of `length` input pixels in each of `size` output pixels along one side."""
+    pixels = torch.arange(length, device=stretch.device) + 0.5
+    centres = (stretch[:, None] * ((torch.arange(size, device=stretch.device) * 2 + 1) / size - 1) + shift[:, None] + 1) * (length / 2)
+    step = (stretch.abs() * (length / size)).clamp(min=1)[:, None, None]  # input pixels in an output pixel
+    weights = (1 - (pixels - centres[..., None]).abs() / step).clamp_(min=0)
+    low, high = ((shift + side * stretch.abs() + 1)[:, None, None] * (length / 2) for side in (-1, 1))
+    # Pixels of which a part lies in the crop; a thousandth of a pixel is a rounding error.
+    inside = (pixels + 0.5 > low + 1e-3) & (pixels - 0.5 < high - 1e-3)
+    weights = weights * inside
+    return weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-12)
 
 
 def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:

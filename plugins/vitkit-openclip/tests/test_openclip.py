@@ -107,13 +107,13 @@ def test_the_readmes_example_builds_vit_b_32s_text_tower():
     assert sum(p.numel() for p in text.parameters()) == 63_428_096
 
 
-def test_weights_that_cannot_be_had_say_what_to_do(tmp_path, monkeypatch):
+def test_weights_that_are_not_available_say_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(VitkitError) as caught:
         backbones.build("openclip_text")
     said = str(caught.value)
-    assert said.startswith("the weights 'openai' of 'ViT-B-32' cannot be had: ")
+    assert said.startswith("the weights 'openai' of 'ViT-B-32' are not available: ")
     assert "tried huggingface.co/timm/vit_base_patch32_clip_224.openai and its cache" in said
     assert "`hf download timm/vit_base_patch32_clip_224.openai`" in said
     assert said.endswith("What runs without them: the backbone 'text_transformer', trained from scratch")

@@ -54,7 +54,7 @@ def hub(tmp_path, monkeypatch):
 
 
 def build(path="me/grey", **options):
-    return datasets.build("hf_dataset", **{"path": path, "img_size": 8, "channels": 1, "workers": 2, **options})
+    return datasets.build("hf_dataset", **{"path": path, "img_size": 8, "channels": 1, "workers": 2, "val_size": 0, **options})
 
 
 def values(data):

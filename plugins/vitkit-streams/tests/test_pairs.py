@@ -25,7 +25,7 @@ def data(shards):
     def build(**options):
         return datasets.build("webdataset", **{
             "urls": str(shards), "test_urls": str(shards), "test_size": 4, "img_size": 8, "channels": 1,
-            "cache": str(shards.parent / "cache"), "workers": 2, **options,
+            "cache": str(shards.parent / "cache"), "workers": 2, "val_size": 0, **options,
         })  # fmt: skip
 
     return build

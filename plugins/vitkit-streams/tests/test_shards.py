@@ -56,7 +56,8 @@ def cache(tmp_path):
 
 
 def build(tmp_path, **options):
-    return datasets.build("webdataset", **{"img_size": 8, "channels": 1, "cache": str(tmp_path / "cache"), "workers": 2, **options})
+    common = {"img_size": 8, "channels": 1, "cache": str(tmp_path / "cache"), "workers": 2, "val_size": 0}
+    return datasets.build("webdataset", **common | options)
 
 
 @pytest.mark.vitkit("vitkit-streams")

@@ -6,7 +6,6 @@ import re
 import signal
 import struct
 import threading
-import warnings
 import zlib
 from itertools import groupby
 from pathlib import Path
@@ -33,10 +32,8 @@ def png(value: int = 0, side: int = 8) -> bytes:
 
 
 def build(shards, **options):
-    return datasets.build(
-        "webdataset",
-        **{"urls": str(shards), "img_size": 8, "channels": 1, "cache": str(shards.parent / "cache"), "workers": 2, **options},
-    )
+    common = {"urls": str(shards), "img_size": 8, "channels": 1, "cache": str(shards.parent / "cache"), "workers": 2, "val_size": 0}
+    return datasets.build("webdataset", **common | options)
 
 
 def numbers(data, batch, split="train"):
@@ -70,6 +67,16 @@ def test_train_and_test_share_no_picture_and_hold_all(shards):
     assert isinstance(data.test.images, torch.Tensor)
     for batch in data.train.batches(8).epoch(0):
         assert [number % 4 for number in numbers(data, batch)] == batch["labels"].tolist()
+
+
+def test_validation_images_come_off_the_training_images_and_are_in_memory(shards):
+    data = build(shards, test_size=12, val_size=None)
+    assert data.val_note == "6 of 68 training images, stratified, seed 0"
+    assert isinstance(data.val.images, torch.Tensor)
+    train, val, test = sorted(flat(epoch(data))), *(split.images[:, 0, 0, 0].tolist() for split in (data.val, data.test))
+    assert (len(val), sorted(train + val + test)) == (6, list(range(80)))
+    assert [number % 4 for number in val] == data.val.labels.tolist()
+    assert len(build(shards, val_size=9).val) == 9
 
 
 def test_a_test_split_of_its_own_is_capped(shards):
@@ -181,7 +188,7 @@ def test_pictures_left_out_of_the_test_split_are_in_the_notice(damaged):
     data = build(damaged, urls=f"{damaged}/train-00000{{0..7}}.tar", test_urls=f"{damaged}/train-000099.tar")
     assert data.test.images[:, 0, 0, 0].tolist() == [90]
     assert len(data.skipped) == 3
-    assert data.notice.startswith("3 pictures are left out: ")
+    assert data.notice.startswith("3 images are left out: ")
 
 
 def test_a_stream_without_a_readable_picture(tmp_path):
@@ -190,7 +197,7 @@ def test_a_stream_without_a_readable_picture(tmp_path):
     with TarWriter(str(tmp_path / "a.tar")) as writer:
         for number in range(6):
             writer.write({"__key__": str(number), "png": b"nothing", "cls": str(number % 2).encode()})
-    with pytest.raises(DatasetError, match="none of 5 pictures of webdataset can be read: .*a.tar: 0: UnidentifiedImageError"):
+    with pytest.raises(DatasetError, match="none of 5 images of webdataset can be read: .*a.tar: 0: UnidentifiedImageError"):
         build(tmp_path, urls=str(tmp_path / "a.tar"), cache=str(tmp_path / "cache"))
 
 
@@ -216,7 +223,7 @@ def test_moments_are_those_of_the_pictures(shards):
 
 def test_a_picture_of_too_many_pixels_is_refused_before_it_is_unpacked(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
-    with warnings.catch_warnings(action="ignore"), pytest.raises(ValueError, match="9×9 pixels are more than the 50"):
+    with pytest.raises(ValueError, match="9×9 pixels are more than the 50"):
         decode(png(side=9), 4, 1)
 
 
@@ -245,7 +252,7 @@ def table(tmp_path):
 
 
 def test_an_arrow_table_streams_as_shards_do(table):
-    data = datasets.build("hf_dataset", path=str(table), img_size=8, channels=1, workers=2)
+    data = datasets.build("hf_dataset", path=str(table), img_size=8, channels=1, workers=2, val_size=0)
     assert data.classes == ["n", "e", "s", "w"]
     assert len(data.test) == 8
     whole = epoch(data)

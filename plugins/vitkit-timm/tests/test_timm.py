@@ -108,8 +108,8 @@ def cache(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_weights_that_cannot_be_had_say_what_to_do(cache):
-    with pytest.raises(VitkitError, match=r"weights of timm's 'test_vit' cannot be had.*`hf download timm/test_vit`"):
+def test_weights_that_are_not_available_say_what_to_do(cache):
+    with pytest.raises(VitkitError, match=r"weights of timm's 'test_vit' are not available.*`hf download timm/test_vit`"):
         backbones.build("timm/test_vit", pretrained=True)
 
 

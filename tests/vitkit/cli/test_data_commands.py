@@ -58,7 +58,7 @@ def test_import_then_list_then_import_again(folder, store):
     assert f"left out: {folder / 'cat' / 'bad[1].png'}: UnidentifiedImageError" in said
     row = next(line for line in run("list").splitlines() if "pets" in line and "│" in line)
     assert [cell.strip() for cell in row.strip("│").split("│")] == ["pets", "6", "4", "3×8×8", "2", "0.0"]
-    with pytest.raises(UsageError, match=r"--name pets: .*pets\.safetensors is there already; .* or give --overwrite"):
+    with pytest.raises(UsageError, match=r"--name pets: .*pets\.safetensors exists already; .* or give --overwrite"):
         run("import", folder, "--name", "pets")
     run("import", folder, "--name", "pets", "--img-size", "4", "--overwrite")
     assert read_store(store_path("pets")).train.images.shape[1:] == (3, 4, 4)
@@ -66,8 +66,14 @@ def test_import_then_list_then_import_again(folder, store):
 
 @pytest.mark.parametrize("name", ["mnist", "digits", "auto"])
 def test_a_name_that_means_something_else_is_refused(folder, name):
-    with pytest.raises(UsageError, match=f"--name {name}: that name means something else to --dataset; choose another"):
+    with pytest.raises(UsageError, match=f"--name {name}: that name has another meaning for --dataset; choose another"):
         run("import", folder, "--name", name)
+
+
+@pytest.mark.parametrize("folder", ["", "  "])
+def test_an_empty_folder_argument_is_not_the_working_directory(folder, store):
+    with pytest.raises(UsageError, match="FOLDER is empty, perhaps an unset variable"):
+        run("import", folder, "--name", "pets")
 
 
 def test_a_name_that_leads_out_of_the_store_is_refused(folder):
@@ -84,7 +90,7 @@ def test_a_broken_file_is_listed_with_the_way_out(store):
 
 
 def test_get_says_what_there_is():
-    assert run("get", "digits") == "digits: 1,442 + 355 images, 10 classes\n"
+    assert run("get", "digits") == "digits: 1,287 + 128 + 382 images, 10 classes\n"
 
 
 def test_get_of_what_is_broken_says_so(store):

@@ -77,10 +77,16 @@ def test_eval_prints_values_with_their_protocol_and_writes_them(vitkit, tmp_path
     told = json.loads((tmp_path / "scores.json").read_text())
     assert set(told["scores"]) == {"knn_top1", "linear_top1"}
     for row in told["scores"].values():
-        assert (row["chance"], row["samples"], row["split"]) == (0.1, 355, "test")
+        assert (row["chance"], row["samples"], row["split"]) == (0.1, 382, "test")
         assert f"{row['value']:.4f}" in done.stdout
     assert told["evaluators"]["knn"]["kwargs"] == {"train_size": 200, "k": 3}
     assert told["evaluators"]["linear_probe"]["kwargs"] == {"train_size": 200}
+    command = ("eval", "features", "--dataset", "digits", "--evaluator", "knn", "-o", "scores.json")
+    refused = vitkit(*command)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "-o scores.json exists already; choose another name, or give --overwrite" in refused.stderr
+    assert vitkit(*command, "--overwrite").returncode == 0
+    assert set(json.loads((tmp_path / "scores.json").read_text())["scores"]) == {"knn_top1"}
 
 
 def test_eval_without_a_name_asks_every_evaluator_and_says_which_do_not_suit(vitkit, install, monkeypatch):
@@ -107,6 +113,24 @@ def test_export_says_what_goes_in_and_comes_out(vitkit, tmp_path):
     [
         (["predict", "features", "pictures"], "this model has backbone (vit)"),
         (["predict", "classifier", "digits"], "'digits' is a dataset; predict takes pictures"),
+        (["predict", "classifier", ""], "an argument for the images is empty, perhaps an unset variable"),
+        (["predict", "", "pictures"], "MODEL is empty; give a directory that a run saved into, or a Hub repository OWNER/NAME"),
+        (["predict", "https://huggingface.co/a/b", "pictures"], "MODEL is the address https://huggingface.co/a/b; give a repository"),
+        (["predict", "classifier", "https://example.com/x.png"], "https://example.com/x.png is an address; download the image"),
+        (["predict", "classifier", "pictures", "--batch-size", "0"], "--batch-size is 0; expected at least 1"),
+        (["predict", "classifier", "pictures", "--top", "0"], "--top is 0; expected at least 1"),
+        (["eval", "features", "--dataset", "pictures"], "pictures is a folder; import it with `vitkit data import pictures --name mine`"),
+        (["eval", "features", "--dataset", ""], "no dataset named ''"),
+        (["eval", "features", "--dataset", "digits", "-o", "pictures"], "-o pictures is a directory; expected the name of a JSON file"),
+        (["eval", "features", "--dataset", "digits", "-o", "features/config.json"], "exists already; choose another name, or give"),
+        (
+            ["eval", "features", "--dataset", "digits", "-o", "features/config.json", "--overwrite"],
+            "-o features/config.json is not a JSON file of scores, so --overwrite does not replace it",
+        ),
+        (
+            ["embed", "features", "pictures", "-o", "features/model.safetensors", "--overwrite"],
+            "-o features/model.safetensors is not a .safetensors file of features, so --overwrite does not replace it",
+        ),
         (["predict", "nowhere", "pictures"], "no model at nowhere"),
         (["predict", "classifier", "nothing.png"], "no picture at nothing.png"),
         (["eval", "features", "--dataset", "digts"], "did you mean 'digits'?"),
@@ -116,7 +140,8 @@ def test_export_says_what_goes_in_and_comes_out(vitkit, tmp_path):
         (["eval", "features", "--dataset", "digits", "--evaluator", "knn", "--arg", "k=a"], "k is 'a', expected int"),
         (["eval", "features", "--dataset", "digits", "--evaluator", "knn", "--arg", "kk=1"], "takes no argument 'kk'"),
         (["eval", "features", "--dataset", "digits", "--evaluator", "label_retrieval"], "label retrieval needs a model"),
-        (["export", "nowhere"], "nowhere is no local directory, so the output has no default place; give -o FILE"),
+        (["export", "nowhere"], "no model at nowhere: no such directory"),
+        (["export", "someone/model"], "someone/model is no local directory, so the output has no default place; give -o FILE"),
         (["export", "features", "-o", "x.h5"], "cannot export to x.h5"),
         (["embed", "features", "digits", "-o", "x.npy"], "expected the name of a .safetensors file"),
     ],

@@ -1,4 +1,4 @@
-"""`vitkit new`: names are checked, nothing is overwritten, nothing is left half-written."""
+"""`vitkit new`: names are checked, nothing is overwritten, nothing is written in part."""
 
 import sys
 import tomllib
@@ -38,7 +38,7 @@ def test_a_package_declares_its_component_under_its_kind(kind, tmp_path):
         ("class", "loss", "'class' is Python's own; choose another name, such as class-loss"),
         ("json", "loss", "'json' is Python's own"),
         ("torch", "head", "a distribution torch .* is installed already; choose another name"),
-        ("vitkit-vit", "head", "a module 'vitkit_vit' is installed already, and one would hide the other"),
+        ("vitkit-vit", "head", "a module 'vitkit_vit' is installed already, and only one of the two could be imported"),
         ("mlp", "head", "the head 'mlp' is registered by vitkit already"),
     ],
 )
@@ -50,7 +50,7 @@ def test_names_are_checked(name, kind, text, tmp_path):
 
 def test_what_exists_is_never_overwritten(tmp_path):
     (tmp_path / "my-head").mkdir()
-    with pytest.raises(RunDirectoryError, match="my-head exists already and stays as it is; choose another name or --out"):
+    with pytest.raises(RunDirectoryError, match="my-head exists already; choose another name or --out"):
         new_plugin("my-head", "head", tmp_path)
     assert list((tmp_path / "my-head").iterdir()) == []
     (tmp_path / "mine.py").write_text("kept")

@@ -47,7 +47,7 @@ def unreachable(monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_a_dataset_follows_the_contract_and_keeps_its_tensors():
     made = tensors()
-    found = from_store(Stored("pets", ["cat", "dog"], made), source="here", licence="mine")
+    found = from_store(Stored("pets", ["cat", "dog"], made), source="here", licence="mine", val_size=0)
     assert isinstance(found, Dataset)
     assert (found.name, found.classes, found.shape) == ("pets", ["cat", "dog"], (3, 8, 8))
     assert (found.source, found.licence, found.fallback_for, found.notice) == ("here", "mine", None, "")
@@ -57,7 +57,7 @@ def test_a_dataset_follows_the_contract_and_keeps_its_tensors():
 
 def test_batches_of_the_training_split_have_mean_zero_and_deviation_one():
     found = from_store(Stored("pets", ["cat", "dog"], tensors()))
-    images = next(found.train.batches(20).epoch(0))["images"]
+    images = next(found.train.batches(len(found.train)).epoch(0))["images"]
     torch.testing.assert_close(images.mean(dim=(0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
     torch.testing.assert_close(images.std(dim=(0, 2, 3), correction=0), torch.ones(3), atol=1e-5, rtol=0)
 
@@ -74,10 +74,10 @@ def test_another_size_is_delivered_from_the_same_file():
     assert found.shape == (3, 12, 12)
     assert next(found.test.batches(5).epoch(0))["images"].shape == (5, 3, 12, 12)
     again = found.resized(6)
-    assert again.shape == again.train.preprocessing.shape == again.test.preprocessing.shape == (3, 6, 6)
+    assert again.shape == again.train.preprocessing.shape == again.val.preprocessing.shape == again.test.preprocessing.shape == (3, 6, 6)
     assert again.train.images is found.train.images
     for size in (0, -4):
-        with pytest.raises(UsageError, match=f"img_size is {size}; expected at least 1 pixel"):
+        with pytest.raises(UsageError, match=f"img_size is {size}; expected at least 1"):
             found.resized(size)
 
 
@@ -175,3 +175,71 @@ def test_what_a_download_brings_is_checked_before_it_is_kept():
     ):
         fetched("pets", lambda: (bad, ["cat", "dog"]))
     assert stored_names() == []
+
+
+def test_a_validation_split_comes_off_the_training_images_by_class_and_is_the_same_each_time():
+    made = tensors(n=200)
+    first, again = (from_store(Stored("pets", ["cat", "dog"], made)) for _ in range(2))
+    assert (len(first.train), len(first.val), len(first.test)) == (180, 20, 200)
+    assert first.val.labels.bincount().tolist() == [10, 10]
+    assert first.val_note == "20 of 200 training images, stratified, seed 0"
+    assert torch.equal(first.val.images, again.val.images)
+    pixels = [tuple(image.flatten().tolist()) for split in (first.train, first.val) for image in split.images]
+    assert sorted(pixels) == sorted(tuple(image.flatten().tolist()) for image in made["train.images"])
+    few = from_store(Stored("pets", ["cat", "dog"], made), val_size=6)
+    assert (len(few.train), len(few.val)) == (194, 6)
+    everything = from_store(Stored("pets", ["cat", "dog"], made), val_size=0)
+    assert (len(everything.train), len(everything.val)) == (200, 0)
+    assert everything.train.images.data_ptr() == made["train.images"].data_ptr()  # nothing is copied
+    assert everything.val_note == "none: all training images are trained on"
+    with pytest.raises(UsageError, match="val_size is -1; expected at least 0"):
+        from_store(Stored("pets", ["cat", "dog"], made), val_size=-1)
+
+
+def test_at_most_five_thousand_images_are_for_validation():
+    labels = torch.arange(60_000) % 10
+    made = {"train.images": torch.zeros(60_000, 1, 1, 1, dtype=torch.uint8), "train.labels": labels}
+    made |= {"test.images": made["train.images"][:10], "test.labels": labels[:10]}
+    found = from_store(Stored("many", [str(n) for n in range(10)], made))
+    assert (len(found.train), len(found.val)) == (55_000, 5000)
+    assert found.val.labels.bincount().tolist() == [500] * 10
+
+
+def test_a_dataset_that_has_a_validation_split_keeps_it():
+    made = tensors() | {"val.images": torch.zeros(4, 3, 8, 8, dtype=torch.uint8), "val.labels": torch.tensor([0, 1, 1, 1])}
+    found = from_store(Stored("pets", ["cat", "dog"], made))
+    assert (len(found.train), found.val.labels.tolist()) == (20, [0, 1, 1, 1])
+    assert found.val_note == "4 images of the validation split that pets has"
+    with pytest.raises(UsageError, match="val_size is 3, but pets has a validation split; leave val_size out"):
+        from_store(Stored("pets", ["cat", "dog"], made), val_size=3)
+
+
+def test_a_dataset_that_a_plugin_builds_from_two_splits_has_a_validation_split():
+    whole = from_store(Stored("pets", ["cat", "dog"], tensors(n=50)), val_size=0)
+    found = ImageDataset("pets", ["cat", "dog"], train=whole.train, test=whole.test)
+    assert isinstance(found, Dataset)
+    assert (len(found.train), len(found.val)) == (45, 5)
+    assert (len(found.resized(4).train), len(found.resized(4).val)) == (45, 5)
+
+
+def test_a_digest_identifies_the_data_whatever_its_name_and_size():
+    made = tensors()
+    digest = from_store(Stored("pets", ["cat", "dog"], made)).digest
+    assert len(digest) == 16
+    assert from_store(Stored("other", ["cat", "dog"], made), img_size=4).digest == digest
+    swapped = {name: 1 - value if name.endswith("labels") else value for name, value in made.items()}
+    darker = made | {"test.images": made["test.images"] // 2}
+    for other in (
+        Stored("pets", ["dog", "cat"], made),
+        Stored("pets", ["cat", "dog"], swapped),
+        Stored("pets", ["cat", "dog"], darker),
+    ):
+        assert from_store(other).digest != digest
+
+
+def test_unlabelled_images_are_a_dataset_too():
+    made = tensors() | {name: torch.full((20,), -1) for name in ("train.labels", "test.labels")}
+    write_store("photos", made, [])
+    found = build("photos")
+    assert (found.classes, len(found.train), len(found.val)) == ([], 18, 2)
+    assert next(found.train.batches(4).epoch(0))["labels"].tolist() == [-1] * 4

@@ -4,15 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from lazy_images import Lazy
 from torchvision.transforms import v2
 
 from vitkit.contracts import UNLABELLED, Batches, Split
+from vitkit.data.dataloader import ImageBatches, View
 from vitkit.data.preprocess import Preprocessing
-from vitkit.data.split import ImageBatches, ImageSplit
+from vitkit.data.split import ImageSplit, proportional_indices
 from vitkit.errors import UsageError
 from vitkit.seeding import derive_seed
-from vitkit.transforms.augment import Compose, HorizontalFlip, Noise, RandomAffine
+from vitkit.transforms.augment import Compose, HorizontalFlip, Noise, RandomAffine, RandomResizedCrop
+from vitkit.transforms.mixup import MixUp
 
 AUGMENT = Compose([RandomAffine(degrees=20, translate=0.1), HorizontalFlip(), Noise(0.1)])
 
@@ -91,15 +94,53 @@ def test_entering_late_makes_none_of_the_earlier_batches():
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("drop_last", [True, False])
-def test_ranks_share_an_epoch_without_overlap(world, drop_last):
+def test_ranks_share_a_shuffled_epoch_equally_and_without_overlap(world, drop_last):
     batches = split(n=50).batches(4, shuffle=True, drop_last=drop_last)
-    ranks = [[numbers(batch) for batch in batches.epoch(0, rank=r, world=world)] for r in range(world)]
-    assert len({len(rank) for rank in ranks}) == 1  # as many steps on each: none waits for another for ever
-    seen = sorted(number for rank in ranks for batch in rank for number in batch)
-    assert len(seen) == len(set(seen)) == (50 // (4 * world) * 4 * world if drop_last else 50)
-    for step in zip(*ranks, strict=True):
-        sizes = [len(batch) for batch in step]
-        assert max(sizes) - min(sizes) <= (0 if drop_last else 1)
+    for number in range(3):
+        ranks = [[numbers(batch) for batch in batches.epoch(number, rank=r, world=world)] for r in range(world)]
+        assert len({len(rank) for rank in ranks}) == 1  # as many steps on each: none waits for another for ever
+        seen = sorted(number for rank in ranks for batch in rank for number in batch)
+        step = 4 * world if drop_last else world
+        assert len(seen) == len(set(seen)) == 50 // step * step
+        for step in zip(*ranks, strict=True):
+            sizes = {len(batch) for batch in step}
+            assert len(sizes) == 1
+            assert sizes != {0}
+
+
+def test_images_left_out_so_that_shares_are_equal_differ_between_epochs():
+    batches = split(n=51).batches(4, shuffle=True)
+    left_out = []
+    for number in range(4):
+        seen = {n for rank in range(4) for batch in batches.epoch(number, rank=rank, world=4) for n in numbers(batch)}
+        left_out.append(frozenset(range(51)) - seen)
+    assert {len(rows) for rows in left_out} == {3}
+    assert len(set(left_out)) == 4
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 7])
+def test_without_shuffling_every_image_comes_exactly_once(world):
+    ranks = [[numbers(batch) for batch in split(n=50).batches(4).epoch(0, rank=r, world=world)] for r in range(world)]
+    assert len({len(rank) for rank in ranks}) == 1
+    assert sorted(number for rank in ranks for batch in rank for number in batch) == list(range(50))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_plain_mean_over_equal_shares_has_the_gradient_of_one_device(world):
+    data = split(n=8 * world + world, channels=3)
+    weight = torch.randn(3 * 64, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
+
+    def gradients(batches):
+        return [
+            torch.autograd.grad(F.cross_entropy(batch["images"].flatten(1) / 255 @ weight, batch["labels"]), weight)[0]
+            for batch in batches
+        ]
+
+    one = gradients(data.batches(4 * world, shuffle=True).epoch(1))
+    parts = [gradients(data.batches(4, shuffle=True).epoch(1, rank=rank, world=world)) for rank in range(world)]
+    assert len(one) == 3
+    for expected, *found in zip(one, *parts, strict=True):
+        torch.testing.assert_close(torch.stack(found).mean(0), expected, atol=1e-5, rtol=0)
 
 
 def test_ranks_together_hold_the_batch_of_one_device():
@@ -117,7 +158,7 @@ def test_evaluation_keeps_the_order_over_ranks():
 def test_its_length_is_that_of_an_epoch_on_this_many_ranks(monkeypatch):
     assert len(split().batches(8)) == 7
     assert len(split().batches(8, drop_last=True)) == 6
-    monkeypatch.setattr("vitkit.data.split.world_size", lambda: 4)
+    monkeypatch.setattr("vitkit.data.dataloader.world_size", lambda: 4)
     batches = split().batches(8, drop_last=True)
     assert len(batches) == len(list(batches.epoch(0, rank=1, world=4))) == 1
     assert len(split().batches(64, drop_last=True)) == 0
@@ -171,7 +212,7 @@ def test_a_preparation_survives_json():
     preprocessing = Preprocessing((3, 16, 24), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "pad")
     assert Preprocessing.from_json(preprocessing.to_json()) == preprocessing
     for change in ({"mean": [0.1]}, {"fit": "stretch"}, {"shape": [3, 16]}, {"std": None}):
-        with pytest.raises(UsageError, match="preprocessing names shape, mean, std and fit"):
+        with pytest.raises(UsageError, match="preprocessing is .*; expected shape, mean, std and fit"):
             Preprocessing.from_json(preprocessing.to_json() | change)
 
 
@@ -182,7 +223,7 @@ def test_taking_some_takes_of_every_class_alike():
     assert torch.equal(some.images, split().stratified_subset(20, seed=1).images)
     assert not torch.equal(some.images, split().stratified_subset(20, seed=2).images)
     assert len(split().stratified_subset(1000)) == 50
-    with pytest.raises(UsageError, match=r"stratified_subset\(0\): expected at least 1 image"):
+    with pytest.raises(UsageError, match="count is 0; expected at least 1"):
         split().stratified_subset(0)
 
 
@@ -205,7 +246,7 @@ def test_hiding_labels_leaves_a_fraction_of_every_class(fraction):
 
 @pytest.mark.parametrize("fraction", [0.0, -0.1, 1.5, 0.001, float("nan")])
 def test_a_label_fraction_out_of_range(fraction):
-    with pytest.raises(UsageError, match=f"a label fraction lies in .* given {fraction}"):
+    with pytest.raises(UsageError, match=f"fraction is {fraction}; (expected a number in|of 50 images it leaves no label)"):
         split().mask_labels(fraction)
 
 
@@ -226,7 +267,7 @@ def test_labels_that_are_shown_are_repeated_to_a_share_of_the_whole():
     assert (more.labels[:400] == hidden.labels).all()
     assert torch.bincount(more.labels[more.labels >= 0]).unique().numel() == 1
     assert whole.oversample_labelled(0.25) is whole
-    with pytest.raises(UsageError, match="expected a share in"):
+    with pytest.raises(UsageError, match=r"share is 1.0; expected a number in \[0, 1\)"):
         hidden.oversample_labelled(1.0)
 
 
@@ -259,3 +300,79 @@ def test_lazy_images_that_cannot_be_read_are_left_out_with_their_labels():
     assert torch.equal(loaded.images[:, 0, 0, 0].long(), 2 * loaded.labels)
     assert isinstance(lazy.stratified_subset(5).images, Lazy)
     assert lazy.subset(torch.tensor([3])).in_memory().images.shape == (0, 1, 1, 2)
+
+
+def test_validation_images_are_drawn_in_proportion_and_no_class_gives_its_last_one():
+    labels = torch.tensor([0] * 600 + [1] * 300 + [2] * 100 + [3] * 2 + [4])
+    rows = proportional_indices(labels, 100, seed=0)
+    assert labels[rows].bincount(minlength=5).tolist() == [60, 30, 10, 1, 0]
+    assert torch.equal(rows, proportional_indices(labels, 100, seed=0))
+    assert not torch.equal(rows, proportional_indices(labels, 100, seed=1))
+    assert len(proportional_indices(labels, 0, seed=0)) == 0
+    assert len(proportional_indices(labels[:0], 5, seed=0)) == 0
+
+
+def test_a_large_subset_reads_its_rows_from_the_mapped_tensor(monkeypatch):
+    monkeypatch.setattr("vitkit.data.split.COPIED_BYTES", 100)
+    rows = torch.randperm(50, generator=torch.Generator().manual_seed(0))[:40]
+    large = split().subset(rows)
+    assert not isinstance(large.images, torch.Tensor)
+    monkeypatch.setattr("vitkit.data.split.COPIED_BYTES", 1 << 30)
+    small = split().subset(rows)
+    for options in ({}, {"shuffle": True}):
+        assert same(large.batches(7, **options).epoch(2), small.batches(7, **options).epoch(2))
+    assert same(large.subset(torch.arange(9)).batches(4).epoch(0), small.subset(torch.arange(9)).batches(4).epoch(0))
+    assert torch.equal(large.in_memory().images, small.images)
+    assert large.images.shape == tuple(small.images.shape)
+
+
+def test_views_of_several_sizes_and_transforms_come_from_the_stored_image():
+    images = torch.randint(0, 256, (10, 3, 48, 48), dtype=torch.uint8)
+    data = ImageSplit(images, torch.arange(10), Preprocessing((3, 32, 32), (0.5,) * 3, (0.25,) * 3))
+    crop = RandomResizedCrop(scale=(0.1, 0.5))
+    calls = []
+
+    def look(images, generator):
+        calls.append(tuple(images.shape))
+        return images
+
+    views = [View(count=2, transform=Compose([crop, HorizontalFlip(), look])), View(size=16, count=3, transform=crop), View(size=8)]
+    batches = data.batches(4, shuffle=True, views=views)
+    first = next(batches.epoch(0, seed=3))
+    assert [tuple(view.shape) for view in first["views"]] == [(4, 2, 3, 32, 32), (4, 3, 3, 16, 16), (4, 1, 3, 8, 8)]
+    assert first["images"] is first["views"][0]
+    assert calls == [(8, 3, 32, 32)]
+    again = next(batches.epoch(0, seed=3))
+    assert all(torch.equal(a, b) for a, b in zip(first["views"], again["views"], strict=True))
+    assert not torch.equal(first["views"][0][:, 0], first["views"][0][:, 1])
+    rows = first["labels"]
+    expected = v2.functional.resize(images[rows] / 255, [8, 8], antialias=True)
+    torch.testing.assert_close(first["views"][2][:, 0] * 0.25 + 0.5, expected)
+
+
+def test_a_crop_is_sampled_from_the_stored_pixels_not_from_a_smaller_image():
+    """A crop of a fine pattern keeps it; resized first, the pattern is grey."""
+    pattern = (torch.arange(64) // 2 % 2 * 255).to(torch.uint8).expand(64, 64)[None, None]
+    data = ImageSplit(pattern, torch.zeros(1, dtype=torch.int64), Preprocessing((1, 16, 16), (0.0,), (1.0,)))
+    quarter = RandomResizedCrop(scale=(1 / 16, 1 / 16), ratio=(1.0, 1.0))
+    image = next(data.batches(1, augment=quarter).epoch(0))["images"]
+    assert image.shape == (1, 1, 16, 16)
+    assert image.std() > 0.3
+    assert next(data.batches(1).epoch(0))["images"].std() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"views": []}, "views is empty; expected a number, or at least one View"),
+        ({"views": [View()], "augment": HorizontalFlip()}, "augment is given with several Views; give each View its transform"),
+        ({"views": [View()], "mix": MixUp()}, "mix is given with several Views"),
+    ],
+)
+def test_views_that_do_not_go_together_are_refused(options, message):
+    with pytest.raises(UsageError, match=message):
+        split().batches(4, **options)
+    with pytest.raises(UsageError, match="size is 0; expected at least 1"):
+        View(size=0)
+    with pytest.raises(UsageError, match="count is 0; expected at least 1"):
+        View(count=0)

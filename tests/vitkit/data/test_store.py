@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from vitkit.data.store import read_store, store_directory, store_lock, store_path, stored_names, write_store
 from vitkit.errors import DatasetError, UsageError
@@ -75,7 +75,7 @@ def test_a_name_cannot_lead_out_of_the_store(name):
 
 
 def test_a_missing_file_is_named_with_the_way_to_see_what_there_is(store):
-    with pytest.raises(DatasetError, match=r"no dataset file at .*pets\.safetensors; `vitkit data list` shows"):
+    with pytest.raises(DatasetError, match=r"there is no dataset file at .*pets\.safetensors; `vitkit data list` shows"):
         read_store(store_path("pets"))
 
 
@@ -98,7 +98,7 @@ def test_a_foreign_file(store, content):
 
 def test_a_directory_of_that_name(store):
     store_path("pets").mkdir(parents=True)
-    with pytest.raises(DatasetError, match="no dataset file at"):
+    with pytest.raises(DatasetError, match="there is no dataset file at"):
         read_store(store_path("pets"))
 
 
@@ -116,7 +116,7 @@ def broken(change: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
         ({"train.labels": torch.zeros(11, dtype=torch.int64)}, "train.labels is torch.int64 (11,), expected int64 (12,)"),
         ({"test.labels": torch.zeros(6, dtype=torch.int32)}, "test.labels is torch.int32 (6,), expected int64 (6,)"),
         ({"test.labels": torch.full((6,), 3)}, "test.labels run from 3 to 3, expected 0 to 2 for its 3 classes"),
-        ({"train.labels": torch.full((12,), -1)}, "train.labels run from -1 to -1, expected 0 to 2"),
+        ({"train.labels": torch.full((12,), -2)}, "train.labels run from -2 to -2, expected 0 to 2 for its 3 classes, or -1"),
         (
             {"train.images": torch.zeros(0, 1, 4, 4, dtype=torch.uint8), "train.labels": torch.zeros(0, dtype=torch.int64)},
             "it holds no training images",
@@ -176,3 +176,30 @@ def test_a_full_disk_leaves_nothing_half_written(store, full_disk):
     ):
         write_store("pets", tensors(n=1000, size=32), CLASSES)
     assert list(store.iterdir()) == []
+
+
+def test_a_validation_split_and_images_without_labels_are_kept():
+    made = tensors() | {"val.images": torch.ones(3, 1, 4, 4, dtype=torch.uint8), "val.labels": torch.tensor([2, -1, 0])}
+    found = read_store(write_store("pets", made, CLASSES))
+    assert torch.equal(found.val.images, made["val.images"])
+    assert found.val.labels.tolist() == [2, -1, 0]
+    assert read_store(write_store("pets", tensors(), CLASSES)).val is None
+    blind = tensors() | {name: torch.full((count,), -1) for name, count in (("train.labels", 12), ("test.labels", 6))}
+    assert read_store(write_store("photos", blind, [])).classes == []
+    with pytest.raises(DatasetError, match="it lacks val.labels"):
+        write_store("pets", {name: value for name, value in made.items() if name != "val.labels"}, CLASSES)
+
+
+def test_files_are_those_of_safetensors(tmp_path):
+    """What is written in pieces is read by the library, aligned, and what the library writes is read here."""
+    made = tensors(n=7, m=5, size=3)  # 63 bytes of pixels: labels after them would not be aligned
+    path = write_store("pets", made, CLASSES)
+    loaded = load_file(path)
+    assert all(torch.equal(loaded[name], value) for name, value in made.items())
+    save_file(made, path, metadata={"classes": json.dumps(CLASSES)})
+    assert torch.equal(read_store(path).train.images, made["train.images"])
+
+
+def test_long_lists_of_left_out_images_are_cut():
+    found = read_store(write_store("pets", tensors(), CLASSES, skipped=[f"{number}.png: broken" for number in range(1500)]))
+    assert (len(found.skipped), found.skipped[-1]) == (1001, "and 500 more")

@@ -78,10 +78,12 @@ def test_a_run_on_the_hub_is_run_again_only_when_its_code_may_run(hub_server, mo
     client.push(model_run, "tiny")
     monkeypatch.chdir(tmp_path)
     asked: list[str] = []
-    assert reproduce("me/tiny", confirm=lambda text: bool(asked.append(text)), console=Console()) is None
-    assert "(of me/tiny, SHA-256 " in asked[0]
+    assert reproduce("hf://me/tiny", confirm=lambda code: bool(asked.append(code.warning)), console=Console()) is None
+    assert "(of hf://me/tiny, SHA-256 " in asked[0]
+    with pytest.raises(UsageError, match="there is no directory me/tiny; .*for a repository of the Hub give hf://me/tiny"):
+        reproduce("me/tiny", confirm=lambda code: True, console=Console())
     with pytest.raises(SystemExit, match="never run"):
-        reproduce("me/tiny", confirm=lambda text: True, console=Console())
+        reproduce("hf://me/tiny", confirm=lambda code: True, console=Console())
 
 
 @pytest.mark.parametrize("source", ["jepa", "./runs/jepa", "/runs/jepa", "a/b/c", "../jepa", "a/..", Path("me/tiny")])

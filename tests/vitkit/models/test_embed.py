@@ -163,8 +163,8 @@ def test_what_is_refused(model, pictures, tmp_path):
         find_source([str(pictures / "nothing.png")])
     with pytest.raises(UsageError, match="which images"):
         find_source([])
-    with pytest.raises(UsageError, match="--split val: expected train or test"):
-        find_source(["digits"], split="val")
+    with pytest.raises(UsageError, match="--split is 'dev'; expected 'train', 'val', 'test'"):
+        find_source(["digits"], split="dev")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DatasetError, match="holds no picture: expected .png"):
         find_source([str(tmp_path / "empty")])

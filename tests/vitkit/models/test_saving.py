@@ -4,7 +4,10 @@ import hashlib
 import json
 import pickle
 import sys
+import threading
 import warnings
+from functools import wraps
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +19,9 @@ from torch import nn
 import vitkit
 from vitkit import backbones, heads
 from vitkit.errors import CheckpointError, MissingPluginError, UsageError
-from vitkit.models.saving import VersionWarning, encode_image, load, save
+from vitkit.models.features import encode_image
+from vitkit.models.saving import VersionWarning, load, save
+from vitkit_vit import MLPHead, ViT
 
 HEAD = '''
 from torch import nn
@@ -127,7 +132,7 @@ def test_a_config_nested_too_deeply_is_refused(saved, depth):
     [
         ({"classes": [1, 2]}, r"'classes' should be a list of names, is \[1, 2\]"),
         ({"weights": 3}, "'weights' should be a dict, is 3"),
-        ({"preprocessing": {**PREPARE, "mean": [0.5, 0.5]}}, "preprocessing names shape, mean, std and fit"),
+        ({"preprocessing": {**PREPARE, "mean": [0.5, 0.5]}}, "preprocessing is .*; expected shape, mean, std and fit"),
         ({"preprocessing": {**PREPARE, "shape": [1, 8, float("inf")]}}, "config.json: "),
     ],
 )
@@ -194,24 +199,100 @@ def test_only_registered_names_are_built(saved):
             load(saved)
 
 
-@pytest.mark.parametrize(
-    "kwargs",
-    [{"in_dim": 8, "out_dim": 10**12}, {"in_dim": 2**62, "out_dim": 4}, {"in_dim": 20_000, "out_dim": 8}],
-    ids=str,
-)
-def test_a_config_that_would_build_far_more_than_was_saved_is_refused(saved, kwargs):
+def with_kwargs(saved, module, **kwargs):
+    """Change arguments of a saved module."""
     modules = config_of(saved)["modules"]
-    change(saved, modules={**modules, "projector": {**modules["projector"], "kwargs": kwargs}})
-    with pytest.raises(CheckpointError, match="'projector' cannot be built: (it takes more than .* bytes|RuntimeError: )"):
+    change(saved, modules={**modules, module: {**modules[module], "kwargs": {**modules[module]["kwargs"], **kwargs}}})
+
+
+@pytest.mark.parametrize("kwargs", [{"in_dim": 20_000}, {"hidden": 2**20, "depth": 3}, {"in_dim": 2**20, "out_dim": 2**20}], ids=str)
+def test_a_config_that_would_build_far_more_than_was_saved_is_refused(saved, kwargs):
+    with_kwargs(saved, "projector", **kwargs)
+    with pytest.raises(CheckpointError, match="'projector' cannot be built: it takes more than .* bytes, far beyond"):
+        load(saved)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "value"),
+    [
+        ("projector", "out_dim", 10**12),
+        ("projector", "in_dim", 2**62),
+        ("projector", "depth", 4 * 10**8),
+        ("backbone", "embed_dim", 10**12 + 1),
+        ("backbone", "num_heads", 10**9),
+        ("backbone", "img_size", [2**40, 2**40]),
+        ("backbone", "depth", 10**30),
+        ("backbone", "registers", -(2**40)),
+        ("backbone", "mlp_ratio", 1e300),
+        ("backbone", "mlp_ratio", float("inf")),
+        ("backbone", "dropout", float("nan")),
+    ],
+)
+def test_a_number_beyond_every_saved_size_is_refused_before_its_component_is_called(saved, monkeypatch, module, name, value):
+    for component in (ViT, MLPHead):
+        monkeypatch.setattr(component, "__init__", wraps(component.__init__)(lambda *a, **k: pytest.fail("built")))
+    with_kwargs(saved, module, **{name: value})
+    if module == "projector":
+        change(saved, modules={"projector": config_of(saved)["modules"]["projector"]})
+    with pytest.raises(CheckpointError, match=rf"{name} is .*; expected a finite number of at most 1,048,576"):
         load(saved)
 
 
 def test_blocks_without_end_are_refused(saved):
-    modules = config_of(saved)["modules"]
-    kwargs = {**modules["backbone"]["kwargs"], "embed_dim": 1024, "num_heads": 8, "depth": 10**9}
-    change(saved, modules={**modules, "backbone": {**modules["backbone"], "kwargs": kwargs}})
-    with pytest.raises(CheckpointError, match="it has more than .* parameters, far beyond the weights that were saved"):
+    with_kwargs(saved, "backbone", depth=2**20)
+    with pytest.raises(CheckpointError, match="it makes more than .* tensors, far beyond the weights that were saved"):
         load(saved)
+
+
+def test_lists_names_modules_and_shapes_without_end_are_refused(saved):
+    config = config_of(saved)
+    with_kwargs(saved, "backbone", img_size=[8] * (2**20 + 1))
+    with pytest.raises(CheckpointError, match="img_size is .*, expected|hold more than 1,048,576 values"):
+        load(saved)
+    modules = config["modules"]
+    for changed, message in (
+        ({"modules": {f"m{i}": modules["projector"] for i in range(65)}}, "has 65 modules; a saved model has at most 64"),
+        ({"modules": {"m" * 65: modules["projector"]}}, "has a name that no attribute of a model can have"),
+        ({"modules": {"a": {**modules["projector"], "name": "x" * 201}}}, "a Spec's 'name' has at most 200 characters"),
+        ({"modules": {"a": {**modules["projector"], "distribution": "x; rm -rf ~"}}}, "is the name of a Python package"),
+        ({"preprocessing": {**PREPARE, "shape": [1, 10**9, 10**9]}}, r"shape \(1, 1e\+09, 1e\+09\); expected 1 to 16,384"),
+        ({"arguments": {"a": [0] * (2**21 + 1)}}, "holds more than 2,097,152 values; no vitkit config does"),
+    ):
+        change(saved, **{**config, **changed})
+        with pytest.raises(CheckpointError, match=message):
+            load(saved)
+
+
+def test_a_model_is_loaded_while_another_thread_builds_modules(saved):
+    stop = threading.Event()
+    failures: list[BaseException] = []
+
+    def build_without_end():
+        try:
+            while not stop.is_set():
+                backbones.build("vit", img_size=8, in_chans=1, embed_dim=8, depth=40, num_heads=2)
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=build_without_end)
+    thread.start()
+    try:
+        for _ in range(20):
+            load(saved)
+    finally:
+        stop.set()
+        thread.join()
+    assert failures == []
+
+
+def test_the_weights_are_read_once_and_never_as_a_whole(saved, monkeypatch):
+    read, digested = [], []
+    read_bytes, digest = Path.read_bytes, hashlib.file_digest
+    monkeypatch.setattr("pathlib.Path.read_bytes", lambda path: read.append(path.name) or read_bytes(path))
+    monkeypatch.setattr("hashlib.file_digest", lambda file, name: digested.append(file.name) or digest(file, name))
+    load(saved)
+    assert read == ["config.json"]
+    assert digested == [str(saved / "model.safetensors")]
 
 
 def test_a_missing_plugin_is_named_with_the_command_that_mends_it(tmp_path, install, monkeypatch):
@@ -264,7 +345,7 @@ def test_a_directory_holds_two_files_and_what_is_saved_beside_them_changes_no_fi
 def test_what_cannot_be_saved_leaves_the_older_model_as_it_was(saved, modules):
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     for changed, arguments, message in (
-        (modules, {"path": saved}, "config holds plain JSON values alone: Object of type PosixPath"),
+        (modules, {"path": saved}, "config holds plain JSON values only: Object of type PosixPath"),
         ({"classes": modules["backbone"]}, {}, "a name that can be an attribute of the model; given 'classes'"),
         ({"class": modules["backbone"]}, {}, "given 'class'"),
         ({"a.b": modules["backbone"]}, {}, "given 'a.b'"),

@@ -158,7 +158,7 @@ def test_validation_and_test_stand_side_by_side_and_say_which_is_which(make_run)
     directory = make_run(metrics=metrics, protocols=protocols, best=best, references={})
     found = Page(write_report(directory))
     assert "metric validation test best chance untrained how it was measured" in found.text
-    assert "knn_top1 0.9300 0.8300 0.8200 (epoch 2, by validation) 0.1 0.296 test split; 400 samples; validation split: 100" in found.text
+    assert "knn_top1 0.9300 0.8300 0.8200 (epoch 2) 0.1 0.296 test split; 400 samples; validation split: 100" in found.text
     assert "psnr – 23.00 dB 23.00 (epoch 3) – – test split; 400 samples" in found.text
     assert "knn top-1 test 0.8300 ± 0.0188 validation 0.9300 chance 0.1 untrained 0.296" in found.text  # the card
     assert "Validation values may choose an epoch or a setting; test values are the result, and chose nothing." in found.text
@@ -186,7 +186,7 @@ def test_a_loss_at_its_uninformed_value_is_announced(make_run, last, stuck):
     directory = make_run(losses=losses, metrics=[], references={"uninformed": {"loss": 2.3026}})
     path = write_report(directory)
     found = Page(path)
-    assert ("The loss is where an uninformed prediction is" in found.text) == stuck
+    assert ("The loss is that of an uninformed prediction" in found.text) == stuck
     assert (f"loss {last:.4f}, uninformed 2.3026." in found.text) == stuck
     assert "Its uninformed line is at 2.3026." in found.all("img")[0]["alt"]
     assert "uninformed: the value of a prediction that uses no information about its input." in found.text
@@ -421,7 +421,7 @@ def test_attention_lies_over_every_kind_of_image(channels, count):
 
 def test_names_and_numbers_as_they_are_written():
     assert [title_of(name) for name in ("m1_top3", "linear_top1", "top5", "val_loss")] == [
-        "M1 top-3", "linear top-1", "top-5", "val loss",
+        "M1 top-3", "linear top-1", "top-5", "loss (validation)",
     ]  # fmt: skip
     assert split_topk("m1_top3") == ("m1", 3)
     assert split_topk("stop") is None

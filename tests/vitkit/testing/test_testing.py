@@ -1,8 +1,9 @@
-"""The conformance kit finds what it looks for, and says how to mend it."""
+"""The conformance kit finds mistakes, and its messages say how to fix them."""
 
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from vitkit import Scores
 from vitkit.cli.main import main
-from vitkit.contracts import Measurement
+from vitkit.contracts import Measurement, SplitName
 from vitkit.data.dataset import ImageDataset
 from vitkit.errors import ConformanceError, UnknownNameError, UsageError
 from vitkit.testing import (
@@ -51,8 +52,8 @@ class Undocumented(nn.Module):
         return self.linear(x)
 
 
-class Shapeless(Undocumented):
-    """A linear map, from in_dim to out_dim."""
+class Terse(Undocumented):
+    """some map"""
 
 
 class Narrow(Good):
@@ -146,22 +147,21 @@ Refusing.__doc__ = Good.__doc__
     ("head", "text"),
     [
         (Undocumented, r"\[docstring\] head 'Undocumented' has no docstring; its first sentence is the line"),
-        (Shapeless, r"\[docstring\] the docstring of head 'Shapeless' names no shape; write e.g. `\(b d\)`"),
         (Narrow, r"\[shapes\] head 'Narrow': the call gives torch.float32 \(3, 1\) for 3 samples; expected float32 \(3, 4\)"),
         (Unused, r"\[gradients\] head 'Unused': no gradient reaches spare; use them in every forward pass, or leave"),
         (Detached, r"\[gradients\] head 'Detached': no gradient reaches its inputs; nothing before it could be trained"),
         (Rooted, r"\[gradients\] head 'Rooted': the gradient of .* is not finite; look for roots and norms at zero"),
-        (Dropping, r"\[modes\] head 'Dropping' draws random numbers in evaluation mode; draw them where self.training"),
+        (Dropping, r"\[modes\] head 'Dropping' draws random numbers in evaluation mode; draw them only where self.training"),
         (Centred, r"\[modes\] head 'Centred': output of a sample depends on its neighbours in evaluation mode"),
-        (Counting, r"\[modes\] head 'Counting' changes seen in evaluation mode; update them where self.training alone"),
+        (Counting, r"\[modes\] head 'Counting' changes seen in evaluation mode; update them only where self.training"),
         (Numpy, r"\[determinism\] head 'Numpy': parameters differ between two runs under one seed \(linear.weight\)"),
-        (Forgetful, r"\[state\] head 'Forgetful': output differs after loading its state dict; .* persistent buffer"),
+        (Forgetful, r"\[state\] head 'Forgetful': output differs after loading its state dict; .* persistent buffers"),
         (Doubled, r"\[precision\] head 'Doubled': parameter linear.weight is torch.float64; build it in float32"),
         (Cancelling, r"\[precision\] head 'Cancelling': output under bf16 autocast lies \d+% from fp32's, expected at most 10%"),
         (Picky, r"\[batches\] head 'Picky' fails with a batch of 0: IndexError: .*; give a result, or raise a UsageError"),
     ],
 )
-def test_a_broken_head_is_told_what_and_how_to_mend_it(head: Callable[..., Any], text: str) -> None:
+def test_each_mistake_of_a_head_is_named_with_its_fix(head: Callable[..., Any], text: str) -> None:
     with pytest.raises(ConformanceError, match=text):
         check_head(head)
 
@@ -175,7 +175,7 @@ def test_good_and_refusing_heads_pass_and_the_random_state_stays() -> None:
     assert result.seen == "one: refused, none: refused"
 
 
-def test_what_cannot_be_built_is_said_with_its_arguments() -> None:
+def test_a_head_that_cannot_be_built_is_named_with_its_arguments() -> None:
     with pytest.raises(ConformanceError, match=r"takes no argument 'hiden'"):
         check_head(Good, hiden=3)
     with pytest.raises(ConformanceError, match="is a dict; expected an nn.Module"):
@@ -216,7 +216,7 @@ class Map(Patches):
 @pytest.mark.parametrize(
     ("backbone", "text"),
     [
-        (Widthless, "has embed_dim 'six'; expected the whole number of its tokens' dimensions"),
+        (Widthless, "has embed_dim 'six'; expected the number of its tokens' dimensions, a whole number"),
         (Deaf, r"the call with 2 extra_tokens gives torch.float32 \(3, 4, 6\) for 3 samples; expected float32 \(3, 6, 6\)"),
         (Map, r"the call gives torch.float32 \(3, 6, 2, 2\) for 3 samples; expected float32 \(3, n, 6\)"),
     ],
@@ -258,7 +258,7 @@ class Vector(MeanOfMeans):
 
 
 def test_a_broken_loss_is_told() -> None:
-    with pytest.raises(ConformanceError, match="does not say what it is called with; give its class a static method vitkit_example"):
+    with pytest.raises(ConformanceError, match="does not declare its inputs; give its class a static method vitkit_example"):
         check_loss(Silent)
     (result,) = examine(Case("loss", "unnamed", Unnamed, {}, draw=lambda n: {"x": torch.randn(n, 4)}), ["shapes"])
     assert result.problem == "loss 'unnamed' returns Tensor; expected {\"loss\": scalar, part: scalar, ...}"
@@ -275,8 +275,6 @@ def test_a_mean_of_means_is_found_by_two_ranks() -> None:
 
 
 def _changed(**fields: Any) -> Callable[[], ImageDataset]:
-    from dataclasses import replace
-
     def shades() -> ImageDataset:
         """Shades."""
         return replace(small_dataset(), **fields)
@@ -288,8 +286,8 @@ def _changed(**fields: Any) -> Callable[[], ImageDataset]:
     ("fields", "text"),
     [
         ({"classes": ["one"]}, r"\[splits\] dataset 'shades': train.labels name other classes than 0 … 0"),
-        ({"licence": ""}, r"\[fields\] dataset 'shades': licence is ''; expected a text that tells a person"),
-        ({"test": None}, r"\[splits\] dataset 'shades'.*AttributeError"),
+        ({"licence": ""}, r"\[fields\] dataset 'shades': licence is ''; expected a text for a person"),
+        ({"test": None}, r"\[splits\] dataset 'shades'.*TypeError"),
     ],
 )
 def test_a_broken_dataset_is_told(fields: dict[str, Any], text: str) -> None:
@@ -299,48 +297,167 @@ def test_a_broken_dataset_is_told(fields: dict[str, Any], text: str) -> None:
 
 
 class Brightness:
-    """`brightness`, a number."""
+    """`brightness` of the images, a number in [0, 255]."""
 
-    def __call__(self, model: Any, dataset: Any) -> Scores:
-        value = float(dataset.test.images.float().mean()) if len(dataset.test) else 0.0
-        return Scores({"brightness": value}, protocols={"brightness": Measurement("test", max(len(dataset.test), 1))})
+    def __call__(self, model: Any, dataset: Any, split: SplitName = "test") -> Scores:
+        part = getattr(dataset, split)
+        value = float(part.images.float().mean()) if len(part) else 0.0
+        scores = Scores({"brightness": value}, protocols={"brightness": Measurement(split, max(len(part), 1))})
+        return scores.prefixed("val_") if split == "val" else scores
 
 
 class Bare(Brightness):
-    """`brightness`, a number."""
-
-    def __call__(self, model: Any, dataset: Any) -> Scores:
-        return Scores(super().__call__(model, dataset))
+    def __call__(self, model: Any, dataset: Any, split: SplitName = "test") -> Scores:
+        return Scores(dict(super().__call__(model, dataset, split)))
 
 
 class Switching(Brightness):
-    """`brightness`, a number."""
-
-    def __call__(self, model: Any, dataset: Any) -> Scores:
+    def __call__(self, model: Any, dataset: Any, split: SplitName = "test") -> Scores:
         model.eval()
-        return super().__call__(model, dataset)
+        return super().__call__(model, dataset, split)
 
 
 class Drawing(Brightness):
-    """`brightness`, a number."""
-
-    def __call__(self, model: Any, dataset: Any) -> Scores:
+    def __call__(self, model: Any, dataset: Any, split: SplitName = "test") -> Scores:
         torch.rand(1)
+        return super().__call__(model, dataset, split)
+
+
+class Splitless(Brightness):
+    def __call__(self, model: Any, dataset: Any) -> Scores:  # type: ignore[override]
         return super().__call__(model, dataset)
+
+
+class Unprefixed(Brightness):
+    def __call__(self, model: Any, dataset: Any, split: SplitName = "test") -> Scores:
+        scores = super().__call__(model, dataset, split)
+        return Scores({"brightness": next(iter(scores.values()))}, protocols={"brightness": next(iter(scores.protocols.values()))})
+
+
+class AlwaysTest(Brightness):
+    def __call__(self, model: Any, dataset: Any, split: SplitName = "test") -> Scores:
+        return super().__call__(model, dataset).prefixed("val_" if split == "val" else "")
+
+
+class Peeking(Brightness):
+    def __call__(self, model: Any, dataset: Any, split: SplitName = "test") -> Scores:
+        scores = super().__call__(model, dataset, split)
+        return Scores({name: value + len(dataset.test) for name, value in scores.items()}, protocols=scores.protocols)
+
+
+class Fickle(Brightness):
+    def __call__(self, model: Any, dataset: Any, split: SplitName = "test") -> Scores:
+        scores = super().__call__(model, dataset, split)
+        more = Scores({"x": 1.0}, protocols={"x": Measurement(split, 1)}) if split == "test" else Scores()
+        return scores | more
+
+
+def _measured(**fields: Any) -> type[Brightness]:
+    """An evaluator whose protocol has other fields."""
+
+    class Measured(Brightness):
+        """`brightness`, with another protocol."""
+
+        def __call__(self, model: Any, dataset: Any, split: SplitName = "test") -> Scores:
+            scores = super().__call__(model, dataset, split)
+            protocols = {name: replace(protocol, **fields) for name, protocol in scores.protocols.items()}
+            return Scores({name: -value for name, value in scores.items()}, protocols=protocols)
+
+    return Measured
+
+
+for changed in (Bare, Switching, Drawing, Splitless, Unprefixed, AlwaysTest, Peeking, Fickle):
+    changed.__doc__ = Brightness.__doc__
 
 
 @pytest.mark.parametrize(
     ("evaluator", "text"),
     [
-        (Bare, "brightness has no protocol; say its split and samples"),
+        (Bare, "brightness has no protocol; state its split and samples"),
         (Switching, "leaves the model in another mode; put every module's .training back"),
         (Drawing, r"moves the random state; wrap it in torch.random.fork_rng\(\)"),
+        (Splitless, r"\[val\] evaluator 'Splitless' cannot be called with split='val' .*evaluator\(model, dataset, split='test'\)"),
+        (Unprefixed, r"\[val\] .* on the validation split brightness does not begin with 'val_'; return scores.prefixed\('val_'\)"),
+        (AlwaysTest, r"\[val\] .* the protocol of val_brightness says split 'test'; expected 'val', which was asked for"),
+        (Peeking, r"\[val\] .* scores of the validation split depend on test images"),
+        (Fickle, r"\[val\] .* the metrics of the two splits differ in val_x; measure the same on both"),
+        (_measured(kind="percentage"), "brightness has kind 'percentage'; expected 'proportion', 'error', 'score'"),
+        (_measured(kind="proportion"), r"brightness is -\d+(\.\d+)?; expected a proportion in \[0, 1\], or kind 'score'"),
+        (_measured(kind="error"), r"brightness is -\d+(\.\d+)?; expected an error of at least 0, or kind 'score'"),
+        (_measured(direction="up"), "brightness has direction 'up'; expected 'max' or 'min'"),
     ],
 )
-def test_a_broken_evaluator_is_told(evaluator: Callable[..., Any], text: str) -> None:
-    check_evaluator(Brightness)
+def test_each_mistake_of_an_evaluator_is_named(evaluator: Callable[..., Any], text: str) -> None:
     with pytest.raises(ConformanceError, match=text):
         check_evaluator(evaluator)
+
+
+def test_a_good_evaluator_passes() -> None:
+    check_evaluator(Brightness)
+
+
+class Offering(MeanOfMeans):
+    """The mean of `(n d)`, on this rank."""
+
+    value: Any = None
+
+    def uninformed(self, batch_size: int) -> Any:
+        return self.value
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ({"loss": 1.0}, ""),
+        ({}, ""),
+        (0.5, "loss 'offering': uninformed(3) is 0.5; expected finite numbers by part"),
+        ({"loss": float("nan")}, "loss 'offering': uninformed(3) is {'loss': nan}; expected finite numbers by part"),
+        ({"lss": 1.0}, "loss 'offering': uninformed names lss; expected parts of the loss: loss"),
+    ],
+)
+def test_the_value_of_an_uninformed_prediction_is_optional_and_checked_where_offered(
+    value: Any, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Offering, "value", value)
+    (result,) = examine(Case("loss", "offering", Offering, {}, draw=lambda n: {"x": torch.randn(n, 4)}), ["uninformed"])
+    assert result.problem == problem
+    (result,) = examine(Case("loss", "silent", Silent, {}, draw=lambda n: {"x": torch.randn(n, 4)}), ["uninformed"])
+    assert (result.problem, result.seen) == ("", "not offered")
+
+
+def test_words_of_a_docstring_are_remarks_and_no_failures() -> None:
+    case = Case("loss", "terse", Terse, {"in_dim": 3, "out_dim": 2})
+    (result,) = examine(case, ["docstring"])
+    assert result.problem == ""
+    assert "loss 'terse' begins with 'some map'; `vitkit list` shows it, a full sentence reads best" in result.notes[0]
+    assert result.notes[1:] == (
+        "the docstring of loss 'terse' does not explain its argument in_dim, out_dim",
+        "the docstring of loss 'terse' names no shape, such as `(b d)` → `(b k)`",
+        "the docstring of loss 'terse' does not say what it computes across ranks",
+    )
+    (result,) = examine(Case("loss", "none", Undocumented, {"in_dim": 3, "out_dim": 2}), ["docstring"])
+    assert "has no docstring" in result.problem
+
+
+def test_arguments_that_may_open_files_or_addresses_are_named() -> None:
+    def head(in_dim: int, out_dim: int, checkpoint_path: str = "", pretrained: bool = False, cache_dir: str = "", profile: int = 0) -> Good:
+        """A linear map of features `(b in_dim)` → `(b out_dim)`."""
+        return Good(in_dim, out_dim)
+
+    (result,) = examine(Case("head", "loader", head, {"in_dim": 3, "out_dim": 2}), ["arguments"])
+    assert result.problem == ""
+    assert result.seen == "checkpoint_path, pretrained, cache_dir"
+    assert "head 'loader' takes checkpoint_path, pretrained, cache_dir: whoever saves a model chooses its arguments" in result.notes[0]
+    (result,) = examine(Case("head", "plain", Good, {"in_dim": 3, "out_dim": 2}), ["arguments"])
+    assert result.notes == ()
+
+
+def test_an_image_may_be_unlabelled_and_a_class_has_one_name() -> None:
+    dataset = small_dataset()
+    hidden = replace(dataset.train, labels=torch.full_like(dataset.train.labels, -1))
+    check_dataset(_changed(train=hidden))
+    with pytest.raises(ConformanceError, match="classes name one class twice"):
+        check_dataset(_changed(classes=["dark", "dark", "light"]))
 
 
 def test_names_are_found_by_distribution_name_and_kind() -> None:

@@ -167,7 +167,7 @@ def test_what_a_model_returns_is_named_and_refused(session, parts, message):
     ("batch", "message"),
     [
         ((torch.ones(4, 3), torch.ones(4)), "a batch is a dict of tensors, .* the loader gave a tuple: make a dict in its collate_fn"),
-        ({"images": torch.ones(4, 3), "text": ["a", "b"]}, "the batch's 'text' is a list; expected a tensor with one row per sample"),
+        ({"images": torch.ones(4, 3), "text": ["a", "b"]}, "the batch's 'text' holds a str; expected a tensor with one row per sample"),
         ({"images": torch.tensor(1.0)}, "the batch's 'images' is a tensor without dimensions"),
         ({}, "the loader gave an empty dict"),
         ("text", "the loader gave a str"),

@@ -121,7 +121,7 @@ def test_p_is_the_share_of_images_that_change(make):
 
 def test_geometric_neighbours_are_sampled_once(monkeypatch):
     calls = []
-    monkeypatch.setattr("vitkit.transforms.augment.sample", lambda *a, **k: calls.append(k["outside"]) or sample(*a, **k))
+    monkeypatch.setattr("vitkit.transforms.augment.sample", lambda *a, **k: calls.append(k["padding_mode"]) or sample(*a, **k))
     Compose([RandomResizedCrop(), HorizontalFlip()])(images(), generator())
     assert calls == ["border"]
     Compose([RandomResizedCrop(), RandomAffine(10), RandomCrop(), Noise(), HorizontalFlip()])(images(), generator())
@@ -246,8 +246,8 @@ def test_an_affine_of_nothing_changes_nothing():
         (lambda: RandomErasing(ratio=(0.0, 1.0)), "ratio is (0.0, 1.0)"),
         (lambda: GaussianBlur(sigma=(0.0, 1.0)), "sigma is (0.0, 1.0)"),
         (lambda: RandomCrop(-1), "padding is -1; expected at least 0"),
-        (lambda: ColorJitter(hue=0.7), "expected a hue in [0, 0.5]"),
-        (lambda: ColorJitter(brightness=-0.1), "other strengths of at least 0"),
+        (lambda: ColorJitter(hue=0.7), "hue is 0.7; expected a number in [0, 0.5]"),
+        (lambda: ColorJitter(brightness=-0.1), "brightness is -0.1; expected at least 0"),
     ],
 )
 def test_ranges_that_make_no_sense_are_refused(make, said):

@@ -52,7 +52,7 @@ def test_a_crop_is_torchvisions():
     boxes = [(0, 0, 8, 10), (8, 10, 8, 10), (3, 5, 7, 9), (0, 0, 16, 20), (4, 0, 12, 5), (15, 19, 1, 1)]  # top left h w
     top, left, high, wide = (torch.tensor(values, dtype=torch.float32) for values in zip(*boxes, strict=True))
     x, y = (2 * left + wide) / 20 - 1, (2 * top + high) / 16 - 1
-    found = sample(given, matrices_of(wide / 20, 0.0, x, 0.0, high / 16, y), outside="border")
+    found = sample(given, matrices_of(wide / 20, 0.0, x, 0.0, high / 16, y), padding_mode="border")
     for i, (y0, x0, h, w) in enumerate(boxes):
         whole = tv.resized_crop(given[i], y0, x0, h, w, [16, 20], antialias=False)
         # Inside the crop's half-pixel rim; there torchvision repeats the crop's edge, and this reads on in the image.

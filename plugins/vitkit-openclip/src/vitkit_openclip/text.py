@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import open_clip
 import torch
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from vitkit.errors import UnknownNameError, UsageError, VitkitError, nearest
 from vitkit.registry import Spec
 
-NO_PICTURES = {"image_size": 32, "patch_size": 32, "layers": 1, "width": 64}
-"""The image tower that open_clip builds beside a text tower of random weights, as small as may be; it is thrown away."""
+SMALLEST_IMAGE_TOWER = {"image_size": 32, "patch_size": 32, "layers": 1, "width": 64}
+"""open_clip builds an image tower beside a text tower of random weights; it is thrown away."""
 
-OTHERS = ("hf_model_name", "hf_tokenizer_name", "no_causal_mask", "embed_cls")
-"""What in open_clip's text configuration makes another tower, or one with a tokenizer from the Hub."""
+OTHER_TOWERS = ("hf_model_name", "hf_tokenizer_name", "no_causal_mask", "embed_cls")
+"""Entries of open_clip's text configuration that make another tower, or one with a tokenizer from the Hub."""
 
 
 class OpenCLIPText(nn.Module):
@@ -28,7 +28,7 @@ class OpenCLIPText(nn.Module):
 
     - `model`: a name of `open_clip.list_models()` whose text tower is CLIP's own: causal, its tokenizer in open_clip.
     - `pretrained`: a tag of `open_clip.list_pretrained_tags_by_model(model)`, whose weights come from the Hugging Face Hub or
-      its cache, or a checkpoint file; None: weights drawn by torch's global generator.
+      its cache, or the path of a checkpoint file; None: weights drawn by torch's global generator.
     - `frozen`: its parameters need no gradient.
     - `quick_gelu`: x·σ(1.702 x) for GELU; None: what the weights were trained with, of a file or without any the model's.
     - `text_cfg`: overrides of open_clip's text configuration, such as {"layers": 2}; only with `pretrained=None`.
@@ -37,11 +37,16 @@ class OpenCLIPText(nn.Module):
     model holds its own, and loading it must not download.
 
     Raises `UnknownNameError` for a model or tag that open_clip does not have, `UsageError` for a tower of another kind, for
-    ids that are no int64 `(b l)`, an empty text and one longer than the context, and `VitkitError` for weights that cannot be
-    had.
+    ids that are no int64 `(b l)`, an empty text and one longer than the context, and `VitkitError` for weights that are not
+    available.
 
     Source: Radford et al., arXiv 2103.00020; open_clip.
     """
+
+    vitkit_architecture: ClassVar = {
+        "model": r"[\w.-]+",
+        "text_cfg": {r"context_length|vocab_size|width|heads|layers": int, r"mlp_ratio|ls_init_value": float | None},
+    }
 
     def __init__(
         self,
@@ -147,7 +152,7 @@ def _config(model: str) -> dict[str, Any]:
             f"open_clip {open_clip.__version__} has no model named {model!r}{nearest(model, known) or ';'} it has "
             f"{len(known):,}: open_clip.list_models()"
         )
-    if any(config["text_cfg"].get(name) for name in OTHERS):
+    if any(config["text_cfg"].get(name) for name in OTHER_TOWERS):
         raise UsageError(
             f"the text tower of {model!r} is not CLIP's causal one, or its tokenizer does not ship with open_clip; take a model "
             f"such as 'ViT-B-32' or 'ViT-L-14'"
@@ -170,7 +175,7 @@ def _text_of(model: str, pretrained: str | None, quick_gelu: bool, **config: Any
 
 
 def _random(model: str, config: Mapping[str, Any], quick_gelu: bool, text_cfg: Mapping[str, Any]) -> Any:
-    parts = {"vision_cfg": NO_PICTURES, "text_cfg": {**config["text_cfg"], **text_cfg}}
+    parts = {"vision_cfg": SMALLEST_IMAGE_TOWER, "text_cfg": {**config["text_cfg"], **text_cfg}}
     try:
         return _text_of(model, None, quick_gelu, **parts)
     except (TypeError, AssertionError, ValueError) as error:
@@ -195,7 +200,7 @@ def _pretrained(model: str, pretrained: str, quick_gelu: bool) -> Any:
         where = f"huggingface.co/{hub}" if hub else source.get("url", pretrained)
         fetch = f" (`hf download {hub}`)" if hub else ""
         raise VitkitError(
-            f"the weights {pretrained!r} of {model!r} cannot be had: {type(error).__name__}: {error}; tried {where} and its "
+            f"the weights {pretrained!r} of {model!r} are not available: {type(error).__name__}: {error}; tried {where} and its "
             f"cache. Check the network, or fetch them elsewhere{fetch} and let HF_HOME name that cache, or give the path of a "
             f"checkpoint as pretrained. What runs without them: the backbone 'text_transformer', trained from scratch"
         ) from error

@@ -93,6 +93,7 @@ def hf_dataset(
     img_size: int = 64,
     channels: int = 3,
     test_size: int = 2000,
+    val_size: int | None = None,
     workers: int | None = None,
 ) -> ImageDataset:
     """A dataset of the Hugging Face Hub or of a folder, by `datasets`: memory-mapped arrow tables, larger than memory too.
@@ -108,7 +109,7 @@ def hf_dataset(
     for a `revision` none that may be another; `source` names the commit. Raises `DatasetError` with what `datasets` said where
     the dataset cannot be had, and for a row without a label; `UsageError` for a split or a column that is not there.
     """
-    check_options(img_size, channels, workers, test_size)
+    check_options(img_size, channels, workers, test_size, val_size)
     loaded = _load(path, config, revision, data_files)
     splits = loaded.splits
     if split not in splits:
@@ -127,7 +128,7 @@ def hf_dataset(
     info = table.info
     found = assemble(
         path.rstrip("/").rpartition("/")[2], ArrowSamples(table, picture, f"{path} ({split})"), labels, names, test=test,
-        test_size=test_size, img_size=img_size, channels=channels, workers=workers,
+        test_size=test_size, val_size=val_size, img_size=img_size, channels=channels, workers=workers,
         source=(info.homepage or f"Hugging Face datasets: {path}") + (f", commit {loaded.commit}" if loaded.commit else ""),
         licence=info.license or "its owner's", hub_id=loaded.repo,
     )  # fmt: skip

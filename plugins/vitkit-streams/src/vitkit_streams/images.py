@@ -1,6 +1,5 @@
 """Pictures that threads read and decode while the model computes: `vitkit.contracts.LazyImages`."""
 
-import io
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -9,11 +8,10 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from vitkit.data import read_square
-from vitkit.errors import DatasetError
+from vitkit.data import ImageReadError, read_square
+from vitkit.errors import DatasetError, printable
 
 AHEAD = 3
 """Batches that are being read while one is computed with; they are all the decoded pictures there ever are."""
@@ -111,11 +109,10 @@ class StreamedImages:
 
     def _decode(self, row: int) -> Tensor | None:
         number = int(self.rows[row])
-        body = self.samples.read(number)
         try:
-            return decode(body, self.img_size, self.channels)
-        except Exception as error:  # Pillow's plugins raise many kinds for damaged files
-            self._problems.setdefault(number, f"{type(error).__name__}: {error}".replace(repr(body), "the file"))
+            return decode(self.samples.read(number), self.img_size, self.channels)
+        except ImageReadError as error:
+            self._problems.setdefault(number, printable(error))
             return None
 
     def _collect(self, share: Tensor, futures: list[Future[Tensor | None]]) -> tuple[Tensor, Tensor]:
@@ -126,13 +123,8 @@ class StreamedImages:
 
 
 def decode(body: bytes, size: int, channels: int) -> Tensor:
-    """A picture's file → uint8 `(channels size size)`, prepared as `vitkit.data.image_folder.import_folder` does it."""
-    with Image.open(io.BytesIO(body)) as opened:  # reads the header alone
-        width, height = opened.size
-    most = Image.MAX_IMAGE_PIXELS
-    if most is not None and width * height > most:  # a thread cannot turn Pillow's warning into an error for itself alone
-        raise ValueError(f"{width}×{height} pixels are more than the {most:,} that a picture may have")
-    return read_square(io.BytesIO(body), size, channels)
+    """An image file's content → uint8 `(channels size size)`, its middle square; `vitkit.data.ImageReadError`."""
+    return read_square(body, size, channels)
 
 
 def default_workers() -> int:

@@ -1,4 +1,4 @@
-"""What every stream needs to be a dataset: class names, a test split that is held out, and the pixels' moments."""
+"""From a stream to a dataset: class names, held-out validation and test splits, and mean and standard deviation of the pixels."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -7,25 +7,30 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vitkit.data import ImageDataset, ImageSplit, Preprocessing, pixel_moments, stratified_indices
-from vitkit.errors import DatasetError, UsageError, nearest
+from vitkit.data import (
+    ImageDataset,
+    ImageSplit,
+    Preprocessing,
+    class_order,
+    held_out,
+    pixel_moments,
+    stratified_indices,
+)
+from vitkit.errors import DatasetError, UsageError, nearest, printable
+from vitkit.validation import at_least
 from vitkit_streams.images import Samples, StreamedImages, default_workers
 
-LOOKED_AT = 1000
-"""Training pictures that mean and standard deviation are taken of."""
+MOMENTS_IMAGES = 1000
+"""Training images that mean and standard deviation are computed from."""
 CHANNELS = (1, 3)
 
 
-def check_options(img_size: int, channels: int, workers: int | None, test_size: int) -> None:
+def check_options(img_size: int, channels: int, workers: int | None, test_size: int, val_size: int | None) -> None:
     """`UsageError` for an option that is out of range."""
-    if img_size < 1:
-        raise UsageError(f"img_size is {img_size}; expected at least 1 pixel")
+    at_least(1, img_size=img_size, workers=workers, test_size=test_size)
+    at_least(0, val_size=val_size)
     if channels not in CHANNELS:
         raise UsageError(f"channels is {channels}; expected 3, RGB, or 1, grey")
-    if workers is not None and workers < 1:
-        raise UsageError(f"workers is {workers}; expected at least 1 thread")
-    if test_size < 1:
-        raise UsageError(f"test_size is {test_size}; expected at least 1 picture")
 
 
 def class_names(texts: Sequence[str], given: str | Sequence[str] | None) -> list[str]:
@@ -49,17 +54,17 @@ def class_names(texts: Sequence[str], given: str | Sequence[str] | None) -> list
         if highest >= 1_000_000:
             raise DatasetError(f"the label {highest} would make as many classes; give classes, a file with one name a line")
         return [str(number) for number in range(highest + 1)]
-    return sorted(set(texts))
+    return sorted(set(texts), key=class_order)
 
 
 def class_number(text: str, names: dict[str, int], where: str) -> int:
-    """The class that a label's text means: a name, or else a number. `DatasetError` where there is none such."""
+    """The class of a label's text, a name or else a number; `DatasetError` where there is no such class."""
     if text in names:
         return names[text]
     if text.isdecimal() and int(text) < len(names):
         return int(text)
     raise DatasetError(
-        f"{where} has the label {text!r:.80}, which is none of the {len(names)} classes{nearest(text, names)}; "
+        f"{where} has the label {printable(text, 80)!r}, which is none of the {len(names)} classes{nearest(text, names)}; "
         f"they are {', '.join(list(names)[:10])}{', ...' if len(names) > 10 else ''}"
     )
 
@@ -72,6 +77,7 @@ def assemble(
     *,
     test: tuple[Samples, Tensor] | None,
     test_size: int,
+    val_size: int | None,
     img_size: int,
     channels: int,
     workers: int | None,
@@ -80,37 +86,38 @@ def assemble(
     hub_id: str = "",
     skipped: Sequence[str] = (),
 ) -> ImageDataset:
-    """A dataset whose training pictures are streamed and whose test pictures, at most `test_size`, are in memory.
+    """A dataset whose training images are streamed; its test and validation images, at most `test_size` each, are in memory.
 
-    Without samples of its own the test split is held out: up to a fifth of the training pictures, the classes evenly.
-    Raises `DatasetError` where too few pictures can be read.
+    Without test samples up to a fifth of the training images are held out, evenly over the classes. `val_size` training images are
+    for validation, by default a tenth and at most `test_size`. Raises `DatasetError` where too few images can be read.
     """
     workers = workers or default_workers()
-    nothing_yet = Preprocessing((channels, img_size, img_size), (0.0,) * channels, (1.0,) * channels)
+    unscaled = Preprocessing((channels, img_size, img_size), (0.0,) * channels, (1.0,) * channels)
 
-    def split_of(some: Samples, own: Tensor) -> ImageSplit:
-        return ImageSplit(StreamedImages(some, torch.arange(len(own)), img_size, channels, workers), own, nothing_yet)
+    def split_of(some: Samples, targets: Tensor) -> ImageSplit:
+        return ImageSplit(StreamedImages(some, torch.arange(len(targets)), img_size, channels, workers), targets, unscaled)
 
     train = split_of(samples, labels)
     if test is not None:
         held = split_of(*test).stratified_subset(test_size)
     else:
         if len(labels) < 5:
-            raise DatasetError(f"{name} has {len(labels)} pictures; a training and a test split need five at least")
+            raise DatasetError(f"{name} has {len(labels)} images; expected at least five, for a training and a test split")
         chosen = stratified_indices(labels, min(test_size, len(labels) // 5), seed=0)
         rest = torch.ones(len(labels), dtype=torch.bool)
         rest[chosen] = False
         train, held = train.subset(rest.nonzero().squeeze(1)), train.subset(chosen)
-    sample = train.stratified_subset(LOOKED_AT)
-    looked_at = sample.in_memory()
-    if not len(looked_at):
-        raise DatasetError(f"none of {len(sample)} pictures of {name} can be read: {'; '.join(train.skipped[:3])}")
-    preprocessing = Preprocessing((channels, img_size, img_size), *pixel_moments(looked_at.images))
-    found = held.in_memory()
-    left_out = [*skipped, *held.skipped]
+    train, val, val_note = held_out(train, min(len(train) // 10, test_size) if val_size is None else val_size)
+    sample = train.stratified_subset(MOMENTS_IMAGES)
+    readable = sample.in_memory()
+    if not len(readable):
+        raise DatasetError(f"none of {len(sample)} images of {name} can be read: {'; '.join(train.skipped[:3])}")
+    preprocessing = Preprocessing((channels, img_size, img_size), *pixel_moments(readable.images))
+    train, val_images, test_images = (replace(split, preprocessing=preprocessing) for split in (train, val.in_memory(), held.in_memory()))
+    left_out = [*skipped, *val.skipped, *(line for line in held.skipped if line not in val.skipped)]
     return ImageDataset(
-        name, classes, replace(train, preprocessing=preprocessing), replace(found, preprocessing=preprocessing), source, licence, hub_id,
-        notice=_notice(left_out), skipped=left_out,
+        name, classes, train, test_images, source, licence, hub_id, notice=_notice(left_out), skipped=left_out, val=val_images,
+        val_note=val_note,
     )  # fmt: skip
 
 
@@ -118,4 +125,4 @@ def _notice(skipped: Sequence[str]) -> str:
     if not skipped:
         return ""
     more = f"; and {len(skipped) - 5} more" if len(skipped) > 5 else ""
-    return f"{len(skipped)} pictures are left out: {'; '.join(skipped[:5])}{more}"
+    return f"{len(skipped)} images are left out: {'; '.join(skipped[:5])}{more}"

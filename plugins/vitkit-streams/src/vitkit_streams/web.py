@@ -97,6 +97,7 @@ def webdataset(
     label: str = "cls",
     classes: str | list[str] | None = None,
     test_size: int = 2000,
+    val_size: int | None = None,
     shuffle_buffer: int = 10_000,
     open_shards: int = 16,
     workers: int | None = None,
@@ -122,7 +123,7 @@ def webdataset(
     damaged or without labels, and for a label that is none of `classes`; `UsageError` for `pipe:` urls, which run a command
     in a shell, unless `allow_pipe`.
     """
-    check_options(img_size, channels, workers, test_size)
+    check_options(img_size, channels, workers, test_size, val_size)
     for option, value, least in (("shuffle_buffer", shuffle_buffer, 0), ("open_shards", open_shards, 1), ("cache_gb", cache_gb, 0)):
         if value < least:
             raise UsageError(f"{option} is {value}; expected at least {least}")
@@ -142,7 +143,7 @@ def webdataset(
 
     samples, labels = part(train)
     return assemble(
-        "webdataset", samples, labels, names, test=part(test) if test is not None else None, test_size=test_size,
+        "webdataset", samples, labels, names, test=part(test) if test is not None else None, test_size=test_size, val_size=val_size,
         img_size=img_size, channels=channels, workers=workers, source=f"tar shards: {_said(urls)}", licence="its owner's",
         skipped=[line for shard in [*train, *(test or [])] for line in shard.skipped],
     )  # fmt: skip

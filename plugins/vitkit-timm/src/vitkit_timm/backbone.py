@@ -1,7 +1,7 @@
 """timm's models behind vitkit's contract of a backbone."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import timm
 from torch import Tensor, nn
@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from vitkit.data import ImageDataset, Preprocessing
 from vitkit.errors import UnknownNameError, UsageError, VitkitError, nearest
 from vitkit.registry import Spec
+
+WEIGHTS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "checkpoint_path", "cache_dir")
+"""Arguments of timm's `create_model` that say where weights come from: they are no architecture."""
 
 
 class TimmBackbone(nn.Module):
@@ -24,11 +27,19 @@ class TimmBackbone(nn.Module):
     - `in_chans`: channels; pretrained filters are summed or repeated to fit.
     - further arguments go to timm's `create_model`.
 
-    `preparation` is how the weights expect images to be sized and normalised. A Spec never asks for pretrained weights: a
-    saved model holds its own, and loading it must not download. Raises `UnknownNameError` for a model that timm does not
-    have, `UsageError` for arguments that it does not take and for images of another shape, `VitkitError` for weights that
-    cannot be had.
+    `preparation` is how the weights expect images to be sized and normalised. A Spec never names pretrained weights: a saved
+    model holds its own, and loading it must not download. So a saved model may set timm's arguments that are numbers or flags,
+    and the names of its layers and of its pooling, but no others. Raises `UnknownNameError` for a model that timm does not have,
+    `UsageError` for arguments that it does not take and for images of another shape, `VitkitError` for weights that are not
+    available.
     """
+
+    vitkit_architecture: ClassVar = {
+        "model": r"[a-z0-9_]+(\.[a-z0-9_]+)?",
+        "global_pool": r"[a-z]*",
+        **dict.fromkeys(("act_layer", "norm_layer", "aa_layer", "weight_init", "block_fn", "rope_type"), r"[a-z0-9_]*"),
+        "**": Any,  # numbers, flags and lists of these
+    }
 
     def __init__(
         self, model: str, *, pretrained: bool = False, img_size: int | None = None, in_chans: int = 3, **arguments: Any
@@ -57,7 +68,7 @@ class TimmBackbone(nn.Module):
 
     @spec.setter
     def spec(self, spec: Spec) -> None:
-        self._spec = replace(spec, kwargs={key: value for key, value in spec.kwargs.items() if key != "pretrained"})
+        self._spec = replace(spec, kwargs={key: value for key, value in spec.kwargs.items() if key not in WEIGHTS})
 
     def forward(self, x: Tensor) -> Tensor:
         """Images `(b c h w)` → tokens `(b n d)`."""
@@ -135,9 +146,9 @@ def _create(model: str, pretrained: bool, img_size: int | None, arguments: dict[
     except Exception as error:
         if pretrained:
             raise VitkitError(
-                f"the pretrained weights of timm's {model!r} cannot be had: {type(error).__name__}: {error}; they come from "
-                f"huggingface.co/timm: check the network, or download them elsewhere (`hf download timm/{model}`) and let "
-                f"HF_HOME name that cache, or leave pretrained out for random weights"
+                f"the pretrained weights of timm's {model!r} are not available: {type(error).__name__}: {error}; they come from "
+                f"huggingface.co/timm. Check the network; or download them elsewhere (`hf download timm/{model}`) and set "
+                f"HF_HOME to that cache; or leave pretrained out for random weights"
             ) from error
         raise UsageError(f"timm cannot build {model!r}: {type(error).__name__}: {error}") from error
 

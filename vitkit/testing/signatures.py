@@ -1,0 +1,67 @@
+"""What a component tells about itself: its docstring, its Spec, and arguments that may open files or addresses."""
+
+import inspect
+import re
+
+from torch import nn
+
+from vitkit.errors import ConformanceError
+from vitkit.testing.cases import Case
+
+_LIBRARIES = ("builtins", "torch", "abc", "typing")
+DANGEROUS_WORDS = (
+    "path", "file", "filename", "dir", "directory", "folder", "root", "url", "uri", "repo", "hub", "cache", "pretrained", "checkpoint",
+    "weights", "cfg", "config", "token", "command", "code",
+)  # fmt: skip
+
+
+def check_docstring(case: Case) -> str:
+    """A docstring; remarks where its first sentence, required arguments, shapes or the ranks of a loss are missing."""
+    text = inspect.getdoc(case.factory) or ""
+    first = text.strip().split("\n\n")[0].replace("\n", " ")
+    bases = inspect.getmro(case.factory) if inspect.isclass(case.factory) else ()
+    full = "\n".join([text, *(base.__doc__ or "" for base in bases if base.__module__.split(".")[0] not in _LIBRARIES)])
+    if not first or first == (nn.Module.__doc__ or "").strip().split("\n")[0]:
+        raise ConformanceError(f"{case} has no docstring; its first sentence is the line that `vitkit list` shows")
+    if not any(mark in first for mark in ".:"):
+        case.notes.append(f"the docstring of {case} begins with {first!r:.60}; `vitkit list` shows it, a full sentence reads best")
+    signature = inspect.signature(case.factory).parameters.values()
+    required = [p.name for p in signature if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    unnamed = [name for name in required if name not in full]
+    if unnamed:
+        case.notes.append(f"the docstring of {case} does not explain its argument {', '.join(unnamed)}")
+    has_shapes = "`(" in full or (case.kind == "loss" and "scalar" in full)
+    if case.kind in ("backbone", "head", "loss") and not has_shapes:
+        case.notes.append(f"the docstring of {case} names no shape, such as `(b d)` → `(b k)`")
+    if case.kind == "loss" and "rank" not in full.lower() and "process" not in full.lower():
+        case.notes.append(f"the docstring of {case} does not say what it computes across ranks")
+    return f"{len(text.splitlines())} lines"
+
+
+def check_spec(case: Case) -> str:
+    """Built from its Spec as JSON, it is the same class with tensors of the same shapes."""
+    built = case.build()
+    rebuilt = case.rebuild(built)
+    if type(rebuilt) is not type(built):
+        raise ConformanceError(f"{case} is a {type(rebuilt).__name__} when rebuilt, was a {type(built).__name__}")
+    if isinstance(built, nn.Module):
+        first, second = ({k: tuple(v.shape) for k, v in m.state_dict().items()} for m in (built, rebuilt))
+        if first != second:
+            raise ConformanceError(f"{case} has other tensors when rebuilt from its arguments {case.kwargs!r:.200}")
+    return ", ".join(case.kwargs) or "defaults"
+
+
+def check_arguments_of_strangers(case: Case) -> str:
+    """For information: arguments whose names speak of files, addresses or weights; a saved model from a stranger must not set them."""
+    dangerous = [name for name in inspect.signature(case.factory).parameters if is_dangerous(name)]
+    if dangerous and case.kind != "dataset":  # a dataset is built by its user, never from a saved model
+        case.notes.append(
+            f"{case} takes {', '.join(dangerous)}: whoever saves a model chooses its arguments, so a component must not open, download or "
+            f"run anything because of them"
+        )
+    return ", ".join(dangerous) or "none opens files or addresses by name"
+
+
+def is_dangerous(name: str) -> bool:
+    """Whether a word of an argument's name speaks of files, addresses or weights."""
+    return any(word in DANGEROUS_WORDS for word in re.split(r"_|(?<=[a-z])(?=[A-Z])", name.lower()))
