@@ -67,8 +67,7 @@ class LossLog:
 
     def stop(self, reason: str) -> NoReturn:
         """Write the batches before to the log and raise `RunError`."""
-        trail = "\n  ".join(self._trail)
-        self._session.note(f"{reason}; the last {len(self._trail)} batches, with the learning rate of their step:\n  {trail}")
+        self._session.note(f"{reason}; the last {len(self._trail)} batches, with the learning rate of their step:", *self._trail)
         directory = self._session.directory
         exists = directory is not None and (directory / LAST).exists()
         last = f"the last good checkpoint is {directory}/{LAST}" if exists else "no checkpoint was saved before"
@@ -121,10 +120,8 @@ class LossLog:
         middle = statistics.median(recent)
         deviation = 1.4826 * statistics.median(abs(value - middle) for value in recent)
         if loss - middle > SPIKE * max(deviation, 0.01 * abs(middle)):
-            trail = "\n  ".join(self._trail)
-            self._session.note(
-                f"the loss spikes at {place}: {loss:.6g}, the median before it was {middle:.6g}; the batches before it:\n  {trail}"
-            )
+            spike = f"the loss spikes at {place}: {loss:.6g}, the median before it was {middle:.6g}; the batches before it:"
+            self._session.note(spike, *self._trail)
             self._recent.clear()  # the next batches set a new level
 
 

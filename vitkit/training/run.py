@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from vitkit.contracts import Evaluator, ReportFigure, SplitName
 from vitkit.data.dataset import resolve, stand_in
 from vitkit.data.preprocess import Preprocessing
-from vitkit.errors import RunDirectoryError, UsageError, VitkitError, printable
+from vitkit.errors import LINE_CHARACTERS, RunDirectoryError, UsageError, VitkitError, printable
 from vitkit.models import saving
 from vitkit.registry import Spec
 from vitkit.runs.directory import BEST, Claim, claim, read_summary
@@ -156,7 +156,7 @@ class Run:
         else:  # a run that began with its own dataset never falls back
             dataset = resolve(default if earlier and name == "auto" else name, default=default, **kwargs)
         if dataset.notice and self.session.is_main:
-            self.session.console.print("[bold yellow]WARNING[/]", Text(dataset.notice), soft_wrap=True)
+            self.session.console.print("[bold yellow]WARNING[/]", Text(printable(dataset.notice, LINE_CHARACTERS)), soft_wrap=True)
         self._datasets.append(dataset)
         if len(self._datasets) == 1:
             self._record(dataset, name, kwargs, earlier)
@@ -282,6 +282,7 @@ class Run:
         if self._fit is not None and not (self._classes and self._preprocessing):
             self.say("the batches name no classes or no preprocessing: the saved model takes preprocessed images alone")
         self.session.open()
+        dataset = self.session.dataset
         if self.session.is_main:
             saving.save(
                 self.directory,
@@ -289,8 +290,11 @@ class Run:
                 preprocessing=self._preprocessing,
                 classes=self._classes or (list(self._datasets[0].classes) if len(self._datasets) == 1 else []),
                 arguments=self.arguments,
-                extra={"recipe": self.session.name, "dataset": self.session.dataset.get("name"), "seed": self.seed},
-            )
+                extra={
+                    "recipe": self.session.name, "dataset": dataset.get("name"), "seed": self.seed,
+                    "data": {key: dataset[key] for key in ("asked", "arguments", "digest") if key in dataset},
+                },
+            )  # fmt: skip
         self._saved = True
         return self.directory
 

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from vitkit.distributed.collectives import broadcast_text
 from vitkit.distributed.watchdog import RankWatchdog
-from vitkit.errors import UsageError, VitkitError, printable
+from vitkit.errors import LINE_CHARACTERS, UsageError, VitkitError, printable
 from vitkit.files import atomic_write, write_json
 from vitkit.runs.directory import LOCK, MODULES, TRACKERS, Claim, read_summary, trackers_aside
 from vitkit.runs.history import History
@@ -91,6 +91,7 @@ class Session:
         """Print one line to the terminal and write it to `log.txt`, on rank 0."""
         if not self.is_main:
             return
+        text = printable(text, LINE_CHARACTERS)
         self.note(text)
         with contextlib.suppress(OSError):  # the terminal may be gone
             if self._progress is not None:
@@ -98,10 +99,10 @@ class Session:
             else:
                 self.console.print(text, markup=False, soft_wrap=True)
 
-    def note(self, text: str) -> None:
-        """Write one line to `log.txt`."""
+    def note(self, text: str, *details: str) -> None:
+        """Write one line to `log.txt`, and indented lines of details below it."""
         if self.claim is not None:
-            self.claim.note(text)
+            self.claim.note(text, *details)
 
     @contextlib.contextmanager
     def progress(self, epochs: int, steps: int) -> Iterator[None]:
@@ -183,7 +184,9 @@ class Session:
             reported = bool(self.history.losses) and self._survives("the report could not be written", lambda: self._report(summary))
             write_json(self.claim.directory / "summary.json", summary)  # last: a run that says it has finished has all files
             if self.history.losses and status == "finished":
-                self.say(self.history.closing_line() + (f"\nreport: {self.directory}/report.html" if reported else ""))
+                self.say(self.history.closing_line())
+                if reported:
+                    self.say(f"report: {self.directory}/report.html")
         self._track(self.accelerator.end_training)
         self.close()
 
@@ -201,7 +204,7 @@ class Session:
 
         If rank 0, which writes otherwise, is dead, the first rank that notices writes for it.
         """
-        text = f"{text}; {self.how_to_resume()}"
+        text = printable(f"{text}; {self.how_to_resume()}", LINE_CHARACTERS)
         with contextlib.suppress(OSError):
             print(f"rank {self.accelerator.process_index}: {text}", file=sys.stderr, flush=True)
         if self.claim is None and not self.is_main and self.directory is not None:
