@@ -1,5 +1,6 @@
 """CLIP over pairs: an image tower, a text tower, two projectors and a loss."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,20 +10,22 @@ from torch import Tensor, nn
 from vitkit.errors import UsageError
 from vitkit.training import GradCacheable
 
+CAPTIONS_AT_ONCE = 500
+
 
 class CLIP(GradCacheable):
-    """Batches of pairs (see `Pairs`) → {"loss", parts}: what is seen and what is said of it meet in one space.
+    """Images and captions in one space: batches of pairs (see `Pairs`) → {"loss", parts}.
 
-    An image's embedding is `projector(backbone.encode_image(images))`, a caption's `text_projector(text.encode_text(...))`;
-    `captions[i]` is caption number i. Each distinct caption of what is embedded together is encoded once. What a
-    text tower without trainable parameters says of the captions is computed once, when first asked for, and kept.
+    The embedding of an image is `projector(backbone.encode_image(images))`, that of a caption
+    `text_projector(text.encode_text(...))`; `captions[i]` is caption number i. Each distinct caption of a batch is encoded
+    once. The features of a text tower without trainable parameters are computed once for all captions, and cached.
 
-    With a `classifier`, a head `(b d)` → `(b k)` that both halves share, the loss is given `logits` `(b 2 k)` and `classes`
-    `(b 2)` as well (`pair_multi_task`); the backbone then offers `encode_halves` and `join`.
+    With a `classifier`, a head `(b d)` → `(b k)` that both halves share, the loss also takes `logits` `(b 2 k)` and `classes`
+    `(b 2)` (`pair_multi_task`); the backbone then offers `encode_halves` and `join`.
 
-    With `caption_positives` the pairs of a batch that have the same caption are each other's positives, otherwise negatives.
+    With `caption_positives` the pairs of a batch with the same caption are each other's positives, otherwise negatives.
 
-    Raises `UsageError` for a label that is no caption's number.
+    Raises `UsageError` for a label that is not the number of a caption.
 
     Source: Radford et al., arXiv 2103.00020.
     """
@@ -41,28 +44,37 @@ class CLIP(GradCacheable):
     ) -> None:
         super().__init__()
         self.backbone, self.text, self.loss = backbone, text, loss
-        self.projector, self.text_projector, self.classifier = projector, text_projector, classifier
+        self.projector, self.text_projector, self.half_classifier = projector, text_projector, classifier
         self.captions = list(captions)
         self.caption_positives = caption_positives
         self.frozen = not any(parameter.requires_grad for parameter in text.parameters())
-        self._kept: Tensor | None = None
+        self._caption_features: Tensor | None = None
+
+    def uninformed(self, batch_size: int) -> dict[str, float]:
+        """The loss's values for embeddings that are all the same; empty where the loss does not state them."""
+        stated = getattr(self.loss, "uninformed", None)
+        if stated is None:
+            return {}
+        if self.half_classifier is None:
+            return dict(stated(batch_size))
+        return dict(stated(batch_size, num_classes=math.isqrt(len(self.captions))))
 
     def forward_features(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What each pair brings by itself: embeddings `image` and `text` `(b d)`, `labels`, and with a classifier `logits`
+        """The features of each pair: embeddings `image` and `text` `(b d)`, `labels`, and with a classifier `logits`
         `(b 2 k)` and `classes` `(b 2)`.
         """
-        seen = self.embed_images(batch["images"])
-        found = {"image": seen[0], "text": self.embed_labels(batch["labels"]), "labels": batch["labels"]}
-        if self.classifier is None:
-            return found
-        return {**found, "logits": seen[1], "classes": torch.stack([batch["left"], batch["right"]], dim=1)}
+        image, *logits = self.embed_images(batch["images"])
+        features = {"image": image, "text": self.embed_labels(batch["labels"]), "labels": batch["labels"]}
+        if logits:
+            features |= {"logits": logits[0], "classes": torch.stack([batch["left"], batch["right"]], dim=1)}
+        return features
 
-    def compute_loss(self, embedded: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The loss and its parts of the embeddings of a batch, or of several parts of one, put together."""
-        labels = embedded["labels"] if self.caption_positives else None
-        if self.classifier is None:
-            return dict(self.loss(embedded["image"], embedded["text"], labels=labels))
-        return dict(self.loss(embedded["image"], embedded["text"], labels, embedded["logits"], embedded["classes"]))
+    def compute_loss(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The loss and its parts from the features of a batch, or of several batches joined."""
+        labels = features["labels"] if self.caption_positives else None
+        if self.half_classifier is None:
+            return dict(self.loss(features["image"], features["text"], labels=labels))
+        return dict(self.loss(features["image"], features["text"], labels, features["logits"], features["classes"]))
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Pairs `(b c h 2w)` → the backbone's features `(b d)`."""
@@ -70,10 +82,10 @@ class CLIP(GradCacheable):
 
     def embed_images(self, images: Tensor) -> tuple[Tensor, ...]:
         """Pairs `(b c h 2w)` → embeddings `(b d)`, and with a classifier the logits of both halves `(b 2 k)`."""
-        if self.classifier is None:
+        if self.half_classifier is None:
             return (self.projector(self.backbone.encode_image(images)),)
         halves = self.backbone.encode_halves(images)
-        return self.projector(self.backbone.join(halves)), self.classifier(halves)
+        return self.projector(self.backbone.join(halves)), self.half_classifier(halves)
 
     def embed_labels(self, labels: Tensor) -> Tensor:
         """Captions by number `(b,)` → embeddings `(b d)`."""
@@ -87,13 +99,14 @@ class CLIP(GradCacheable):
                 f"labels run from {int(numbers.min())} to {int(numbers.max())}; there are {len(self.captions)} captions"
             )
         if self.frozen:
-            return self.text_projector(self._said(numbers.device)[numbers])
+            return self.text_projector(self._frozen_features(numbers.device)[numbers])
         return self.text_projector(self.text.encode_text([self.captions[number] for number in numbers.tolist()]))
 
-    def _said(self, device: torch.device) -> Tensor:
-        """What the frozen text tower says of every caption `(k² d)`."""
-        if self._kept is None or self._kept.device != device:
+    def _frozen_features(self, device: torch.device) -> Tensor:
+        """The frozen text tower's features of every caption `(k² d)`."""
+        if self._caption_features is None or self._caption_features.device != device:
+            starts = range(0, len(self.captions), CAPTIONS_AT_ONCE)
             with torch.no_grad():
-                parts = [self.text.encode_text(self.captions[i : i + 500]) for i in range(0, len(self.captions), 500)]
-            self._kept = torch.cat(parts).float().to(device)
-        return self._kept
+                parts = [self.text.encode_text(self.captions[i : i + CAPTIONS_AT_ONCE]) for i in starts]
+            self._caption_features = torch.cat(parts).float().to(device)
+        return self._caption_features

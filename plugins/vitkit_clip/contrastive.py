@@ -8,22 +8,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitkit.distributed import all_gather, all_reduce_sum, rank
+from vitkit.distributed import all_gather, all_reduce_sum, load_scalars, rank
 from vitkit.errors import UsageError
+from vitkit.validation import at_least, in_range
 
 MAX_SCALE = 100.0
-"""The largest number that cosines are multiplied by, as in CLIP: beyond it a softmax over them is all but a maximum."""
+"""The largest factor of the cosines, as in CLIP: with a larger one a softmax over them is nearly a maximum."""
+HIGHEST_MAX_SCALE = 1e4
 
 
 class Contrastive(nn.Module, ABC):
-    """What the losses of this module share: image and text embeddings `(n d)` → {"loss", parts}.
+    """The base of the losses of this module: image and text embeddings `(n d)` → {"loss", parts}.
 
-    Row i of both belongs together; embeddings need not be of unit length, s_ij is the cosine of image i and text j. `labels`
+    Rows i of both belong together. Embeddings can have any length; s_ij is the cosine of image i and text j. `labels`
     int64 `(n,)` are the numbers of the captions: P(i) = {j: labels_j = labels_i} are the positives of i, the others its
-    negatives; without labels P(i) = {i}. All is computed in fp32, under autocast too.
+    negatives; without labels P(i) = {i}. Everything is computed in fp32, under autocast too.
 
-    Ranks: the loss is that of all ranks' rows, whose numbers may differ, the same everywhere; its gradient follows the
-    convention of `vitkit.distributed.collectives`. Raises `UsageError` for embeddings and labels that do not fit.
+    `uninformed` is the value for embeddings that are all the same, with n distinct captions.
+
+    Ranks: the loss is that of all ranks' rows, whose numbers may differ, the same on every rank; its gradient follows
+    `vitkit.distributed.collectives`. Raises `UsageError` for embeddings and labels that do not fit.
     """
 
     def forward(self, image: Tensor, text: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
@@ -33,7 +37,7 @@ class Contrastive(nn.Module, ABC):
                 f"image is {tuple(image.shape)}, text {tuple(text.shape)}, labels {given}; expected (n, d), (n, d), (n,)"
             )
         if labels is None:
-            labels = torch.arange(len(image), device=image.device) + (rank() << 32)  # no two alike on any rank
+            labels = torch.arange(len(image), device=image.device) + (rank() << 32)  # different on every rank
         with torch.autocast(image.device.type, enabled=False):
             image, text = (F.normalize(x.float(), dim=1, eps=1e-6) for x in (image, text))
             images, texts = all_gather(image), all_gather(text)
@@ -46,8 +50,12 @@ class Contrastive(nn.Module, ABC):
         return {}, {"image": torch.randn(samples, 8), "text": torch.randn(samples, 8), "labels": labels}
 
     @abstractmethod
+    def uninformed(self, batch_size: int) -> dict[str, float]:
+        """The value of each part for embeddings that are all the same, with `batch_size` distinct captions."""
+
+    @abstractmethod
     def _compare(self, to_text: Tensor, to_image: Tensor, positive: Tensor) -> dict[str, Tensor]:
-        """From this rank's rows of cosines `(n_r n)`, images to texts and texts to images, and who is a positive."""
+        """The loss of this rank's cosines `(n_r n)`, images to texts and texts to images; `positive` bool `(n_r n)`."""
 
 
 class _Tempered(Contrastive):
@@ -55,20 +63,14 @@ class _Tempered(Contrastive):
 
     def __init__(self, temperature: float, learned: bool, max_scale: float) -> None:
         super().__init__()
-        if not (max_scale >= 1 and max_scale <= 1e4):
-            raise UsageError(
-                f"max_scale is {max_scale}; expected from 1 to 10,000: cosines are multiplied by up to that"
-            )
-        if not (math.isfinite(temperature) and temperature >= (1 - 1e-6) / max_scale):
-            raise UsageError(
-                f"temperature is {temperature}; expected a finite number of at least {1 / max_scale:g}: a smaller one "
-                f"overflows a softmax in half precision; raise max_scale={max_scale:g} if you mean it"
-            )
+        in_range(1, HIGHEST_MAX_SCALE, max_scale=max_scale)
+        _check_temperature(temperature, max_scale)
         self.max_scale = max_scale
         self.learned = learned
-        log_scale = torch.tensor(-math.log(temperature))
+        log_scale = torch.full((1,), -math.log(temperature))  # FSDP2 refuses parameters of 0 dimensions
         if learned:
             self.log_scale = nn.Parameter(log_scale)
+            load_scalars(self, "log_scale")
         else:
             self.register_buffer("log_scale", log_scale, persistent=False)
 
@@ -76,17 +78,20 @@ class _Tempered(Contrastive):
     def vitkit_example(samples: int) -> tuple[dict[str, Any], dict[str, Any]]:
         return {"learned": True}, Contrastive.vitkit_example(samples)[1]
 
+    def uninformed(self, batch_size: int) -> dict[str, float]:
+        """Each softmax is even: ln n."""
+        return _both_directions(math.log(batch_size))
+
     def _scale(self) -> Tensor:
         """1/T, at most `max_scale`; a learned one that an optimiser took beyond it is put back."""
         if self.learned:
-            with torch.no_grad():
-                self.log_scale.clamp_(max=math.log(self.max_scale))
+            _clamp(self.log_scale, self.max_scale)
         return self.log_scale.float().exp()
 
     def _compare(self, to_text: Tensor, to_image: Tensor, positive: Tensor) -> dict[str, Tensor]:
         scale = self._scale()
         parts = _symmetric(self._rows(scale * to_text, positive), self._rows(scale * to_image, positive), positive)
-        return parts | ({"temperature": 1 / scale.detach()} if self.learned else {})
+        return parts | ({"temperature": 1 / scale.detach()[0]} if self.learned else {})
 
     @abstractmethod
     def _rows(self, logits: Tensor, positive: Tensor) -> Tensor:
@@ -98,13 +103,13 @@ class InfoNCE(_Tempered):
 
         L_i = −1/|P(i)| Σ_{p∈P(i)} log( exp(s_ip/T) / Σ_j exp(s_ij/T) ),
 
-    a mean over rows and both directions → {"loss", "image_to_text", "text_to_image"}. T is `temperature`, or with `learned`
-    starts there, is trained as log(1/T) with 1/T ≤ `max_scale`, and returned as "temperature".
+    a mean over rows and both directions → {"loss", "image_to_text", "text_to_image"}. T is `temperature`. With `learned`,
+    T starts there, is trained as log(1/T) with 1/T ≤ `max_scale`, and is returned as "temperature".
 
-    Call: image and text embeddings `(n d)`, labels `(n,)` or none; of all ranks, as `Contrastive` says.
+    Call: image and text embeddings `(n d)`, labels `(n,)` or none; over all ranks, see `Contrastive`.
 
     Raises `UsageError` for a temperature below 1/`max_scale`. Source: Radford et al., arXiv 2103.00020; several positives as
-    in UniCL, arXiv 2204.03610. With distinct labels it is open_clip's `ClipLoss`.
+    in UniCL, arXiv 2204.03610. With distinct labels it equals open_clip's `ClipLoss`.
     """
 
     def __init__(self, temperature: float = 0.07, learned: bool = False, max_scale: float = MAX_SCALE) -> None:
@@ -117,19 +122,22 @@ class InfoNCE(_Tempered):
 class FocalNCE(_Tempered):
     """InfoNCE's row i times (1 − p_i)^γ, p_i = Σ_{p∈P(i)} softmax(s_i/T)_p: rows that are right already count less.
 
-    Call: image and text embeddings `(n d)`, labels `(n,)` or none; of all ranks, as `Contrastive` says.
+    Call: image and text embeddings `(n d)`, labels `(n,)` or none; over all ranks, see `Contrastive`.
 
-    `gamma` = 0 is `info_nce`; parts and other arguments as there. Raises `UsageError` for a negative `gamma`. Source: the
-    focal loss, Lin et al., arXiv 1708.02002, on contrastive logits; no gradient is stopped.
+    `gamma` = 0 is `info_nce`; the parts and the other arguments are the same. Raises `UsageError` for a negative `gamma`.
+    Source: the focal loss, Lin et al., arXiv 1708.02002, on contrastive logits; no gradient is stopped.
     """
 
     def __init__(
         self, temperature: float = 0.07, gamma: float = 2.0, learned: bool = False, max_scale: float = MAX_SCALE
     ) -> None:
         super().__init__(temperature, learned, max_scale)
-        if not (math.isfinite(gamma) and gamma >= 0):
-            raise UsageError(f"gamma is {gamma}; expected a finite number of at least 0")
+        at_least(0, gamma=gamma)
         self.gamma = gamma
+
+    def uninformed(self, batch_size: int) -> dict[str, float]:
+        """Each softmax is even: (1 − 1/n)^γ · ln n."""
+        return _both_directions((1 - 1 / batch_size) ** self.gamma * math.log(batch_size))
 
     def _rows(self, logits: Tensor, positive: Tensor) -> Tensor:
         wrong = logits.softmax(dim=1).masked_fill(positive, 0.0).sum(dim=1)  # 1 − p_i, without cancellation
@@ -138,7 +146,7 @@ class FocalNCE(_Tempered):
 
 
 class HardNegativeNCE(_Tempered):
-    """InfoNCE whose negatives weigh the more the nearer they are, without the share of positives among them.
+    """InfoNCE in which nearer negatives weigh more, corrected for the share of positives among them.
 
     With N_i the set of negatives, N = |N_i|, and e_ij = exp(s_ij/T):
 
@@ -146,10 +154,10 @@ class HardNegativeNCE(_Tempered):
         G_i = max( (Σ_{j∈N_i} w_ij·e_ij − τ·N·mean_{p∈P(i)} e_ip) / (1 − τ),  N·exp(−1/T) ),
         w_ij = e_ij^β / mean_{k∈N_i} e_ik^β.
 
-    Call: image and text embeddings `(n d)`, labels `(n,)` or none; of all ranks, as `Contrastive` says.
+    Call: image and text embeddings `(n d)`, labels `(n,)` or none; over all ranks, see `Contrastive`.
 
-    `beta` = 0 and `tau` = 0 is `info_nce`; parts and other arguments as there. Raises `UsageError` for a negative `beta` and
-    a `tau` outside [0, 1). Source: Robinson et al., arXiv 2010.04592, and its code, which has one positive a row.
+    `beta` = 0 and `tau` = 0 is `info_nce`; the parts and the other arguments are the same. Raises `UsageError` for a negative
+    `beta` and a `tau` outside [0, 1). Source: Robinson et al., arXiv 2010.04592, and its code, which has one positive a row.
     """
 
     def __init__(
@@ -161,52 +169,55 @@ class HardNegativeNCE(_Tempered):
         max_scale: float = MAX_SCALE,
     ) -> None:
         super().__init__(temperature, learned, max_scale)
-        if not (math.isfinite(beta) and beta >= 0 and 0 <= tau < 1):
-            raise UsageError(f"beta is {beta} and tau {tau}; expected beta >= 0 and tau in [0, 1)")
+        at_least(0, beta=beta)
+        in_range(0, 1, high_included=False, tau=tau)
         self.beta, self.tau = beta, tau
 
     def _rows(self, logits: Tensor, positive: Tensor) -> Tensor:
-        nothing = torch.finfo(logits.dtype).min
-        count = (~positive).sum(dim=1).clamp(min=1).log()
-        negatives = logits.masked_fill(positive, nothing)
+        lowest = torch.finfo(logits.dtype).min
+        log_count = (~positive).sum(dim=1).clamp(min=1).log()
+        negatives = logits.masked_fill(positive, lowest)
         # Logarithms throughout: exp(s/T) itself would overflow where 1/T is near its limit and β is large.
         weighted = torch.logsumexp((1 + self.beta) * negatives.clamp(min=-1e30), dim=1)
-        mean_weight = torch.logsumexp(self.beta * negatives.clamp(min=-1e30), dim=1) if self.beta else count
-        hard = weighted - mean_weight + count
-        own = torch.logsumexp(logits.masked_fill(~positive, nothing), dim=1)
+        mean_weight = torch.logsumexp(self.beta * negatives.clamp(min=-1e30), dim=1) if self.beta else log_count
+        hard = weighted - mean_weight + log_count
+        positives = torch.logsumexp(logits.masked_fill(~positive, lowest), dim=1)
         if self.tau:
-            mean_own = own - positive.sum(dim=1).log()
-            share = (math.log(self.tau) + count + mean_own - hard).clamp(max=-1e-6)
+            mean_positive = positives - positive.sum(dim=1).log()
+            share = (math.log(self.tau) + log_count + mean_positive - hard).clamp(max=-1e-6)
             hard = hard + torch.log1p(-share.exp()) - math.log1p(-self.tau)
         scale = self.log_scale.float().exp()
-        hard = torch.maximum(hard, count - scale)
-        hard = hard.masked_fill(positive.all(dim=1), nothing)  # nobody else is there
-        total = torch.logaddexp(own, hard)
+        hard = torch.maximum(hard, log_count - scale)
+        hard = hard.masked_fill(positive.all(dim=1), lowest)  # there are no negatives
+        total = torch.logaddexp(positives, hard)
         return total - (logits * positive).sum(dim=1) / positive.sum(dim=1)
 
 
 class MarginTriplet(Contrastive):
-    """max(0, margin − s_ip + s_ij) over positives p and negatives j, in both directions: cosines apart by a margin.
+    """max(0, margin − s_ip + s_ij) over positives p and negatives j, in both directions: cosines differ by a margin.
 
-    Call: image and text embeddings `(n d)`, labels `(n,)` or none; of all ranks, as `Contrastive` says.
+    Call: image and text embeddings `(n d)`, labels `(n,)` or none; over all ranks, see `Contrastive`.
 
-    With `hardest` the nearest negative of each row alone (Faghri et al., arXiv 1707.05612), else the mean over all; over
-    positives always the mean. → {"loss", "image_to_text", "text_to_image"}, of cosines, without a temperature. Raises
-    `UsageError` for a margin outside [0, 2].
+    With `hardest` only the nearest negative of each row counts (Faghri et al., arXiv 1707.05612), otherwise the mean over all;
+    over positives it is always the mean. → {"loss", "image_to_text", "text_to_image"}, of cosines, without a temperature.
+    Raises `UsageError` for a margin outside [0, 2].
     """
 
     def __init__(self, margin: float = 0.2, hardest: bool = True) -> None:
         super().__init__()
-        if not 0.0 <= margin <= 2.0:
-            raise UsageError(f"margin is {margin}; expected a difference of cosines in [0, 2]")
+        in_range(0, 2, margin=margin)
         self.margin, self.hardest = margin, hardest
+
+    def uninformed(self, batch_size: int) -> dict[str, float]:
+        """All cosines are equal: the margin, or 0 for one pair, which has no negative."""
+        return _both_directions(self.margin if batch_size > 1 else 0.0)
 
     def _compare(self, to_text: Tensor, to_image: Tensor, positive: Tensor) -> dict[str, Tensor]:
         return _symmetric(self._rows(to_text, positive), self._rows(to_image, positive), positive)
 
     def _rows(self, cosines: Tensor, positive: Tensor) -> Tensor:
         if not cosines.shape[1]:
-            return cosines.sum(dim=1)  # nobody on any rank, and of nobody there is no nearest
+            return cosines.sum(dim=1)  # no rank has a row, so there is no nearest one
         if self.hardest:
             nearest = cosines.masked_fill(positive, -math.inf).amax(dim=1, keepdim=True)  # (n_r 1)
             hinges = (self.margin - cosines + nearest).clamp(min=0)
@@ -217,35 +228,57 @@ class MarginTriplet(Contrastive):
 
 
 class SigLIP(Contrastive):
-    """Each image with each caption a yes or a no of its own: −1/n Σ_ij log σ(z_ij·(s_ij/T + b)), z_ij = 1 for positives,
-    else −1.
+    """A binary decision for each image and caption: −1/n Σ_ij log σ(z_ij·(s_ij/T + b)), z_ij = 1 for positives, else −1.
 
-    Call: image and text embeddings `(n d)`, labels `(n,)` or none; of all ranks, as `Contrastive` says.
+    Call: image and text embeddings `(n d)`, labels `(n,)` or none; over all ranks, see `Contrastive`.
 
-    → {"loss", "siglip", "temperature", "bias"}. log(1/T) and b are learned, from `temperature` = 0.1 and `bias` = −10 on,
+    → {"loss", "siglip", "temperature", "bias"}. log(1/T) and b are learned and start at `temperature` = 0.1 and `bias` = −10,
     with 1/T ≤ `max_scale`. Raises `UsageError` for a temperature below 1/`max_scale`. Source: Zhai et al., arXiv 2303.15343,
-    whose pairs are positives only where they belong together; with distinct labels it is open_clip's `SigLipLoss`.
+    in which only the pairs of one row are positives; with distinct labels it equals open_clip's `SigLipLoss`.
     """
 
     def __init__(self, temperature: float = 0.1, bias: float = -10.0, max_scale: float = MAX_SCALE) -> None:
         super().__init__()
-        if not (math.isfinite(temperature) and temperature >= (1 - 1e-6) / max_scale and math.isfinite(bias)):
-            raise UsageError(
-                f"temperature is {temperature} and bias {bias}; expected finite numbers, the temperature at least "
-                f"{1 / max_scale:g}"
-            )
+        in_range(1, HIGHEST_MAX_SCALE, max_scale=max_scale)
+        _check_temperature(temperature, max_scale)
+        if not math.isfinite(bias):
+            raise UsageError(f"bias is {bias}; expected a finite number")
         self.max_scale = max_scale
-        self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
-        self.bias = nn.Parameter(torch.tensor(float(bias)))
+        # FSDP2 refuses parameters of 0 dimensions.
+        self.log_scale = nn.Parameter(torch.full((1,), -math.log(temperature)))
+        self.bias = nn.Parameter(torch.full((1,), float(bias)))
+        load_scalars(self, "log_scale", "bias")
+
+    def uninformed(self, batch_size: int) -> dict[str, float]:
+        """The best constant probability is 1/n, one positive among n captions: n·H(1/n) = ln n + (n − 1)·ln(n/(n − 1))."""
+        n = batch_size
+        value = math.log(n) + (n - 1) * math.log(n / (n - 1)) if n > 1 else 0.0
+        return {"loss": value, "siglip": value}
 
     def _compare(self, to_text: Tensor, to_image: Tensor, positive: Tensor) -> dict[str, Tensor]:
-        with torch.no_grad():
-            self.log_scale.clamp_(max=math.log(self.max_scale))
+        _clamp(self.log_scale, self.max_scale)
         logits = self.log_scale.float().exp() * to_text + self.bias
         total = F.softplus(torch.where(positive, -logits, logits)).sum()
         loss = all_reduce_sum(total) / _count(positive)
-        told = {"temperature": (-self.log_scale).exp().detach(), "bias": self.bias.detach()}
-        return {"loss": loss, "siglip": loss, **told}
+        learned = {"temperature": (-self.log_scale).exp().detach()[0], "bias": self.bias.detach()[0]}
+        return {"loss": loss, "siglip": loss, **learned}
+
+
+def _check_temperature(temperature: float, max_scale: float) -> None:
+    if not (math.isfinite(temperature) and temperature >= (1 - 1e-6) / max_scale):
+        raise UsageError(
+            f"temperature is {temperature}; expected a finite number of at least {1 / max_scale:g}: a smaller one "
+            f"overflows a softmax in half precision; raise max_scale={max_scale:g} if you need it"
+        )
+
+
+def _clamp(log_scale: Tensor, max_scale: float) -> None:
+    with torch.no_grad():
+        log_scale.clamp_(max=math.log(max_scale))
+
+
+def _both_directions(value: float) -> dict[str, float]:
+    return {"loss": value, "image_to_text": value, "text_to_image": value}
 
 
 def _cross_entropy(logits: Tensor, positive: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
-"""A contrastive loss beside the classification of each half."""
+"""A contrastive loss and the classification of each half."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -10,17 +11,18 @@ from torch import Tensor, nn
 from vitkit import losses
 from vitkit.distributed import all_reduce_sum
 from vitkit.errors import UsageError
+from vitkit.validation import at_least, in_range
 
 
 class PairMultiTask(nn.Module):
     """L_contrastive + `weight`·L_classes: the registered loss `contrastive`, and the mean cross entropy of both halves.
 
     Call: image and text embeddings `(n d)`, labels `(n,)`, logits of halves `(n 2 k)` and their classes `(n 2)` → the parts
-    of the contrastive loss and "classification", in nats, with `label_smoothing`. `arguments` are the contrastive loss's
-    own. With `weight` = 0 it is that loss.
+    of the contrastive loss and "classification", in nats, with `label_smoothing`. `arguments` are the arguments of the
+    contrastive loss. With `weight` = 0 the total is the contrastive loss.
 
-    Ranks: both are those of all ranks' samples. Raises `UsageError` for a negative weight, a smoothing outside [0, 1), and
-    logits and classes that do not fit.
+    Ranks: both losses are those of all ranks' samples. Raises `UsageError` for a negative weight, a smoothing outside [0, 1),
+    and logits and classes that do not fit.
     """
 
     vitkit_architecture: ClassVar = {"contrastive": r"([\w.-]+:)?[\w.-]+", "arguments": {r"[a-z_]+": float | bool | None}}
@@ -33,10 +35,8 @@ class PairMultiTask(nn.Module):
         arguments: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if not 0.0 <= weight < float("inf") or not 0.0 <= label_smoothing < 1.0:
-            raise UsageError(
-                f"weight is {weight} and label_smoothing {label_smoothing}; expected a weight >= 0 and a smoothing in [0, 1)"
-            )
+        at_least(0, weight=weight)
+        in_range(0, 1, high_included=False, label_smoothing=label_smoothing)
         self.weight, self.label_smoothing = weight, label_smoothing
         self.contrastive = losses.build(contrastive, **(arguments or {}))
 
@@ -46,6 +46,17 @@ class PairMultiTask(nn.Module):
         logits, classes = torch.randn(samples, 2, 3), torch.randint(0, 3, (samples, 2))
         labels = torch.arange(samples) % 5
         return {}, {"image": image, "text": text, "labels": labels, "logits": logits, "classes": classes}
+
+    def uninformed(self, batch_size: int, num_classes: int | None = None) -> dict[str, float]:
+        """The contrastive loss's values and ln K for K = `num_classes`; without it neither "classification" nor "loss"."""
+        stated = getattr(self.contrastive, "uninformed", None)
+        parts: dict[str, float] = {} if stated is None else dict(stated(batch_size))
+        contrastive = parts.pop("loss", None)
+        if num_classes is not None:
+            parts["classification"] = math.log(num_classes)
+            if contrastive is not None:
+                parts["loss"] = contrastive + self.weight * parts["classification"]
+        return parts
 
     def forward(
         self, image: Tensor, text: Tensor, labels: Tensor | None, logits: Tensor, classes: Tensor

@@ -1,4 +1,4 @@
-"""Pictures nearest to a caption, and captions and pictures nearest to a picture, by a saved model of pairs."""
+"""Images nearest to a caption, and captions and images nearest to an image, by a saved model of pairs."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -17,18 +17,18 @@ from vitkit_clip.pairs import Pairs, captions
 from vitkit_clip.retrieval import check_embeddings, check_towers, embed_images, embed_texts
 from vitkit_eval import nearest_items
 
-BATCH = 250
-WIDE = 0.75
-"""A picture with at least so much of a pair's proportion of width to height is a pair."""
+BATCH_SIZE = 250
+PAIR_WIDTH = 0.75
+"""An image is a pair from this share of a pair's ratio of width to height on."""
 
 
 class Gallery(Protocol):
-    """What is searched: batches of images as the model takes them, and any of them to be shown."""
+    """The images to search: batches as the model takes them, and single images for display."""
 
     def batches(self) -> Iterator[Tensor]: ...
 
     def show(self, numbers: list[int]) -> tuple[Tensor, list[str]]:
-        """Images `(n c h 2w)` in [0, 1] and what each one is."""
+        """Images `(n c h 2w)` in [0, 1] and their names."""
         ...
 
 
@@ -52,7 +52,7 @@ class PairGallery:
 
 @dataclass
 class FolderGallery:
-    """The pictures below a folder, each as a pair; `skipped` names those that could not be read."""
+    """The images of a folder and its subfolders, each as a pair; `skipped` names the unreadable ones."""
 
     folder: Path
     preprocessing: Preprocessing
@@ -61,39 +61,38 @@ class FolderGallery:
 
     def __post_init__(self) -> None:
         if not self.folder.is_dir():
-            raise UsageError(f"there is no folder {self.folder}; give one that holds pictures")
-        found = pictures_below(self.folder)
+            raise UsageError(f"there is no folder {self.folder}; give one that holds images")
         self.paths: list[Path] = []
-        self._found = found[: self.most]
+        self._candidates = pictures_below(self.folder)[: self.most]
 
     def batches(self) -> Iterator[Tensor]:
         self.paths.clear()
         self.skipped.clear()
         read: list[Tensor] = []
-        for path in self._found:
+        for path in self._candidates:
             try:
                 read.append(as_pair(read_picture(path), self.preprocessing))
             except UsageError as error:
                 self.skipped.append(str(error))
                 continue
             self.paths.append(path)
-            if len(read) == BATCH:
+            if len(read) == BATCH_SIZE:
                 yield torch.cat(read)
                 read = []
         if read:
             yield torch.cat(read)
         if not self.paths:
-            raise UsageError(f"{self.folder} holds no picture that can be read; {self.skipped[0]}")
+            raise UsageError(f"{self.folder} holds no readable image; {self.skipped[0]}")
 
     def show(self, numbers: list[int]) -> tuple[Tensor, list[str]]:
         paths = [self.paths[number] for number in numbers]
         pairs = torch.cat([as_pair(read_picture(path), self.preprocessing) for path in paths])
-        return shown(pairs, self.preprocessing), [str(path.relative_to(self.folder)) for path in paths]
+        return denormalised(pairs, self.preprocessing), [str(path.relative_to(self.folder)) for path in paths]
 
 
 @dataclass(frozen=True)
-class Found:
-    """What is nearest, best first: its name and its cosine in [−1, 1]."""
+class Nearest:
+    """The nearest items, best first: their names and their cosines in [−1, 1]."""
 
     names: list[str]
     scores: list[float]
@@ -101,70 +100,68 @@ class Found:
 
 @dataclass(frozen=True)
 class Answer:
-    """To a caption or a picture: the nearest pictures and a sheet of them, and to a picture the nearest captions too."""
+    """The images nearest to a caption or an image, a sheet of them, and for an image the nearest captions too.
 
-    pictures: Found
+    `unknown`: words of the caption that the text tower does not know.
+    """
+
+    images: Nearest
     sheet: Sheet
-    captions: Found | None = None
+    captions: Nearest | None = None
     unknown: tuple[str, ...] = ()
 
 
-def as_pair(picture: Image.Image, half: Preprocessing) -> Tensor:
-    """A picture of any mode → a normalised pair `(1 c h 2w)`.
+def as_pair(image: Image.Image, half: Preprocessing) -> Tensor:
+    """An image of any mode → a normalised pair `(1 c h 2w)`.
 
-    One about as wide as a pair is one; any other stands on both halves.
+    An image about as wide as a pair is a pair; any other is placed on both halves.
     """
     channels, height, width = half.shape
-    if picture.width * height >= WIDE * 2 * width * picture.height:
-        return preprocess([picture], replace(half, shape=(channels, height, 2 * width)))
-    one = preprocess([picture], half)
+    if image.width * height >= PAIR_WIDTH * 2 * width * image.height:
+        return preprocess([image], replace(half, shape=(channels, height, 2 * width)))
+    one = preprocess([image], half)
     return torch.cat([one, one], dim=-1)
 
 
-def shown(pairs: Tensor, preprocessing: Preprocessing) -> Tensor:
+def denormalised(pairs: Tensor, preprocessing: Preprocessing) -> Tensor:
     """Normalised `(n c h w)` → [0, 1]."""
     mean, std = (torch.tensor(moments)[:, None, None] for moments in (preprocessing.mean, preprocessing.std))
     return (pairs.cpu() * std + mean).clamp(0, 1)
 
 
 def find_by_caption(model: Any, caption: str, gallery: Gallery, count: int) -> Answer:
-    """The `count` pictures of a gallery that are nearest to a caption; errors as the model's text tower raises them."""
+    """The `count` images of a gallery that are nearest to a caption; errors as the model's text tower raises them."""
     check_towers(model)
     unknown = getattr(model.text, "unknown_words", None)
     with evaluating(model):
-        said = embed_texts(model, [caption])
-        pictures, images = _nearest(model, said, gallery, count)
-    sheet = Sheet(images.numpy(), _labels(pictures), columns=5)
-    return Answer(pictures, sheet, unknown=tuple(dict.fromkeys(unknown(caption))) if unknown else ())
+        nearest, images = _nearest(model, embed_texts(model, [caption]), gallery, count)
+    sheet = Sheet(images.numpy(), _labels(nearest), columns=5)
+    return Answer(nearest, sheet, unknown=tuple(dict.fromkeys(unknown(caption))) if unknown else ())
 
 
-def find_by_picture(model: Any, pair: Tensor, gallery: Gallery, count: int, half: Preprocessing) -> Answer:
-    """The captions of the model's classes and the pictures of a gallery that are nearest to a pair `(1 c h 2w)`."""
-    said = captions(model.classes)
+def find_by_image(model: Any, pair: Tensor, gallery: Gallery, count: int, half: Preprocessing) -> Answer:
+    """The captions of the model's classes and the images of a gallery that are nearest to a pair `(1 c h 2w)`."""
+    all_captions = captions(model.classes)
     with evaluating(model) as device:
-        seen = embed_images(model, pair.to(device))
-        texts = embed_texts(model, said)
-        check_embeddings(seen, texts)
-        scores, numbers = nearest_items(seen, texts, count)
+        query = embed_images(model, pair.to(device))
+        texts = embed_texts(model, all_captions)
+        check_embeddings(query, texts)
+        scores, numbers = nearest_items(query, texts, count)
         k, best = len(model.classes), int(numbers[0, 0])
-        nearest = Found([said[number] for number in numbers[0].tolist()], scores[0].tolist())
-        pictures, images = _nearest(model, seen, gallery, count)
-    images = torch.cat([shown(pair, half), images])
-    sheet = Sheet(
-        images.numpy(),
-        [f"given: {model.classes[best // k]} | {model.classes[best % k]}", *_labels(pictures)],
-        columns=5,
-    )
-    return Answer(pictures, sheet, captions=nearest)
+        nearest_captions = Nearest([all_captions[number] for number in numbers[0].tolist()], scores[0].tolist())
+        nearest, images = _nearest(model, query, gallery, count)
+    images = torch.cat([denormalised(pair, half), images])
+    given = f"given: {model.classes[best // k]} | {model.classes[best % k]}"
+    return Answer(nearest, Sheet(images.numpy(), [given, *_labels(nearest)], columns=5), captions=nearest_captions)
 
 
-def _nearest(model: Any, query: Tensor, gallery: Gallery, count: int) -> tuple[Found, Tensor]:
-    seen = torch.cat([embed_images(model, images.to(query.device)) for images in gallery.batches()])
-    check_embeddings(seen, query)
-    scores, numbers = nearest_items(query, seen, count)
+def _nearest(model: Any, query: Tensor, gallery: Gallery, count: int) -> tuple[Nearest, Tensor]:
+    embeddings = torch.cat([embed_images(model, images.to(query.device)) for images in gallery.batches()])
+    check_embeddings(embeddings, query)
+    scores, numbers = nearest_items(query, embeddings, count)
     images, names = gallery.show(numbers[0].tolist())
-    return Found(names, scores[0].tolist()), images
+    return Nearest(names, scores[0].tolist()), images
 
 
-def _labels(found: Found) -> list[str]:
-    return [f"{score:.3f} {name}" for name, score in zip(found.names, found.scores, strict=True)]
+def _labels(nearest: Nearest) -> list[str]:
+    return [f"{score:.3f} {name}" for name, score in zip(nearest.names, nearest.scores, strict=True)]

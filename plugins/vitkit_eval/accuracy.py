@@ -1,30 +1,34 @@
-"""A model's own classifier on the test set."""
+"""A model's own classifier on a split."""
 
 from typing import Any
 
 from torch import Tensor, nn
 
 from vitkit import backbones, heads
-from vitkit.contracts import Scores
+from vitkit.contracts import Scores, SplitName
 from vitkit.errors import UsageError
 from vitkit.models import evaluating, extract_features
-from vitkit_eval.features import check_labels, classification
+from vitkit.validation import at_least
+from vitkit_eval.features import check_labels, classification, model_classes, named, split_of
 
 
 class Accuracy:
     """Accuracy of the model's own `classifier`: `accuracy_top1`, with more than ten classes `accuracy_top5` too.
 
-    Nothing is fitted: logits are classifier(encode_image(x)) of every test image, or of `test_size` of them, the classes
-    as evenly as they can be had, chosen by `seed`. The dataset's true labels are used. Called under autocast features
-    and logits are computed in its precision.
+    Nothing is fitted: logits are classifier(encode_image(x)) of every image of the split, or of `test_size` of them, the
+    classes in equal shares as far as possible, chosen by `seed`. Equal logits share their places. Classes of a model that
+    names them are matched with the dataset's by name. Under autocast features and logits are computed in its precision.
 
     Ranks: each encodes its share of the images, and every rank returns the same scores.
 
-    Raises `UsageError` for a model without a classifier, for another number of logits than the dataset has classes, and
-    as `extract_features`.
+    Raises `UsageError` for a model without a classifier, for other classes than the dataset's, for images without a label,
+    and as `extract_features` does.
     """
 
+    name = "accuracy"
+
     def __init__(self, *, test_size: int | None = None, seed: int = 0) -> None:
+        at_least(1, test_size=test_size)
         self.test_size, self.seed = test_size, seed
 
     @staticmethod
@@ -33,20 +37,26 @@ class Accuracy:
         model.classifier = heads.build("linear", in_dim=16, out_dim=3)
         return {}, {"model": model}
 
-    def __call__(self, model: Any, dataset: Any) -> Scores:
+    def check(self, dataset: Any, split: SplitName = "test") -> None:
+        """Raise `UsageError` where an image of this split has no label."""
+        check_labels(self.name, dataset, split)
+
+    def __call__(self, model: Any, dataset: Any, split: SplitName = "test") -> Scores:
         classifier, classes = getattr(model, "classifier", None), dataset.classes
         if not isinstance(classifier, nn.Module):
             raise UsageError(
                 f"accuracy needs a model with a classifier; {type(model).__name__} has none: use 'linear_probe' or 'knn'"
             )
-        split = dataset.test if self.test_size is None else dataset.test.stratified_subset(self.test_size, seed=self.seed)
-        test = extract_features(model, split)
+        self.check(dataset, split)
+        columns = model_classes(model, dataset)
+        features = extract_features(model, split_of(dataset, split), size=self.test_size, seed=self.seed)
         with evaluating(model):
-            logits: Tensor = classifier(test.features).float()
-        if logits.shape != (len(test.labels), len(classes)):
+            logits: Tensor = classifier(features.features).float()
+        if logits.shape != (len(features.labels), len(classes)):
             raise UsageError(
-                f"the classifier gave {tuple(logits.shape)} for {len(test.labels)} images of {len(classes)} classes; "
+                f"the classifier gave {tuple(logits.shape)} for {len(features.labels)} images of {len(classes)} classes; "
                 f"evaluate it on the dataset it was trained on"
             )
-        check_labels(test, classes)
-        return classification("accuracy", logits, test, classes, frozen="", note="the model's own classifier")
+        note = "the model's own classifier"
+        scores = classification(self.name, logits[:, columns], features.labels, classes, split=split, frozen="", note=note)
+        return named(scores, split)

@@ -1,4 +1,4 @@
-"""Classifying from a handful of images of each class."""
+"""Classification from a few images of each class."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -7,29 +7,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitkit.contracts import Measurement, Scores
+from vitkit.contracts import Measurement, Scores, SplitName
 from vitkit.errors import UsageError
 from vitkit.models import Features
-from vitkit_eval.features import FrozenProbe, check_classes
+from vitkit.validation import at_least
+from vitkit_eval.features import FrozenProbe
+from vitkit_eval.ties import topk_accuracy
+
+NORMAL_95 = 1.96
+"""Standard errors on either side of a mean that hold 95 % of a normal distribution."""
 
 
 class FewShot(FrozenProbe):
     """Accuracy from s training images of each class: `few_shot_1_top1`, `few_shot_5_top1`, `few_shot_10_top1`.
 
-    Features are scaled to length one; a test image belongs to the class whose centroid, the mean over its s images, is
-    nearest by Euclidean distance, of equally near ones to the class of lower number (SimpleShot's L2N, Wang et al.,
-    arXiv 1911.04623; nearest centroid as in prototypical networks, Snell et al., arXiv 1703.05175). Reported is the mean
-    over `draws` of s images a class, chosen by `seed`, on all test images; the protocol's note has its 95 % interval,
-    ± 1.96 standard errors over the draws. The s images of a draw are among those of a larger s.
+    Features are scaled to length one; an image belongs to the class whose centroid, the mean over its s images, is
+    nearest by Euclidean distance; equally near ones share their places (SimpleShot's L2N, Wang et al.,
+    arXiv 1911.04623; nearest centroid as in prototypical networks, Snell et al., arXiv 1703.05175). The score is the mean
+    over `draws` of s images a class, chosen by `seed`, on all images of the split; the protocol's note has its 95 % interval,
+    ± 1.96 standard errors over the draws. The s images of a draw are among the images of a larger s.
 
-    `train_size` and `test_size` cap the images to draw from and to test on, the classes as evenly as they can be had.
-    Called under autocast the features are computed in its precision, everything else in fp32.
+    `train_size` and `test_size` cap the images to draw from and to measure on, the classes in equal shares as far as
+    possible. Under autocast the features are computed in its precision, everything else in fp32.
 
     Ranks: each encodes its share of the images, and every rank returns the same scores.
 
-    Raises `UsageError` for shots or draws below 1, where a class has fewer training images than the shots ask for, and
-    as `extract_features`.
+    Raises `UsageError` for shots or draws below 1, for a class with fewer training images than shots, for images without a
+    label, and as `extract_features` does.
     """
+
+    name = "few_shot"
 
     def __init__(
         self,
@@ -42,8 +49,7 @@ class FewShot(FrozenProbe):
     ) -> None:
         if not shots or min(shots) < 1:
             raise UsageError(f"shots are {list(shots)}; expected numbers of images a class, each at least 1")
-        if draws < 1:
-            raise UsageError(f"draws is {draws}; expected at least 1")
+        at_least(1, draws=draws)
         self.shots, self.draws = tuple(shots), draws
         super().__init__(train_size=train_size, test_size=test_size, seed=seed)
 
@@ -51,51 +57,55 @@ class FewShot(FrozenProbe):
     def vitkit_example(samples: int) -> tuple[dict[str, Any], dict[str, Any]]:
         return {"shots": [1, 3], "draws": 5}, {}
 
-    def score(self, train: Features, test: Features, classes: list[str]) -> Scores:
-        check_classes(train, test, classes)
-        found: dict[int, list[float]] = {shots: [] for shots in self.shots}
-        known, queries = F.normalize(train.features, dim=1), F.normalize(test.features, dim=1)
-        for chosen in _draws(train.labels, classes, max(self.shots), self.draws, self.seed):
-            drawn = known[chosen]  # (k s d)
+    def check_train(self, labels: Tensor, classes: list[str]) -> None:
+        super().check_train(labels, classes)
+        counts = torch.bincount(labels.cpu(), minlength=len(classes))
+        least, shots = int(counts.argmin()), max(self.shots)
+        if int(counts[least]) < shots:
+            raise UsageError(
+                f"{shots} shots need as many training images of each class, but there are only {int(counts[least])} of "
+                f"{classes[least]!r}; ask for fewer shots"
+            )
+
+    def score(self, train: Features, test: Features, classes: list[str], *, split: SplitName = "test") -> Scores:
+        self.check_train(train.labels, classes)
+        accuracies: dict[int, list[float]] = {shots: [] for shots in self.shots}
+        supports, queries = F.normalize(train.features, dim=1), F.normalize(test.features, dim=1)
+        for chosen in _draws(train.labels, len(classes), max(self.shots), self.draws, self.seed):
+            drawn = supports[chosen]  # (k s d)
             for shots in self.shots:
-                near = nearest_centroid(queries, drawn[:, :shots].mean(dim=1))
-                found[shots].append(float((near == test.labels).float().mean()))
-        scores, protocols = {}, {}
-        for shots, hits in found.items():
+                scores = centroid_scores(queries, drawn[:, :shots].mean(dim=1))
+                accuracies[shots].append(topk_accuracy(scores, test.labels))
+        means, protocols = {}, {}
+        for shots, hits in accuracies.items():
             values = torch.tensor(hits, dtype=torch.float64)
-            mean = float(values.mean())
-            error = float(values.std(correction=1)) / self.draws**0.5 if self.draws > 1 else float("nan")
             name = f"few_shot_{shots}_top1"
-            scores[name] = mean
-            interval = f", ± {1.96 * error:.4f} (95 %)" if self.draws > 1 else ""
+            means[name] = float(values.mean())
+            interval = ""
+            if self.draws > 1:
+                interval = f", ± {NORMAL_95 * float(values.std(correction=1)) / self.draws**0.5:.4f} (95 %)"
             images = f"{shots} training image{'s' if shots > 1 else ''} a class"
             protocols[name] = Measurement(
-                "test",
+                split,
                 len(test.labels),
                 chance=1 / len(classes),
                 frozen="encoder",
                 note=f"nearest centroid of {images}, mean of {self.draws} draws{interval}",
+                kind="proportion",
             )
-        return Scores(scores, protocols=protocols)
+        return Scores(means, protocols=protocols)
 
 
-def nearest_centroid(features: Tensor, centroids: Tensor) -> Tensor:
-    """The number of the centroid `(k d)` nearest to each of features `(n d)`: int64 `(n,)`."""
+def centroid_scores(features: Tensor, centroids: Tensor) -> Tensor:
+    """Scores `(n k)` that are highest for the centroid `(k d)` nearest to each of features `(n d)`: x·c − ‖c‖²/2."""
     with torch.autocast(features.device.type, enabled=False):
-        # argmin ‖x − c‖² = argmax x·c − ‖c‖²/2
-        return (features @ centroids.T - centroids.square().sum(dim=1) / 2).argmax(dim=1)
+        return features @ centroids.T - centroids.square().sum(dim=1) / 2
 
 
-def _draws(labels: Tensor, classes: list[str], shots: int, draws: int, seed: int) -> Iterator[Tensor]:
+def _draws(labels: Tensor, classes: int, shots: int, draws: int, seed: int) -> Iterator[Tensor]:
     """Indices `(k shots)` of images of each class, without repetition within a draw."""
     labels = labels.cpu()
-    counts = torch.bincount(labels, minlength=len(classes))
-    if int(counts.min()) < shots:
-        least = int(counts.argmin())
-        raise UsageError(
-            f"{shots} shots need as many training images of each class, but there are only {int(counts[least])} of "
-            f"{classes[least]!r}; ask for fewer shots"
-        )
+    counts = torch.bincount(labels, minlength=classes)
     starts = counts.cumsum(0) - counts
     generator = torch.Generator().manual_seed(seed)
     for _ in range(draws):

@@ -1,4 +1,4 @@
-"""Retrieval by cosine: ranks in pieces, so that the matrix of all scores never stands in memory, and what follows from them."""
+"""Retrieval by cosine: places of the relevant items, computed in pieces so that the matrix of all scores never is in memory."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vitkit.distributed import all_reduce_sum, rank, world_size
 from vitkit.errors import UsageError
+from vitkit_eval.ties import highest, places, share_in_top
 
 CELLS = 2**20
 """Scores held at once, in fp32: 4 MiB, which stay in a processor's cache between the product and the comparison."""
@@ -16,42 +17,48 @@ CELLS = 2**20
 
 @dataclass(frozen=True)
 class Ranking:
-    """What p relevant pairs of n queries and m items came to; all int64 on the embeddings' device.
+    """The places of p relevant pairs of n queries and m items; all int64 on the embeddings' device.
 
-    `query` and `item` `(p,)`: the pairs, sorted by query, then item. `ranks` `(p,)`: the place of each pair's item among
-    the m for that query, from 1. `nearest` `(n,)`: the item with each query's highest score, of equals the first.
+    `query` and `item` `(p,)`: the pairs, sorted by query, then item. `higher` `(p,)`: how many items score higher than the
+    pair's for that query; `equal` `(p,)`: how many score the same, itself included. `nearest` `(n,)`: the item with each
+    query's highest score, of equal ones the first.
     """
 
     query: Tensor
     item: Tensor
-    ranks: Tensor
+    higher: Tensor
+    equal: Tensor
     nearest: Tensor
     items: int
 
+    @property
+    def ranks(self) -> Tensor:
+        """The expected place of each pair's item, from 1, float64 `(p,)` on the CPU: a whole number where no scores are equal."""
+        return self.higher.cpu().double() + (self.equal.cpu().double() + 1) / 2  # not every accelerator computes in fp64
+
 
 def rank_relevant(queries: Tensor, items: Tensor, query: Tensor, item: Tensor, *, cells: int = CELLS) -> Ranking:
-    """Where the relevant items stand when queries `(n d)` rank all items `(m d)` by cosine.
+    """The places of the relevant items when queries `(n d)` rank all items `(m d)` by cosine.
 
-    The p relevant pairs are (`query`, `item`), two int64 `(p,)`, each pair once. Ties: an item that is not relevant stands
-    before a relevant one of equal score, and of relevant ones the first in number before the next. So a model to which
-    everything is one finds nothing, whatever the order of its items. A score that is no number counts as above all others.
+    The p relevant pairs are (`query`, `item`), two int64 `(p,)`, each pair once. Equal scores are in random order, see
+    `vitkit_eval.ties`. A relevant item whose score is NaN is the last; another item whose score is NaN counts as higher.
 
-    No more than about `cells` scores, but at least one query's, are held at once. Scores are computed in fp32, under
+    About `cells` scores at most, but those of one query at least, are held at once. Scores are computed in fp32, under
     autocast too.
 
     Ranks: every rank gives the same embeddings, ranks its share of the queries in the same pieces as one process would, and
     returns the same.
 
-    Raises `UsageError` for embeddings that are not two matrices of one width, empty ones, and pairs outside of them or given
-    twice.
+    Raises `UsageError` for embeddings that are not two matrices of one width, for empty ones, and for pairs outside of them or
+    given twice.
     """
     _check(queries, items, query, item)
     n, m = len(queries), len(items)
     order = (query * m + item).argsort()
     query, item = query[order], item[order]
     if bool(((query.diff() == 0) & (item.diff() == 0)).any()):
-        raise UsageError("the relevant pairs hold one twice; give each (query, item) once")
-    place, own = torch.zeros_like(query), torch.zeros(len(query), device=queries.device)
+        raise UsageError("a relevant pair is given twice; give each (query, item) once")
+    higher, equal = torch.zeros_like(query), torch.zeros_like(query)
     nearest = torch.zeros(n, dtype=torch.int64, device=queries.device)
     rows = max(1, cells // m)
     for first, scores in _pieces(queries, items, rows):
@@ -61,26 +68,20 @@ def rank_relevant(queries: Tensor, items: Tensor, query: Tensor, item: Tensor, *
         for start in range(begin, end, rows):
             part = slice(start, min(start + rows, end))
             row = query[part] - first
-            own[part] = scores[row, item[part]]
-            # `~(<)` rather than `>=`, so that what is no number counts as ahead.
-            compared = scores if _whole(row, len(scores)) else scores[row]
-            place[part] = (~(compared < own[part, None])).sum(dim=1)
-    place, own, nearest = all_reduce_sum(place), all_reduce_sum(own), all_reduce_sum(nearest)
-    return Ranking(query, item, place - _equals_after(query, own), nearest, m)
+            compared = scores if _each_row_once(row, len(scores)) else scores[row]
+            higher[part], equal[part] = places(compared, scores[row, item[part]])
+    return Ranking(query, item, all_reduce_sum(higher), all_reduce_sum(equal), all_reduce_sum(nearest), m)
 
 
 def nearest_items(query: Tensor, items: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` items `(m d)`, or all, nearest to each query `(n d)`: cosines fp32 and numbers `(n count)`, best first.
 
-    Of equal scores the first in number stands first.
+    Of equal scores the item of lower number is first.
     """
     _check(query, items, torch.zeros(0), torch.zeros(0))
-    found = []
-    for _, scores in _pieces(query, items, max(1, CELLS // len(items)), shared=False):
-        best, numbers = scores.sort(dim=1, descending=True, stable=True)
-        found.append((best[:, :count], numbers[:, :count]))
-    best, numbers = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return best, numbers
+    pieces = _pieces(query, items, max(1, CELLS // len(items)), shared=False)
+    best, numbers = zip(*(highest(scores, min(count, len(items))) for _, scores in pieces), strict=True)
+    return torch.cat(best), torch.cat(numbers)
 
 
 def _check(queries: Tensor, items: Tensor, query: Tensor, item: Tensor) -> None:
@@ -109,67 +110,90 @@ def _pieces(queries: Tensor, items: Tensor, rows: int, *, shared: bool = True) -
             yield first, F.normalize(queries[first : first + rows].float(), dim=1) @ turned
 
 
-def _whole(row: Tensor, count: int) -> bool:
+def _each_row_once(row: Tensor, count: int) -> bool:
     """Whether each of `count` rows is named once, in order: then the scores need not be copied."""
     return len(row) == count and bool((row.diff() == 1).all())
 
 
-def _equals_after(query: Tensor, own: Tensor) -> Tensor:
-    """For each relevant pair, sorted by query and item, how many of the same query and score come after it."""
-    order = own.argsort(stable=True)
-    order = order[query[order].argsort(stable=True)]  # by query, then score, then item
-    query, own = query[order], own[order]
-    new = torch.ones_like(query, dtype=torch.bool)
-    new[1:] = (query[1:] != query[:-1]) | (own[1:] != own[:-1])
-    group = new.cumsum(0) - 1
-    counts = torch.bincount(group)
-    ends = counts.cumsum(0)
-    after = torch.empty_like(query)
-    after[order] = ends[group] - 1 - torch.arange(len(query), device=query.device)
-    return after
+def hit_rate(ranking: Ranking, k: int) -> float:
+    """The share of queries with a relevant item among their first `k`; queries without a relevant item do not count.
+
+    The first relevant item of a query is in a group of n equal scores, r of them relevant, behind N higher ones. With
+    s = k − N places left for the group, none of the r is among them with probability C(n − r, s) / C(n, s).
+    """
+    first = _groups(ranking).first()
+    left = (k - first.higher).clamp(min=0).minimum(first.equal)
+    others = first.equal - first.relevant
+    none = (_log_choose(others, left.minimum(others)) - _log_choose(first.equal, left)).exp()
+    return float(1 - none.masked_fill(left > others, 0.0).mean())
 
 
-def hit_rate(found: Ranking, k: int) -> float:
-    """The share of queries with a relevant item among their first `k`; queries without one count nowhere."""
-    return float((_first(found) <= k).cpu().double().mean())  # not every accelerator computes in fp64
+def recall(ranking: Ranking, k: int) -> float:
+    """The share of a query's relevant items among its first `k`, in the mean over queries that have a relevant item."""
+    shares = share_in_top(ranking.higher, ranking.equal, k)
+    query, counts = ranking.query.cpu().unique_consecutive(return_inverse=True, return_counts=True)[1:]
+    return float((torch.zeros(len(counts), dtype=torch.float64).index_add_(0, query, shares) / counts).mean())
 
 
-def recall(found: Ranking, k: int) -> float:
-    """The share of a query's relevant items among its first `k`, in the mean over queries that have one."""
-    counts = _counts(found)
-    hits = torch.zeros_like(counts).index_add_(0, _numbered(found), (found.ranks <= k).long())
-    return float((hits.cpu().double() / counts.cpu()).mean())
+def mean_average_precision(ranking: Ranking) -> float:
+    """The mean over queries of (1/R) Σ_j j / r_j: r_1 < … < r_R are the places of a query's R relevant items.
+
+    In a group of n equal scores behind N higher ones, r of them relevant and R₀ relevant ones before the group, each place
+    N + i, i = 1 … n, is relevant with probability r/n, and then R₀ + 1 + (i − 1)·c relevant ones are expected up to there,
+    c = (r − 1)/(n − 1) (McSherry and Najork, ECIR 2008). The sum over i is (r/n)·(c·n + (R₀ + 1 − (N + 1)·c)·(H_{N+n} − H_N)).
+    """
+    groups = _groups(ranking)
+    r, n, before = groups.relevant.double(), groups.equal.double(), groups.before.double()
+    c = (r - 1) / (n - 1).clamp(min=1)
+    harmonic = torch.cat([torch.zeros(1), (1.0 / torch.arange(1, ranking.items + 1, dtype=torch.float64)).cumsum(0)])
+    reciprocals = harmonic[groups.higher + groups.equal] - harmonic[groups.higher]
+    sums = r / n * (c * n + (before + 1 - (groups.higher + 1) * c) * reciprocals)
+    queries = int(groups.query[-1]) + 1
+    total = torch.zeros(queries, dtype=torch.float64).index_add_(0, groups.query, sums)
+    return float((total / torch.zeros(queries, dtype=torch.float64).index_add_(0, groups.query, r)).mean())
 
 
-def mean_average_precision(found: Ranking) -> float:
-    """The mean over queries of (1/R) Σ_j j / r_j: r_1 < … < r_R are the places of a query's R relevant items."""
-    query, ranks, counts = found.query.cpu(), found.ranks.cpu(), _counts(found).cpu()  # not every accelerator computes in fp64
-    order = ranks.argsort()
-    order = order[query[order].argsort(stable=True)]
-    starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
-    j = torch.arange(len(order)) - starts + 1
-    precision = j.double() / ranks[order]
-    sums = torch.zeros(len(counts), dtype=torch.float64)
-    return float((sums.index_add_(0, _numbered(found).cpu(), precision) / counts).mean())
+def median_rank(ranking: Ranking) -> float:
+    """The median over queries of their first relevant item's expected place; of an even number the lower of the middle two.
+
+    In a group of n equal scores behind N higher ones, r of them relevant, it is N + (n + 1)/(r + 1).
+    """
+    first = _groups(ranking).first()
+    return float((first.higher + (first.equal + 1) / (first.relevant + 1)).median())
 
 
-def median_rank(found: Ranking) -> float:
-    """The median over queries of their first relevant item's place; of an even number the lower of the middle two."""
-    return float(_first(found).median())
+@dataclass(frozen=True)
+class _Groups:
+    """The groups of equal scores that hold relevant items, by query and place, on the CPU.
+
+    `query`: the query's number, without gaps; `higher` and `equal`: as in `Ranking`; `relevant`: relevant items of the group;
+    `before`: relevant items of that query with a higher score.
+    """
+
+    query: Tensor
+    higher: Tensor
+    equal: Tensor
+    relevant: Tensor
+    before: Tensor
+
+    def first(self) -> "_Groups":
+        """The first group of each query."""
+        chosen = self.before == 0
+        return _Groups(*(part[chosen] for part in (self.query, self.higher, self.equal, self.relevant, self.before)))
 
 
-def _numbered(found: Ranking) -> Tensor:
-    """The pairs' queries, counted without gaps, `(p,)`."""
-    return found.query.unique_consecutive(return_inverse=True)[1]
+def _groups(ranking: Ranking) -> _Groups:
+    query = ranking.query.cpu().unique_consecutive(return_inverse=True)[1]
+    keys = query * (ranking.items + 1) + ranking.higher.cpu()
+    keys, order = keys.sort()
+    keys, relevant = keys.unique_consecutive(return_counts=True)
+    equal = ranking.equal.cpu()[order][relevant.cumsum(0) - relevant]
+    query, higher = keys // (ranking.items + 1), keys % (ranking.items + 1)
+    total = relevant.cumsum(0) - relevant
+    starts = torch.searchsorted(query, query)  # the first group of each query
+    return _Groups(query, higher, equal, relevant, total - total[starts])
 
 
-def _counts(found: Ranking) -> Tensor:
-    """How many relevant items each query has that has one."""
-    return found.query.unique_consecutive(return_counts=True)[1]
-
-
-def _first(found: Ranking) -> Tensor:
-    """The best place of each query that has a relevant item."""
-    counts = _counts(found)
-    best = torch.full_like(counts, found.items)
-    return best.scatter_reduce(0, _numbered(found), found.ranks, "amin")
+def _log_choose(n: Tensor, k: Tensor) -> Tensor:
+    n, k = n.double(), k.double()
+    return torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)

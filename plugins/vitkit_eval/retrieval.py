@@ -1,41 +1,42 @@
-"""What a ranking scores, beside what ranking at random would."""
+"""The metrics of a ranking, each with its chance level: the value for a random order."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from vitkit.contracts import Measurement, Scores
+from vitkit.contracts import Measurement, MetricKind, Scores, SplitName
 from vitkit_eval.ranking import Ranking, hit_rate, mean_average_precision, median_rank, recall
 
 
 def retrieval_scores(
     name: str,
-    found: Ranking,
+    ranking: Ranking,
     tops: Sequence[int],
     *,
     note: str,
     frozen: str = "",
-    split: str = "test",
+    split: SplitName = "test",
     recalls: bool = False,
 ) -> Scores:
     """`<name>_top{k}` (see `hit_rate`), `<name>_map` and `<name>_median_rank`, and with `recalls` `<name>_recall{k}`.
 
-    Each has the chance level of a random order of the same items. Where every query has one relevant item, recall is the
-    hit rate, and need not be asked for.
+    Where every query has one relevant item, recall equals the hit rate. Names are those of the test split.
     """
-    relevant = found.query.unique_consecutive(return_counts=True)[1]
-    queries, items = len(relevant), found.items
-    values = {f"{name}_top{k}": (hit_rate(found, k), chance_hit_rate(relevant, items, k)) for k in tops}
-    if recalls:
-        values |= {f"{name}_recall{k}": (recall(found, k), chance_recall(items, k)) for k in tops}
-    values[f"{name}_map"] = (mean_average_precision(found), chance_map(relevant, items))
-    values[f"{name}_median_rank"] = (median_rank(found), chance_median_rank(relevant, items))
+    relevant = ranking.query.unique_consecutive(return_counts=True)[1]
+    queries, items = len(relevant), ranking.items
+    measured: list[tuple[str, float, float, MetricKind]] = []
+    for k in tops:
+        measured.append((f"top{k}", hit_rate(ranking, k), chance_hit_rate(relevant, items, k), "proportion"))
+    for k in tops if recalls else ():
+        measured.append((f"recall{k}", recall(ranking, k), chance_recall(items, k), "proportion"))
+    measured.append(("map", mean_average_precision(ranking), chance_map(relevant, items), "score"))
+    measured.append(("median_rank", median_rank(ranking), chance_median_rank(relevant, items), "error"))
     return Scores(
-        {column: value for column, (value, _) in values.items()},
+        {f"{name}_{metric}": value for metric, value, _, _ in measured},
         protocols={
-            column: Measurement(split, queries, chance=chance, frozen=frozen, note=note)
-            for column, (_, chance) in values.items()
+            f"{name}_{metric}": Measurement(split, queries, chance=chance, frozen=frozen, note=note, kind=kind)
+            for metric, _, chance, kind in measured
         },
     )
 

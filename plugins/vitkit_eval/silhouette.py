@@ -1,55 +1,49 @@
-"""How far apart the classes lie in a model's space."""
-
-from typing import Any
+"""The separation of the classes in a model's space."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitkit.contracts import Measurement, Scores
+from vitkit.contracts import Measurement, Scores, SplitName
+from vitkit.distributed import all_reduce_sum, rank, world_size
 from vitkit.errors import UsageError
-from vitkit.models import Features, extract_features
-from vitkit_eval.features import check_labels
+from vitkit.models import Features
+from vitkit_eval.features import FeatureEvaluator
 
 DISTANCES = 2**24
-"""How many distances stand in memory at once: 128 MiB, however many images there are."""
+"""Distances held in memory at once: 128 MiB, however many images there are."""
 
 
-class Silhouette:
-    """Mean silhouette coefficient of the test images in feature space, the true classes as clusters: `silhouette`.
+class Silhouette(FeatureEvaluator):
+    """Mean silhouette coefficient of a split's images in feature space, the true classes as clusters: `silhouette`.
 
-    s(i) = (b − a)/max(a, b) in [−1, 1], a being image i's mean Euclidean distance to the others of its class, b the
+    s(i) = (b − a)/max(a, b) in [−1, 1], where a is image i's mean Euclidean distance to the others of its class, b the
     least mean distance to another class; 0 for the only image of its class (Rousseeuw 1987, as scikit-learn's
-    `silhouette_score`). Zero means classes that lie in one another.
+    `silhouette_score`). Zero means that classes overlap.
 
-    `test_size` caps the images, the classes as evenly as they can be had, chosen by `seed`: time grows with its square.
-    Called under autocast the features are computed in its precision, distances in fp64.
+    `test_size` caps the images, the classes in equal shares as far as possible, chosen by `seed`: time grows with its square.
+    Under autocast the features are computed in its precision, distances in fp64.
 
-    Ranks: each encodes its share of the images, and every rank returns the same score.
+    Ranks: each encodes its share of the images and measures its share of the distances; every rank returns the same score.
 
-    Raises `UsageError` for fewer than two classes among the test images, and as `extract_features`.
+    Raises `UsageError` for fewer than two classes among the images, for images without a label, and as `extract_features`
+    does.
     """
 
-    def __init__(self, *, test_size: int | None = None, seed: int = 0) -> None:
-        self.test_size, self.seed = test_size, seed
+    name = "silhouette"
 
-    def __call__(self, model: Any, dataset: Any) -> Scores:
-        split = dataset.test if self.test_size is None else dataset.test.stratified_subset(self.test_size, seed=self.seed)
-        return self.score(extract_features(model, split), dataset.classes)
-
-    def score(self, test: Features, classes: list[str]) -> Scores:
-        """The score of features that were extracted before: several evaluators can share them."""
-        check_labels(test, classes)
-        value = float(silhouettes(test.features, test.labels).mean())
+    def score(self, features: Features, classes: list[str], *, split: SplitName = "test") -> Scores:
+        value = float(silhouettes(features.features, features.labels).mean())
         note = "mean silhouette of the true classes, Euclidean distance, from −1 to 1"
-        protocol = Measurement("test", len(test.labels), chance=0.0, frozen="encoder", note=note)
-        return Scores({"silhouette": value}, protocols={"silhouette": protocol})
+        protocol = Measurement(split, len(features.labels), chance=0.0, frozen="encoder", note=note)
+        return Scores({self.name: value}, protocols={self.name: protocol})
 
 
 def silhouettes(features: Tensor, labels: Tensor) -> Tensor:
     """The silhouette coefficient fp64 `(n,)` of each of features `(n d)` with clusters int64 `(n,)`.
 
-    Raises `UsageError` where there are fewer than two clusters.
+    Ranks: each computes every W-th chunk, and all of them return all coefficients. Raises `UsageError` for fewer than two
+    clusters.
     """
     names, labels = labels.unique(return_inverse=True)
     if len(names) < 2:
@@ -57,15 +51,17 @@ def silhouettes(features: Tensor, labels: Tensor) -> Tensor:
     points, labels = features.cpu().double(), labels.cpu()  # not every accelerator computes in fp64
     member = F.one_hot(labels).double()  # (n k)
     counts = member.sum(dim=0)
-    found = []
-    size = max(1, DISTANCES // len(points))
-    for chunk, own in zip(points.split(size), labels.split(size), strict=True):
+    coefficients = torch.zeros(len(points), dtype=torch.float64)
+    rows = max(1, DISTANCES // len(points))
+    for first in range(rows * rank(), len(points), rows * world_size()):
+        chunk, clusters = points[first : first + rows], labels[first : first + rows]
         with torch.autocast(points.device.type, enabled=False):
             sums = torch.cdist(chunk, points, compute_mode="use_mm_for_euclid_dist") @ member  # (c k)
-        place = own[:, None]
-        others = counts[own] - 1
-        a = sums.gather(1, place)[:, 0] / others
-        b = (sums / counts).scatter(1, place, torch.inf).amin(dim=1)
+        others = counts[clusters] - 1
+        a = sums.gather(1, clusters[:, None])[:, 0] / others
+        b = (sums / counts).scatter(1, clusters[:, None], torch.inf).amin(dim=1)
         s = (b - a) / torch.maximum(a, b)
-        found.append(s.where((others > 0) & s.isfinite(), torch.zeros_like(s)))
-    return torch.cat(found)
+        coefficients[first : first + rows] = s.where((others > 0) & s.isfinite(), torch.zeros_like(s))
+    if world_size() == 1:
+        return coefficients
+    return all_reduce_sum(coefficients.to(features.device)).cpu()  # a device that the process group communicates on

@@ -1,4 +1,4 @@
-"""What an encoder is worth on images of another kind than it was trained on."""
+"""A frozen encoder on images of another dataset than it was trained on."""
 
 from dataclasses import replace
 from typing import Any
@@ -7,30 +7,30 @@ import torch
 from torch import Tensor
 
 from vitkit import data
-from vitkit.contracts import Scores
+from vitkit.contracts import Scores, SplitName
 from vitkit.data import ImageSplit, Preprocessing
 from vitkit.errors import UsageError
 from vitkit.transforms import grey
-from vitkit_eval.features import frozen_features
+from vitkit_eval.features import frozen_features, named, split_of
 from vitkit_eval.knn import KNN
 from vitkit_eval.linear import LinearProbe
 
 
 class Transfer:
-    """The frozen encoder on another `dataset`: `transfer_knn_top1`, `transfer_linear_top1`, and the pixels beside it.
+    """The frozen encoder on another `dataset`: `transfer_knn_top1`, `transfer_linear_top1`, and the same for its pixels.
 
     The other dataset's images are brought to the size and channels of the dataset that the model is evaluated on and
-    normalised with its mean and standard deviation, as `adapted` says. `knn` (`k` neighbours) and `linear_probe` (`C`)
-    then work on the encoder's features of its training and test split, and by the same protocol on the very pixels that
-    the encoder is shown: `pixels_knn_top1`, `pixels_linear_top1`. Those are the same in each evaluation and are measured
-    in the first. With more than ten classes each has its top-5 too.
+    normalised with its mean and standard deviation, see `adapted`. `knn` (`k` neighbours) and `linear_probe` (`C`)
+    then measure the encoder's features of its training split and the chosen split, and, by the same protocol, the
+    pixels that the encoder gets: `pixels_knn_top1`, `pixels_linear_top1`. Those do not depend on the model and are measured
+    once. With more than ten classes each has its top-5 too.
 
-    `train_size` and `test_size` cap the images, the classes as evenly as they can be had, chosen by `seed`.
-    `dataset` is looked up when this is built, so that a missing one is noticed before training.
+    `train_size` and `test_size` cap the images, the classes in equal shares as far as possible, chosen by `seed`.
+    `dataset` is built with the evaluator, so that a missing one is noticed before training.
 
     Ranks: each encodes its share of the images, and every rank returns the same scores.
 
-    Raises `UnknownNameError` and `DatasetError` as `vitkit.data.dataset.build` does, and `UsageError` as `knn`, `linear_probe`
+    Raises `UnknownNameError` and `DatasetError` as `vitkit.data.build` does, and `UsageError` as `knn`, `linear_probe`
     and `adapted` do.
     """
 
@@ -45,62 +45,55 @@ class Transfer:
         seed: int = 0,
     ) -> None:
         self.dataset = data.build(dataset)
-        self.probes = (KNN(k=k), LinearProbe(C=C))
-        self.train_size, self.test_size, self.seed = train_size, test_size, seed
-        self._prepared: tuple[Preprocessing, data.ImageDataset] | None = None
-        self._pixels: Scores | None = None
+        self.sizes: dict[str, Any] = {"train_size": train_size, "test_size": test_size, "seed": seed}
+        self.probes = (KNN(k=k, **self.sizes), LinearProbe(C=C, **self.sizes))
+        self._adapted: tuple[tuple[Preprocessing, SplitName], data.ImageDataset] | None = None
+        self._pixels: dict[tuple[Preprocessing, SplitName], Scores] = {}
 
     @staticmethod
     def vitkit_example(samples: int) -> tuple[dict[str, Any], dict[str, Any]]:
         return {"train_size": 60, "test_size": 30}, {}
 
-    def __call__(self, model: Any, dataset: Any) -> Scores:
-        other = self._adapted(Preprocessing(dataset.shape, dataset.mean, dataset.std))
-        if self._pixels is None:
-            self._pixels = self._measure(Pixels(), other, "pixels", frozen="nothing learned")
-        found = self._measure(model, other, "transfer", frozen="encoder")
-        return Scores(
-            {**found, **self._pixels},
-            protocols=found.protocols | self._pixels.protocols,
-            figures=found.figures,
-        )
+    def check(self, dataset: Any, split: SplitName = "test") -> None:
+        """Raise `UsageError` where the probes cannot measure on the other dataset's split."""
+        for probe in self.probes:
+            probe.check(self.dataset, split)
 
-    def _adapted(self, preprocessing: Preprocessing) -> data.ImageDataset:
-        """The other dataset as the model takes it, capped; made once, for its pixels may be a copy."""
-        if self._prepared is None or self._prepared[0] != preprocessing:
-            train, test = (
-                adapted(split if size is None else split.stratified_subset(size, seed=self.seed), preprocessing)
-                for split, size in ((self.dataset.train, self.train_size), (self.dataset.test, self.test_size))
-            )
-            self._prepared, self._pixels = (preprocessing, replace(self.dataset, train=train, test=test)), None
-        return self._prepared[1]
+    def __call__(self, model: Any, dataset: Any, split: SplitName = "test") -> Scores:
+        self.check(dataset, split)
+        key = (Preprocessing(dataset.shape, dataset.mean, dataset.std), split)
+        if self._adapted is None or self._adapted[0] != key:  # made once, for its pixels may be a copy
+            names: set[SplitName] = {"train", split}
+            parts: dict[str, Any] = {name: adapted(split_of(self.dataset, name), key[0]) for name in names}
+            self._adapted = (key, replace(self.dataset, **parts))
+        other = self._adapted[1]
+        if key not in self._pixels:
+            self._pixels[key] = self._measure(Pixels(), other, split, "pixels", frozen="nothing learned")
+            self._pixels[key].figures.clear()
+        return named(self._measure(model, other, split, "transfer", frozen="encoder") | self._pixels[key], split)
 
-    def _measure(self, model: Any, other: data.ImageDataset, prefix: str, *, frozen: str) -> Scores:
-        train, test = frozen_features(model, other)
+    def _measure(self, model: Any, other: data.ImageDataset, split: SplitName, prefix: str, *, frozen: str) -> Scores:
+        train, test = frozen_features(model, other, split, **self.sizes)
         scores = Scores()
         for probe in self.probes:
-            found = probe.score(train, test, other.classes)
-            for name, value in found.items():
-                protocol = found.protocols[name]
-                note = f"on {other.name}: {protocol.note}"
-                scores[f"{prefix}_{name}"] = value
-                scores.protocols[f"{prefix}_{name}"] = replace(protocol, frozen=frozen, note=note)
-            scores.figures |= {f"{prefix}_{name}": picture for name, picture in found.figures.items()}
-        return scores
+            scores |= probe.score(train, test, other.classes, split=split)
+        for name, protocol in scores.protocols.items():
+            scores.protocols[name] = replace(protocol, frozen=frozen, note=f"on {other.name}: {protocol.note}")
+        return scores.prefixed(f"{prefix}_")
 
 
 class Pixels:
-    """A model whose features are the pixels that it is shown: `(b c h w)` → `(b c·h·w)`."""
+    """A model whose features are the pixels of its input: `(b c h w)` → `(b c·h·w)`."""
 
     def encode_image(self, images: Tensor) -> Tensor:
         return images.flatten(1)
 
 
 def adapted(split: ImageSplit, preprocessing: Preprocessing) -> ImageSplit:
-    """A split whose batches a model takes that was trained on images prepared by `preprocessing`.
+    """A split with batches for a model that was trained on images prepared by `preprocessing`.
 
-    Images are padded or resized as their own dataset has it (`fit`), to the size of `preprocessing`, and normalised with its
-    mean and std. Grey ones are repeated for a model of three channels; coloured ones become luma (ITU-R BT.601) for a
+    Images are padded or resized as their dataset's `fit` says, to the size of `preprocessing`, and normalised with its
+    mean and std. Grey images are repeated for a model of three channels; coloured ones become luma (ITU-R BT.601) for a
     model of one, a copy in memory. Raises `UsageError` for other numbers of channels that differ.
     """
     given, wanted = split.images.shape[1], preprocessing.shape[0]

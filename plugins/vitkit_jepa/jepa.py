@@ -8,34 +8,35 @@ from torch import Tensor, nn
 from vitkit.distributed import all_gather, draw_rows, rank, world_size
 from vitkit.errors import UsageError
 from vitkit.training import GradCacheable
+from vitkit.validation import in_range, one_of
 
-Objective = Literal["joint", "seed", "images"]
+Objective = Literal["joint", "reference", "images"]
 
 
 class JEPA(GradCacheable):
-    """Views of a sample → one embedding: batches of images and labels → {"loss", "invariance", "sigreg"}.
+    """Views of a sample share one embedding: batches of images and labels → {"loss", "invariance", "sigreg"}.
 
     A batch is `images` `(b v c h w)`, v augmented views of each, or `(b c h w)`, and `labels` int64 `(b,)`,
-    where −1 hides a sample's label. `objective` says over which views an embedding is asked to agree:
+    −1 (`UNLABELLED`) where a sample has no label. `objective` names the views whose embeddings agree:
 
     - "joint": the first v − 1 images alone (one image serves as both), the last image with a label, and the
-      label alone. A share `swap` of the images are told a wrong label k in place of their own y. Such a view
-      stands for what the image would be as a k: z(image, k) − ℓ_k + ℓ_y is what must agree with the other
-      views, where ℓ are the labels' own projections, held fixed there. So the label is what a view with a
-      label gets its class from, and an image agrees with itself under its own label alone.
-    - "seed": every image with its own label.
-    - "images": every image alone: the baseline without labels. The backbone's label embedding is frozen.
+      label alone. For a share `swap` of the images the label is a wrong one, k in place of the image's y. Such a view
+      stands for the image as a member of class k: z(image, k) − ℓ_k + ℓ_y agrees with the other
+      views, where ℓ are the labels' projections, without gradient there. So a view with a label takes its class from
+      the label, and an image agrees with itself under its true label alone.
+    - "reference": every image with its true label, as the reference document has it.
+    - "images": every image alone, the baseline without labels. The backbone's label embedding is frozen.
 
-    Each view shows a share `keep` of its patches, drawn anew for each image (as in FLIP, Li et al., arXiv 2212.00794): a step
-    costs about that share, and views have less in common. Evaluators show all.
+    Each view uses a share `keep` of its patches, drawn for each image at each step (as in FLIP, Li et al., arXiv
+    2212.00794): a step costs about that share, and views have less in common. Evaluators use all patches.
 
-    A hidden label's token names no class, and its sample has no view of the label alone. SIGReg looks at all
-    views but that one, which has as many values as there are classes and cannot be Gaussian.
+    A sample without a label has no view of the label alone, and its view with a label uses a token that names no
+    class. SIGReg leaves out the view of the label alone, which has as many values as there are classes and
+    cannot be Gaussian.
 
-    Ranks: the loss is the whole batch's, see the loss; every trainable parameter takes part on every rank
-    whichever labels it sees. Swaps and patches are drawn from rank 0's global generator of torch for the whole
-    batch, so that any number of ranks gives what one process gives; dropout and stochastic depth, where the
-    backbone has them, are drawn by each rank.
+    Ranks: the loss is that of the whole batch; every trainable parameter takes part on every rank,
+    whichever labels the rank has. Swaps and patches are drawn from rank 0's global generator of torch for the whole
+    batch, so that any number of ranks gives the result of one process; each rank draws its dropout and stochastic depth.
 
     Raises `UsageError` for an unknown objective, `swap` outside [0, 1], `keep` outside (0, 1], images and
     labels that do not fit, and labels outside the backbone's classes.
@@ -52,13 +53,9 @@ class JEPA(GradCacheable):
         keep: float = 1.0,
     ) -> None:
         super().__init__()
-        known = get_args(Objective)
-        if objective not in known:
-            raise UsageError(f"objective is {objective!r}, expected {', '.join(map(repr, known))}")
-        if not 0.0 <= swap <= 1.0:
-            raise UsageError(f"swap is {swap}, expected a share of the labels in [0, 1]")
-        if not 0.0 < keep <= 1.0:
-            raise UsageError(f"keep is {keep}, expected a share of the patches in (0, 1]")
+        one_of(get_args(Objective), objective=objective)
+        in_range(0, 1, swap=swap)
+        in_range(0, 1, low_included=False, keep=keep)
         self.backbone, self.projector, self.loss = backbone, projector, loss
         self.objective, self.swap, self.keep = objective, swap, keep
         if objective == "images":
@@ -66,75 +63,82 @@ class JEPA(GradCacheable):
             backbone.label_embed.requires_grad_(False)
             backbone.label_type.requires_grad_(False)
 
+    def uninformed(self, batch_size: int) -> dict[str, float]:
+        """The loss and its parts for embeddings that are all zero; empty where the loss does not state them."""
+        stated = getattr(self.loss, "uninformed", None)
+        return {} if stated is None else stated(batch_size)
+
     def forward_features(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What each sample brings by itself: `features` `(b v d)` of its views and, with "joint", `labels` and `told`."""
+        """The features of each sample: `features` `(b v d)` of its views and, with "joint", `labels` and `given_labels`."""
         images, labels = batch["images"], batch["labels"]
         images = images[:, None] if images.ndim == 4 else images
         if images.ndim != 5 or labels.shape != images.shape[:1]:
             raise UsageError(
-                f"images are {tuple(images.shape)} and labels {tuple(labels.shape)}, "
+                f"images are {tuple(images.shape)} and labels {tuple(labels.shape)}; "
                 f"expected (batch, views, channels, height, width) and (batch,)"
             )
         views, rows = images.shape[1], images.transpose(0, 1).flatten(0, 1)  # (v·b c h w)
         if self.objective == "joint":
-            return self._embed_joint(rows, labels, max(views - 1, 1))
-        keep = self._kept(labels, views)
-        if self.objective == "seed":
+            return self._joint_features(rows, labels, max(views - 1, 1))
+        keep = self._drawn_patches(labels, views)
+        if self.objective == "reference":
             features = self.backbone.encode_multimodal(rows, labels.repeat(views), keep=keep)
         else:
             features = self.backbone.encode_image(rows, keep=keep)
         return {"features": features.unflatten(0, (views, len(labels))).transpose(0, 1)}
 
-    def compute_loss(self, embedded: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The loss and its parts of the embeddings of a batch, or of several parts of one, put together."""
-        features = embedded["features"].transpose(0, 1)  # (v b d)
+    def compute_loss(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The loss and its parts from the features of a batch, or of several batches joined."""
+        views = features["features"].transpose(0, 1)  # (v b d)
         if self.objective == "joint":
-            return self._joint(features, embedded["labels"], embedded["told"])
-        return dict(self.loss(self.projector(features)))
+            return self._joint_loss(views, features["labels"], features["given_labels"])
+        return dict(self.loss(self.projector(views)))
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Images `(b c h w)` → the backbone's features `(b d)`, which probes are trained on."""
+        """Images `(b c h w)` → the backbone's features `(b d)`, on which probes are trained."""
         features: Tensor = self.backbone.encode_image(images)
         return features
 
-    def _embed_joint(self, rows: Tensor, labels: Tensor, alone: int) -> dict[str, Tensor]:
-        """`rows` (v·b c h w), of which the first `alone`·b are seen without a label, and the last b with one."""
+    def _joint_features(self, rows: Tensor, labels: Tensor, image_views: int) -> dict[str, Tensor]:
+        """`rows` (v·b c h w): the first `image_views`·b are encoded without a label, the last b with one."""
         self.backbone.check_labels(labels)
-        batch, told, keep = len(labels), self._tell(labels.clamp(min=0)), self._kept(labels, alone + 1)
-        shown = torch.where(labels >= 0, told, labels)
-        apart, beside = (None, None) if keep is None else keep.split([alone * batch, batch])
+        batch, keep = len(labels), self._drawn_patches(labels, image_views + 1)
+        given_labels = self._swapped(labels.clamp(min=0))
+        label_input = torch.where(labels >= 0, given_labels, labels)
+        keep_alone, keep_labelled = (None, None) if keep is None else keep.split([image_views * batch, batch])
         features = [
-            self.backbone.encode_image(rows[: alone * batch], keep=apart),
-            self.backbone.encode_multimodal(rows[len(rows) - batch :], shown, keep=beside),
+            self.backbone.encode_image(rows[: image_views * batch], keep=keep_alone),
+            self.backbone.encode_multimodal(rows[len(rows) - batch :], label_input, keep=keep_labelled),
         ]
-        views = torch.cat(features).unflatten(0, (alone + 1, batch))  # (v b d)
-        return {"features": views.transpose(0, 1), "labels": labels, "told": told}
+        views = torch.cat(features).unflatten(0, (image_views + 1, batch))  # (v b d)
+        return {"features": views.transpose(0, 1), "labels": labels, "given_labels": given_labels}
 
-    def _joint(self, features: Tensor, labels: Tensor, told: Tensor) -> dict[str, Tensor]:
+    def _joint_loss(self, features: Tensor, labels: Tensor, given_labels: Tensor) -> dict[str, Tensor]:
         views, batch = features.shape[:2]
-        shown, own = labels >= 0, labels.clamp(min=0)
+        labelled, true_labels = labels >= 0, labels.clamp(min=0)
         # Each class once, over all ranks: a batch norm would otherwise see it as often as there are ranks.
         classes = torch.arange(self.backbone.num_classes, device=features.device).tensor_split(world_size())[rank()]
         label_features = self.backbone.encode_label(classes)
         projected = self.projector(torch.cat([features.flatten(0, 1), label_features])).float()
-        z, points = projected.split([views * batch, len(classes)])
-        points = all_gather(points)
-        moved = torch.where(shown[:, None], points[told] - points[own], 0.0).detach()
+        z, label_points = projected.split([views * batch, len(classes)])
+        label_points = all_gather(label_points)
+        shift = label_points[given_labels] - label_points[true_labels]
+        shift = torch.where(labelled[:, None], shift, 0.0).detach()
         z = z.unflatten(0, (views, batch))
-        projections = torch.cat([z[:-1], (z[-1] - moved)[None], points[own][None]])
-        present = shown.repeat(views + 1, 1)
+        projections = torch.cat([z[:-1], (z[-1] - shift)[None], label_points[true_labels][None]])
+        present = labelled.repeat(views + 1, 1)
         present[:-1] = True
         return dict(self.loss(projections, present=present, regularised=-1))
 
-    def _tell(self, labels: Tensor) -> Tensor:
-        """The labels `(b,)`, a share `swap` of them replaced by others, drawn evenly."""
+    def _swapped(self, labels: Tensor) -> Tensor:
+        """The labels `(b,)`, a share `swap` of them replaced by other classes, drawn evenly."""
         classes, device = self.backbone.num_classes, labels.device
         steps = draw_rows(lambda n: torch.randint(1, max(classes, 2), (n,), device=device), labels)
         swapped = draw_rows(lambda n: torch.rand(n, device=device), labels) < self.swap
         return torch.where(swapped, (labels + steps) % classes, labels)
 
-    def _kept(self, labels: Tensor, views: int) -> Tensor | None:
-        """The patches `(v·b k)` that the views show, drawn for each; None for all."""
+    def _drawn_patches(self, labels: Tensor, views: int) -> Tensor | None:
+        """The patches `(v·b k)` that the views use, drawn for each; None for all."""
         patches = self.backbone.num_patches
         count = max(1, round(self.keep * patches))
         if count == patches:

@@ -1,4 +1,4 @@
-"""The LeJEPA loss: views of a sample agree, and embeddings are Gaussian."""
+"""The LeJEPA loss: the views of a sample agree, and embeddings are Gaussian."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from vitkit.distributed import all_reduce_sum
 from vitkit.errors import UsageError
+from vitkit.validation import in_range
 from vitkit_jepa.sigreg import SIGReg
 
 
@@ -17,23 +18,22 @@ class LeJEPALoss(nn.Module):
 
         invariance = mean over views, samples and dimensions of (z_v − μ)²,  μ = mean over views of z_v.
 
-    `present` `(v n)` bool leaves views that a sample lacks out of μ and of every mean. SIGReg, see there,
-    looks at the first `regularised` views (None: all; negative: all but so many last ones): a view with few
-    distinct values, such as a label's alone, cannot be Gaussian.
+    `present` `(v n)` bool: false leaves a view that a sample lacks out of μ and of every mean. `SIGReg` sees
+    the first `regularised` views (None: all; negative: all but the last ones): a view with few
+    distinct values, such as the view of a label alone, cannot be Gaussian.
 
-    Ranks: all three are those of the whole batch, the same everywhere, over parts that may differ in size;
-    gradients by the convention of `vitkit.distributed.collectives`. Raises `UsageError` for `lamda` outside [0, 1] and
-    for shapes that don't fit.
+    Ranks: all three are those of the whole batch, the same on every rank, over parts that may differ in size;
+    gradients follow `vitkit.distributed.collectives`. Raises `UsageError` for `lamda` outside [0, 1] and
+    for other shapes.
 
-    Source: Balestriero and LeCun, LeJEPA, arXiv 2511.08544, λ = 0.05. Like lightly's `LeJEPALoss` the
-    invariance is a mean over dimensions too (the paper's norm is k times that). lightly's centre is the mean
-    of global views alone, here every view is one.
+    Source: Balestriero and LeCun, LeJEPA, arXiv 2511.08544, λ = 0.05. As in lightly's `LeJEPALoss` the
+    invariance is a mean over dimensions too (the paper's norm is k times that). In lightly the centre μ is the mean
+    of global views alone; here it is the mean of all views.
     """
 
     def __init__(self, lamda: float = 0.05, directions: int = 256, knots: int = 17) -> None:
         super().__init__()
-        if not 0.0 <= lamda <= 1.0:
-            raise UsageError(f"lamda is {lamda}, expected a weight in [0, 1]")
+        in_range(0, 1, lamda=lamda)
         self.lamda = lamda
         self.sigreg = SIGReg(directions, knots)
 
@@ -41,13 +41,18 @@ class LeJEPALoss(nn.Module):
     def vitkit_example(samples: int) -> tuple[dict[str, Any], dict[str, Any]]:
         return {"directions": 16}, {"projections": torch.randn(2, samples, 8)}
 
+    def uninformed(self, batch_size: int) -> dict[str, float]:
+        """The values for embeddings that are all zero: no invariance loss, and SIGReg of a collapsed batch."""
+        sigreg = self.sigreg.uninformed(batch_size)["sigreg"]
+        return {"loss": self.lamda * sigreg, "invariance": 0.0, "sigreg": sigreg}
+
     def forward(
         self, projections: Tensor, *, present: Tensor | None = None, regularised: int | None = None
     ) -> dict[str, Tensor]:
         if projections.ndim != 3:
             raise UsageError(f"projections are {tuple(projections.shape)}, expected (views, samples, dim)")
-        shown = None if present is None else present[:regularised]
-        sigreg = self.sigreg(projections[:regularised], present=shown)["sigreg"]
+        regularised_present = None if present is None else present[:regularised]
+        sigreg = self.sigreg(projections[:regularised], present=regularised_present)["sigreg"]
         with torch.autocast(projections.device.type, enabled=False):
             invariance = _invariance(projections.float(), present)
         return {

@@ -1,4 +1,4 @@
-"""SIGReg: how far embeddings are from an isotropic Gaussian, seen along random directions."""
+"""SIGReg: the distance of embeddings from an isotropic Gaussian, along random directions."""
 
 from typing import Any
 
@@ -7,35 +7,33 @@ from torch import Tensor, nn
 
 from vitkit.distributed import all_reduce_sum, broadcast
 from vitkit.errors import UsageError
+from vitkit.validation import at_least, positive
 
 
 class SIGReg(nn.Module):
-    """Sketched isotropic Gaussian regularisation: the Epps–Pulley statistic of random one-dimensional
-    projections.
+    """Sketched isotropic Gaussian regularisation: the Epps–Pulley statistic of random one-dimensional projections.
 
-    For the projections z `(n k)` of one view, unit directions a_s drawn anew at each call, knots t_j evenly
+    For the projections z `(n k)` of one view, unit directions a_s drawn at each call, knots t_j evenly
     on [0, limit], φ(t) = exp(−t²/2) and trapezoid weights w_j over [−limit, limit] times the window φ:
 
         T_s = n · Σ_j w_j [(C_sj − φ(t_j))² + S_sj²],  C_sj, S_sj = means over n of cos, sin(t_j·(a_s·z)),
 
-    averaged over directions and views. For z ~ N(0, I) its expectation is 1.0525 whatever n is, and for z = 0
-    it is 0.4020·n (at 17 knots on [0, 3]).
+    averaged over directions and views. For z ~ N(0, I) its expectation is `floor`, 1.0525 for any n; for z = 0
+    it is 0.4020·n (with 17 knots on [0, 3]).
 
-    Call: projections `(v n k)` or `(n k)` → {"loss", "sigreg"}, both T. `present` `(v n)` bool leaves samples
-    that have no such view out of means and n; a view that nobody has counts as none. Phases are computed in
-    fp32, under autocast too.
+    Call: projections `(v n k)` or `(n k)` → {"loss", "sigreg"}, both T. `present` `(v n)` bool: false leaves a sample's
+    view out of means and n; a view that no sample has is left out. Phases are computed in fp32, under autocast too.
 
     Ranks: C, S and n are those of the whole batch, over parts that may differ in size, and every rank uses
-    rank 0's directions; T is the same everywhere, its gradient by the convention of `vitkit.distributed.collectives`.
+    rank 0's directions; T is the same on every rank, its gradient follows `vitkit.distributed.collectives`.
     Directions come from torch's global generator.
 
     Raises `UsageError` for fewer than one direction or two knots, a limit that is not positive, or other
     shapes.
 
-    Source: Balestriero and LeCun, LeJEPA, arXiv 2511.08544. Domain [−3, 3] by symmetry, 17 knots and the
+    Source: Balestriero and LeCun, LeJEPA, arXiv 2511.08544. The domain [−3, 3] by symmetry, the 17 knots and the
     window are those of its reference code and of lightly's `SIGReg`, which draws 1,024 directions; the
-    paper's listing integrates over [−5, 5]. lightly computes in the dtype it is given and lets samples
-    through only in equal numbers.
+    paper's listing integrates over [−5, 5]. lightly computes in the dtype of its input and needs as many samples on each rank.
     """
 
     t: Tensor
@@ -44,11 +42,9 @@ class SIGReg(nn.Module):
 
     def __init__(self, directions: int = 256, knots: int = 17, limit: float = 3.0) -> None:
         super().__init__()
-        for name, value, least in (("directions", directions, 1), ("knots", knots, 2)):
-            if value < least:
-                raise UsageError(f"{name} is {value}, expected a whole number of at least {least}")
-        if not limit > 0:
-            raise UsageError(f"limit is {limit}, expected a positive number: the largest t looked at")
+        at_least(1, directions=directions)
+        at_least(2, knots=knots)
+        positive(limit=limit)
         self.directions, self.knots, self.limit = directions, knots, limit
         step = limit / (knots - 1)
         t = torch.linspace(0.0, limit, knots)[1:]  # at t = 0 both terms vanish for any z
@@ -64,6 +60,16 @@ class SIGReg(nn.Module):
         present = torch.ones(2, samples, dtype=torch.bool)
         present[1, 1::2] = False
         return {"directions": 16}, {"projections": torch.randn(2, samples, 8), "present": present}
+
+    @property
+    def floor(self) -> float:
+        """The expectation for z ~ N(0, I), Σ_j w_j (1 − φ(t_j)²): 1.0525 with 17 knots on [0, 3]."""
+        return float((self.weights * (1 - self.phi.square())).sum())
+
+    def uninformed(self, batch_size: int) -> dict[str, float]:
+        """The value for embeddings that are all zero, n · Σ_j w_j (1 − φ(t_j))²: 0.4020·n with 17 knots on [0, 3]."""
+        collapsed = batch_size * float((self.weights * (1 - self.phi).square()).sum())
+        return {"loss": collapsed, "sigreg": collapsed}
 
     def forward(self, projections: Tensor, *, present: Tensor | None = None) -> dict[str, Tensor]:
         z = projections[None] if projections.ndim == 2 else projections
@@ -90,10 +96,9 @@ class SIGReg(nn.Module):
 
 
 class _WaveSums(torch.autograd.Function):
-    """Σ_n m·cos(t_j·p) and Σ_n m·sin(t_j·p) for each t_j: p `(v n s)`, m `(v n)`, t `(knots)` → `(2 knots v
-    s)`.
+    """Σ_n m·cos(t_j·p) and Σ_n m·sin(t_j·p) for each t_j: p `(v n s)`, m `(v n)`, t `(knots)` → `(2 knots v s)`.
 
-    One knot after another, and computed again in the backward pass: autograd would keep `2·knots` tensors of
+    The knots are computed one after another, and again in the backward pass: autograd would keep `2·knots` tensors of
     p's size.
     """
 

@@ -10,10 +10,10 @@ from vitkit_vae.generate import figures, reconstruct, sample
 from vitkit_vae.transfer import PatchFeatures
 from vitkit_vae.triplet import TripletLoss
 from vitkit_vae.vae import MultiTaskVAE
-from vitkit_vae.weighting import SEED_WEIGHTS, MultiTaskLoss
+from vitkit_vae.weighting import REFERENCE_WEIGHTS, MultiTaskLoss
 
 __all__ = [
-    "LOG_VAR_LIMIT", "SEED_WEIGHTS", "ActiveUnits", "ConvDecoder", "Evaluation", "KLLoss", "MultiTaskLoss", "MultiTaskVAE",
+    "LOG_VAR_LIMIT", "REFERENCE_WEIGHTS", "ActiveUnits", "ConvDecoder", "Evaluation", "KLLoss", "MultiTaskLoss", "MultiTaskVAE",
     "PatchFeatures",
     "Reconstruction", "ReconstructionLoss", "TripletBatches", "TripletLoss", "VAEEncoder", "figures", "reconstruct",
     "sample", "sample_latent",

@@ -1,13 +1,13 @@
-"""`vitkit sample`, `vitkit interpolate` and `vitkit reconstruct`: PNG grids that a saved decoder makes."""
+"""`vitkit sample`, `vitkit interpolate` and `vitkit reconstruct`: PNG grids of a saved decoder's images."""
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from vitkit.errors import UsageError, nearest
+from vitkit.errors import UsageError, nearest, printable
 
 if TYPE_CHECKING:
     from vitkit.contracts import Sheet
@@ -15,9 +15,12 @@ if TYPE_CHECKING:
     from vitkit.models import Model
 
 MOST_IMAGES = 1_024
-out = Console(highlight=False, soft_wrap=True)
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="a directory that a run saved a decoder into")]
-DatasetOption = Annotated[str | None, typer.Option(help="another dataset than the run's own, adapted to the model")]
+out = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="the directory of a run that saved a decoder")]
+DatasetOption = Annotated[str | None, typer.Option(help="another dataset than that of the training, adapted to the model")]
+DatasetArguments = Annotated[
+    list[str] | None, typer.Option("--dataset-arg", metavar="NAME=VALUE", help="an argument of --dataset; may be repeated")
+]
 SeedOption = Annotated[int, typer.Option(help="the same seed makes the same file")]
 
 
@@ -27,11 +30,11 @@ def sample(
     seed: SeedOption = 0,
     name: Annotated[str | None, typer.Option("--class", help="all of one class, with a conditional decoder")] = None,
     fitted: Annotated[
-        bool, typer.Option("--fitted", help="latents from the Gaussian that training images' follow, not from N(0, I)")
+        bool, typer.Option("--fitted", help="latents from a Gaussian fitted to those of training images, not from N(0, I)")
     ] = False,
     path: Annotated[Path, typer.Option("--out", "-o", help="the PNG file to write")] = Path("samples.png"),
 ) -> None:
-    """Make images from random latents: a grid of samples; of a conditional decoder, a column for each class."""
+    """Make images from random latents: a grid of samples; with a conditional decoder, a column for each class."""
     _check_output(path)
     _check_count(count)
     from vitkit_vae.generate import classes_of, decoder_of, fit_gaussian, sample_sheet
@@ -46,10 +49,10 @@ def sample(
             )
         label = _class(name, model.classes)
     decoder_of(model)
-    prior = fit_gaussian(model, _dataset(model, run, None).train, seed=seed) if fitted else None
+    prior = fit_gaussian(model, _dataset(model, run, None, None).train, seed=seed) if fitted else None
     sheet = sample_sheet(model, count, seed=seed, label=label, classes=model.classes, prior=prior)
-    said = f"{count} samples{'' if name is None else f' of {name}'}, seed {seed}"
-    _write(path, sheet, said + (", latents as training images have them" if fitted else ""))
+    line = f"{count} samples{'' if name is None else f' of {name}'}, seed {seed}"
+    _write(path, sheet, line + (", latents from a Gaussian fitted to those of training images" if fitted else ""))
 
 
 def interpolate(
@@ -59,9 +62,10 @@ def interpolate(
     steps: Annotated[int, typer.Option(help="images to decode, both ends included")] = 8,
     classes: Annotated[bool, typer.Option("--classes", help="FROM and TO are classes, also where they are numbers")] = False,
     dataset: DatasetOption = None,
+    dataset_arg: DatasetArguments = None,
     path: Annotated[Path, typer.Option("--out", "-o", help="the PNG file to write")] = Path("interpolation.png"),
 ) -> None:
-    """Decode the way between two test images, or between the mean latents of two classes."""
+    """Decode latents between two test images, or between the mean latents of two classes."""
     _check_output(path)
     if not 2 <= steps <= MOST_IMAGES:
         raise UsageError(f"--steps {steps}: expected 2 to {MOST_IMAGES:,} images, both ends included")
@@ -69,7 +73,7 @@ def interpolate(
 
     model = _load(run)
     decoder_of(model)
-    data = _dataset(model, run, dataset)
+    data = _dataset(model, run, dataset, dataset_arg)
     ends = []
     for given in (first, second):
         if given.lstrip("-").isdecimal() and not classes:
@@ -84,22 +88,22 @@ def interpolate(
 def reconstruct(
     run: RunArgument,
     dataset: DatasetOption = None,
-    count: Annotated[int, typer.Option(help="test images, the classes as evenly as they can be had")] = 16,
+    dataset_arg: DatasetArguments = None,
+    count: Annotated[int, typer.Option(help="test images, the classes in equal shares as far as possible")] = 16,
     seed: SeedOption = 0,
     path: Annotated[Path, typer.Option("--out", "-o", help="the PNG file to write")] = Path("reconstructions.png"),
 ) -> None:
-    """Encode test images and decode them again: originals above reconstructions, each with its error."""
+    """Encode and decode test images: originals above reconstructions, each with its error."""
     _check_output(path)
     _check_count(count)
-    from vitkit_vae.generate import decoder_of, reconstructions
+    from vitkit_vae.generate import decoder_of, reconstruction_figure
 
     model = _load(run)
     decoder_of(model)
-    data = _dataset(model, run, dataset)
+    data = _dataset(model, run, dataset, dataset_arg)
     labelled = data.classes == model.classes
-    sheet, error = reconstructions(model, data.test, data.classes, count=count, seed=seed, labelled=labelled)
-    shown = min(count, len(data.test))
-    _write(path, sheet, f"{shown} test images of {data.name}, seed {seed}, mean squared error {error:.4f}")
+    sheet, error = reconstruction_figure(model, data.test, data.classes, count=count, seed=seed, labelled=labelled)
+    _write(path, sheet, f"{min(count, len(data.test))} test images of {data.name}, seed {seed}, mean squared error {error:.4f}")
 
 
 def _load(run: str) -> "Model":
@@ -108,32 +112,32 @@ def _load(run: str) -> "Model":
     return vitkit.load(run)
 
 
-def _dataset(model: "Model", run: str, name: str | None) -> "ImageDataset":
-    """The run's own dataset, or another one as the model takes it."""
+def _dataset(model: "Model", run: str, name: str | None, arguments: list[str] | None) -> "ImageDataset":
+    """The dataset of the training, or another one adapted to the model."""
     from vitkit import data
     from vitkit.data import Preprocessing
-    from vitkit_eval import adapted
+    from vitkit.training import parse_arguments
+    from vitkit_eval import adapted, training_data
 
-    own: Any = model.config.get("dataset")
-    if name is None and not isinstance(own, str):
-        raise UsageError(f"{run} does not say what dataset it was trained on; name one with --dataset")
     if not model.preprocessing:
-        raise UsageError(f"the model in {run} was saved without preprocessing, so no dataset can be shown to it")
-    found = data.build(own if name is None else name)
+        raise UsageError(f"the model in {run} was saved without preprocessing, so images cannot be prepared for it")
+    if name is None and arguments:
+        raise UsageError("--dataset-arg is an argument of --dataset; name the dataset, too")
+    dataset = training_data(model, run) if name is None else data.build(name, **parse_arguments(arguments or []))
     preprocessing = Preprocessing.from_json(model.preprocessing)
     try:
-        train, test = adapted(found.train, preprocessing), adapted(found.test, preprocessing)
+        train, test = adapted(dataset.train, preprocessing), adapted(dataset.test, preprocessing)
     except UsageError as error:
-        raise UsageError(f"{found.name} cannot be shown to the model in {run}: {error}") from None
-    if name not in (None, own) and found.shape != preprocessing.shape:
-        given, taken = ("×".join(map(str, shape)) for shape in (found.shape, preprocessing.shape))
-        out.print(f"images of {found.name} are {given} (channels, height, width), shown to the model as {taken}")
-    return replace(found, train=train, test=test)
+        raise UsageError(f"{printable(dataset.name)} does not fit the model in {run}: {error}") from None
+    if name is not None and dataset.shape != preprocessing.shape:
+        given, taken = ("×".join(map(str, shape)) for shape in (dataset.shape, preprocessing.shape))
+        out.print(f"images of {printable(dataset.name)} are {given} (channels, height, width), adapted to the model's {taken}")
+    return replace(dataset, train=train, test=test)
 
 
 def _class(name: str, classes: list[str]) -> int:
     if name not in classes:
-        raise UsageError(f"there is no class {name!r}{nearest(name, classes) or ';'} classes: {', '.join(classes[:40])}")
+        raise UsageError(f"there is no class {name!r}{nearest(name, classes) or ';'} classes: {printable(', '.join(classes[:40]))}")
     return classes.index(name)
 
 
@@ -145,11 +149,11 @@ def _check_count(count: int) -> None:
 def _check_output(path: Path) -> None:
     """Refused before any work is done."""
     if path.suffix.lower() != ".png":
-        raise UsageError(f"--out {path}: a PNG is written; give a name that ends in .png")
+        raise UsageError(f"--out {path}: the file is a PNG; give a name that ends in .png")
 
 
-def _write(path: Path, sheet: "Sheet", said: str) -> None:
+def _write(path: Path, sheet: "Sheet", line: str) -> None:
     from vitkit.report import write_sheet
 
     write_sheet(path, sheet)
-    out.print(f"{path}: {said}", markup=False)
+    out.print(f"{printable(path)}: {printable(line)}")

@@ -1,6 +1,8 @@
-"""The two halves of a variational autoencoder's loss."""
+"""The two parts of a variational autoencoder's loss: the reconstruction and the KL divergence."""
 
-from typing import Any, Literal
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -8,34 +10,52 @@ from torch import Tensor, nn
 
 from vitkit.distributed import all_reduce_sum
 from vitkit.errors import UsageError
+from vitkit.validation import one_of
+
+Kind = Literal["mse", "bce", "l1"]
+Reduction = Literal["pixel", "image"]
+LatentReduction = Literal["image", "dimension"]
 
 
 class ReconstructionLoss(nn.Module):
-    """How far a decoder's images x̂ = sigmoid(logits) are from images x in [0, 1], both `(b c h w)`.
+    """The distance of a decoder's images x̂ = sigmoid(logits) from images x in [0, 1], both `(b c h w)`.
 
     For each pixel and channel, by `kind`:
 
         "mse": (x − x̂)²,  "l1": |x − x̂|,  "bce": −x·ln x̂ − (1 − x)·ln(1 − x̂), in nats.
 
-    `reduction` "pixel" takes the mean over pixels, channels and images, "image" the sum over an image's pixels and
-    channels, then the mean over images. BCE of grey pixels does not fall to 0: its least value is x's own entropy.
+    `reduction` "pixel" is the mean over pixels, channels and images; "image" is the sum over an image's pixels and
+    channels, then the mean over images. The BCE of grey pixels does not fall to 0: its lowest value is the entropy of x.
     Call: logits, images → {"loss"}. Computed in fp32.
 
-    Ranks: the mean is over the whole batch, the same on each. Raises `UsageError` for another kind or reduction and for
+    Ranks: the mean is over the whole batch, the same on every rank. Raises `UsageError` for another kind or reduction and for
     shapes that differ.
     """
 
-    def __init__(
-        self, kind: Literal["mse", "bce", "l1"] = "mse", reduction: Literal["pixel", "image"] = "pixel"
-    ) -> None:
+    def __init__(self, kind: Kind = "mse", reduction: Reduction = "pixel") -> None:
         super().__init__()
-        _check("kind", kind, ("mse", "bce", "l1"))
-        _check("reduction", reduction, ("pixel", "image"))
+        one_of(get_args(Kind), kind=kind)
+        one_of(get_args(Reduction), reduction=reduction)
         self.kind, self.reduction = kind, reduction
 
     @staticmethod
     def vitkit_example(samples: int) -> tuple[dict[str, Any], dict[str, Any]]:
         return {}, {"logits": torch.randn(samples, 1, 4, 4), "images": torch.rand(samples, 1, 4, 4)}
+
+    def uninformed_pixels(self, mean: Sequence[float], std: Sequence[float], pixels: int) -> float | None:
+        """The value of x̂ = `mean`, one number a channel, for images with this mean and standard deviation a channel.
+
+        "mse": mean of std²; "bce": the entropy −m·ln m − (1 − m)·ln(1 − m) of each mean m; "l1": None, since it does not
+        follow from these moments. `pixels` counts the pixels of a channel, for the reduction "image".
+        """
+        if self.kind == "l1":
+            return None
+        if self.kind == "mse":
+            per_channel = [s * s for s in std]
+        else:
+            per_channel = [-m * math.log(m) - (1 - m) * math.log(1 - m) if 0 < m < 1 else 0.0 for m in mean]
+        total = sum(per_channel)
+        return total / len(per_channel) if self.reduction == "pixel" else total * pixels
 
     def forward(self, logits: Tensor, images: Tensor) -> dict[str, Tensor]:
         if logits.shape != images.shape or logits.ndim != 4:
@@ -60,13 +80,13 @@ class KLLoss(nn.Module):
     `reduction` "image" is that sum over the latent's dimensions, "dimension" their mean; then the mean over images. Call:
     μ, log σ², both `(b z)` → {"loss"}. Computed in fp32.
 
-    Ranks: the mean is over the whole batch, the same on each. Raises `UsageError` for another reduction and for shapes that
-    differ. Source: Kingma and Welling, arXiv 1312.6114, appendix B.
+    Ranks: the mean is over the whole batch, the same on every rank. Raises `UsageError` for another reduction and for shapes
+    that differ. Source: Kingma and Welling, arXiv 1312.6114, appendix B.
     """
 
-    def __init__(self, reduction: Literal["image", "dimension"] = "image") -> None:
+    def __init__(self, reduction: LatentReduction = "image") -> None:
         super().__init__()
-        _check("reduction", reduction, ("image", "dimension"))
+        one_of(get_args(LatentReduction), reduction=reduction)
         self.reduction = reduction
 
     @staticmethod
@@ -74,10 +94,14 @@ class KLLoss(nn.Module):
         mu, log_var = torch.randn(2, samples, 8).unbind()
         return {}, {"mu": mu, "log_var": log_var}
 
+    def uninformed(self, batch_size: int) -> dict[str, float]:
+        """A posterior that ignores the image is the prior: 0."""
+        return {"loss": 0.0}
+
     def forward(self, mu: Tensor, log_var: Tensor) -> dict[str, Tensor]:
         if mu.shape != log_var.shape or mu.ndim != 2:
             raise UsageError(
-                f"μ is {tuple(mu.shape)} and log σ² {tuple(log_var.shape)}, expected one shape (batch, latent)"
+                f"μ is {tuple(mu.shape)} and log σ² {tuple(log_var.shape)}; expected one shape (batch, latent)"
             )
         with torch.autocast(mu.device.type, enabled=False):
             mu, log_var = mu.float(), log_var.float()
@@ -87,10 +111,5 @@ class KLLoss(nn.Module):
 
 
 def _mean_over_batch(total: Tensor, count: int) -> Tensor:
-    """Sums over the ranks' images, divided by the number of all."""
+    """The sums over the ranks' images, divided by the number of all images."""
     return all_reduce_sum(total) / all_reduce_sum(total.new_tensor(float(count))).clamp(min=1)
-
-
-def _check(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise UsageError(f"{name} is {value!r}, expected one of {', '.join(map(repr, known))}")

@@ -1,4 +1,4 @@
-"""Images that a decoder makes: samples, reconstructions and interpolations, as tensors and as pictures of a report."""
+"""Images from a decoder: samples, reconstructions and interpolations, as tensors and as figures of a report."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,19 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitkit.contracts import Attention, Embeddings, ReportFigure, Sheet
+from vitkit.contracts import UNLABELLED, Attention, Embeddings, ReportFigure, Sheet
 from vitkit.data import ImageSplit
 from vitkit.errors import UsageError
 from vitkit.models import evaluating, extract_features
 
-DECODED = 256
-"""So many images are decoded at once."""
-AVERAGED = 1_000
-"""A class's latent is the mean over so many of its images at most."""
-FITTED = 2_000
-"""A Gaussian is fitted to the latents of so many images at most."""
-SHOWN = 2_000
-"""Test embeddings handed to the report's map: more make its picture no clearer."""
+DECODED_AT_ONCE = 256
+CLASS_IMAGES = 1_000
+"""Images of a class whose latents are averaged, at most."""
+FITTED_IMAGES = 2_000
+"""Images to whose latents a Gaussian is fitted, at most."""
+EMBEDDINGS_SHOWN = 2_000
+"""Embeddings in the report's map: more make the figure no clearer."""
 
 
 def encoder_of(model: Any) -> Any:
@@ -38,18 +37,18 @@ def decoder_of(model: Any) -> Any:
     """A model's `decoder`; `UsageError` where it has none."""
     decoder = getattr(model, "decoder", None)
     if decoder is None:
-        held = ", ".join(name for name, _ in model.named_children()) if isinstance(model, nn.Module) else ""
+        parts = ", ".join(name for name, _ in model.named_children()) if isinstance(model, nn.Module) else ""
         raise UsageError(
-            f"this model has no decoder that could make images (it holds {held or 'no modules'}); "
-            f"take a run whose recipe saves one with run.save(decoder=...), such as recipes/vae_mnist.py"
+            f"this model has no decoder, which makes images (it has {parts or 'no modules'}); "
+            f"use a run whose recipe saves a decoder, such as recipes/vae_mnist.py"
         )
     return decoder
 
 
 def classes_of(decoder: Any) -> int | None:
-    """How many classes a conditional decoder knows; None for one that takes no labels."""
-    found: int | None = getattr(decoder, "num_classes", None)
-    return found
+    """The number of classes of a conditional decoder; None for one that takes no labels."""
+    count: int | None = getattr(decoder, "num_classes", None)
+    return count
 
 
 def posterior(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,14 +73,14 @@ class Gaussian:
 
 
 def fit_gaussian(model: Any, split: ImageSplit, *, seed: int = 0) -> Gaussian:
-    """The Gaussian that latents of a split's images really follow: their mean, and Cov(μ) + diag(mean σ²).
+    """The Gaussian that fits the latents of a split's images: their mean, and Cov(μ) + diag(mean σ²).
 
-    Where the KL divergence weighs little, latents are far from N(0, I), and what is drawn from that looks like no image
-    (ex-post density estimation of Ghosh et al., arXiv 1903.12436, with one Gaussian). Of up to 2,000 images, the classes
-    as evenly as they can be had, chosen by `seed`.
+    Where the KL divergence weighs little, latents are far from N(0, I), and samples from it do not look like images
+    (ex-post density estimation of Ghosh et al., arXiv 1903.12436, with one Gaussian). It uses up to 2,000 images, the classes
+    in equal shares as far as possible, chosen by `seed`.
     """
-    chosen = split.stratified_subset(FITTED, seed=seed)
-    parts = [posterior(model, _shown(model, chosen, some)[1]) for some in torch.arange(len(chosen)).split(DECODED)]
+    chosen = split.stratified_subset(FITTED_IMAGES, seed=seed)
+    parts = [posterior(model, _prepared(model, chosen, some)[1]) for some in torch.arange(len(chosen)).split(DECODED_AT_ONCE)]
     mu, log_var = (torch.cat(part).cpu().double() for part in zip(*parts, strict=True))
     centred = mu - mu.mean(dim=0)
     covariance = centred.T @ centred / len(mu) + log_var.exp().mean(dim=0).diag()
@@ -98,25 +97,25 @@ def decode(model: Any, latents: Tensor, labels: Tensor | None = None) -> Tensor:
         raise UsageError("this decoder was trained without classes and takes no labels; leave the class out")
     if latents.ndim != 2 or latents.shape[1] != backbone.latent_dim:
         raise UsageError(f"latents are {tuple(latents.shape)}; this model takes (n, {backbone.latent_dim})")
-    chunks = latents.split(DECODED)
-    own: Sequence[Tensor | None] = [None] * len(chunks) if labels is None else labels.split(DECODED)
+    chunks = latents.split(DECODED_AT_ONCE)
+    chunk_labels: Sequence[Tensor | None] = [None] * len(chunks) if labels is None else labels.split(DECODED_AT_ONCE)
     with evaluating(model):
-        made = [decoder(z) if of is None else decoder(z, of) for z, of in zip(chunks, own, strict=True)]
-    return torch.cat([images.float() for images in made]).clone()
+        decoded = [decoder(z) if of is None else decoder(z, of) for z, of in zip(chunks, chunk_labels, strict=True)]
+    return torch.cat([images.float() for images in decoded]).clone()
 
 
 def reconstruct(model: Any, images: Tensor, labels: Tensor | None = None) -> Tensor:
     """Normalised images `(n c h w)` → their reconstructions D(μ(x)) in [0, 1], of the same shape.
 
-    Labels int64 `(n,)` go to a conditional decoder; another one does without. Raises `UsageError` for images of another
+    Labels int64 `(n,)` go to a conditional decoder; another decoder gets none. Raises `UsageError` for images of another
     size or number of channels than the model's.
     """
     conditional = classes_of(decoder_of(model)) is not None
-    found = decode(model, encode(model, images), labels if conditional else None)
-    if found.shape != images.shape:
-        wanted = ", ".join(map(str, found.shape[1:]))
-        raise UsageError(f"images are {tuple(images.shape)}; this model takes and makes (n, {wanted})")
-    return found
+    decoded = decode(model, encode(model, images), labels if conditional else None)
+    if decoded.shape != images.shape:
+        shape = ", ".join(map(str, decoded.shape[1:]))
+        raise UsageError(f"images are {tuple(images.shape)}; this model takes and makes (n, {shape})")
+    return decoded
 
 
 def sample(
@@ -152,31 +151,31 @@ class End:
 
 
 def image_end(model: Any, split: ImageSplit, index: int, classes: Sequence[str]) -> End:
-    """The latent mean of one image; `UsageError` for an index that there is no image for."""
+    """The latent mean of one image; `UsageError` for an index without an image."""
     if not 0 <= index < len(split):
         raise UsageError(f"there is no test image {index}; they count from 0 to {len(split) - 1}")
-    pixels, images, labels = _shown(model, split, torch.tensor([index]))
+    pixels, images, labels = _prepared(model, split, torch.tensor([index]))
     label = int(labels[0])
-    return End(encode(model, images)[0], f"{classes[label]} (#{index})", label, pixels[0])
+    return End(encode(model, images)[0], f"{class_name(classes, label)} (#{index})", label, pixels[0])
 
 
 def class_end(model: Any, split: ImageSplit, name: str, classes: Sequence[str]) -> End:
     """The mean over the latent means of a class's images; `UsageError` for a class that has none."""
     label = list(classes).index(name)
-    own = (split.labels == label).nonzero()[:AVERAGED, 0]
-    if not len(own):
-        raise UsageError(f"there is no test image of {name!r} whose latent could be taken")
-    latents = [encode(model, _shown(model, split, some)[1]) for some in own.split(DECODED)]
+    members = (split.labels == label).nonzero()[:CLASS_IMAGES, 0]
+    if not len(members):
+        raise UsageError(f"the split has no image of {name!r}; choose another class")
+    latents = [encode(model, _prepared(model, split, some)[1]) for some in members.split(DECODED_AT_ONCE)]
     return End(torch.cat(latents).mean(dim=0), name, label)
 
 
 def interpolation_sheet(
     model: Any, ends: Sequence[tuple[End, End]], *, steps: int = 8, classes: Sequence[str] = ()
 ) -> Sheet:
-    """A row for each pair of ends: decoded latents between them, with the images that they come from at either side.
+    """A row for each pair of ends: decoded latents between them, and the ends' images at either side.
 
     A conditional decoder decodes each row twice where the ends differ in class: as the first end's class and as the
-    second's. Ends without a label are decoded without one.
+    second's. Ends without a label are decoded without a class.
     """
     conditional = classes_of(decoder_of(model)) is not None
     images, captions, columns = [], [], 0
@@ -211,97 +210,97 @@ def sample_sheet(
     classes: Sequence[str] = (),
     prior: Gaussian | None = None,
 ) -> Sheet:
-    """Samples in rows; of a conditional decoder all of one class, or a column for each class."""
-    known = classes_of(decoder_of(model))
+    """Samples in rows; with a conditional decoder all of one class, or a column for each class."""
+    class_count = classes_of(decoder_of(model))
     labels, captions, columns = None, [], max(8, round(count**0.5))
     if label is not None:
         labels = torch.full((count,), label)
-    elif known is not None:
-        labels = torch.arange(count) % known
-        named = len(classes) == known
+    elif class_count is not None:
+        labels = torch.arange(count) % class_count
+        named = len(classes) == class_count
         captions = [str(classes[int(one)]) if named else f"class {int(one)}" for one in labels]
-        columns = known if known <= 16 else columns
+        columns = class_count if class_count <= 16 else columns
     return Sheet(sample(model, count, seed=seed, labels=labels, prior=prior).cpu().numpy(), captions, columns)
 
 
-def reconstruction_sheet(pixels: Tensor, found: Tensor, captions: Sequence[str], *, columns: int = 8) -> Sheet:
-    """Originals above reconstructions, both `(n c h w)` in [0, 1], each of those with its mean squared error."""
-    errors = (pixels - found).square().flatten(1).mean(dim=1)
+def reconstruction_sheet(pixels: Tensor, decoded: Tensor, captions: Sequence[str], *, columns: int = 8) -> Sheet:
+    """Originals above reconstructions, both `(n c h w)` in [0, 1], each reconstruction with its mean squared error."""
+    errors = (pixels - decoded).square().flatten(1).mean(dim=1)
     blank = torch.ones_like(pixels[0])
     images, texts = [], []
     columns = min(columns, len(pixels))
     for start in range(0, len(pixels), columns):
         rows = slice(start, start + columns)
         empty = columns - len(pixels[rows])
-        for part, said in (
+        for part, lines in (
             (pixels[rows], list(captions[rows])),
-            (found[rows], [f"MSE {float(error):.4f}" for error in errors[rows]]),
+            (decoded[rows], [f"MSE {float(error):.4f}" for error in errors[rows]]),
         ):
             images += [*part, *[blank] * empty]
-            texts += [*said, *[""] * empty]
+            texts += [*lines, *[""] * empty]
     return Sheet(torch.stack(images).cpu().numpy(), texts, columns)
 
 
-def reconstructions(
+def reconstruction_figure(
     model: Any, split: ImageSplit, classes: Sequence[str], *, count: int = 16, seed: int = 0, labelled: bool = True
 ) -> tuple[Sheet, float]:
-    """A sheet of `count` images, the classes as evenly as they can be had, chosen by `seed`, and their mean squared error.
+    """A sheet of `count` images, the classes in equal shares as far as possible, chosen by `seed`, and their mean squared error.
 
-    `labelled` says whether the split's labels are the model's classes, so that a conditional decoder may have them.
+    `labelled` says whether the split's labels are the model's classes, which a conditional decoder gets.
     """
     chosen = split.stratified_subset(count, seed=seed)
-    pixels, images, labels = _shown(model, chosen, torch.arange(len(chosen)))
-    found = reconstruct(model, images, labels if labelled else None)
-    sheet = reconstruction_sheet(pixels, found, [str(classes[int(label)]) for label in labels])
-    return sheet, float((pixels - found).square().mean())
+    pixels, images, labels = _prepared(model, chosen, torch.arange(len(chosen)))
+    decoded = reconstruct(model, images, labels if labelled else None)
+    sheet = reconstruction_sheet(pixels, decoded, [class_name(classes, label) for label in labels.tolist()])
+    return sheet, float((pixels - decoded).square().mean())
 
 
-def attention_picture(model: Any, split: ImageSplit, classes: Sequence[str], *, count: int = 16, seed: int = 0) -> Attention:
-    """What the last block of the backbone's `vit` attends to, the mean over its heads.
+def attention_figure(model: Any, split: ImageSplit, classes: Sequence[str], *, count: int = 16, seed: int = 0) -> Attention:
+    """The attention of the last block of the backbone's `vit`, the mean over its heads.
 
-    With a CLS token its attention to each patch, else what each patch is given by the others, the mean over them; each
-    map is scaled so that its highest value is 1.
+    With a CLS token it is the CLS token's attention to each patch, otherwise the mean attention of all patches to each patch;
+    each map is scaled so that its highest value is 1.
     """
     vit = model.backbone.vit
     chosen = split.stratified_subset(count, seed=seed)
-    pixels, images, labels = _shown(model, chosen, torch.arange(len(chosen)))
+    pixels, images, labels = _prepared(model, chosen, torch.arange(len(chosen)))
     with evaluating(model):
         weights = vit.attention_maps(images)[:, -1].float().mean(dim=1)  # (b n n)
         patches = slice(vit.num_prefix_tokens, vit.num_prefix_tokens + vit.num_patches)
         queries = slice(0, 1) if vit.cls_token is not None else patches
         maps = weights[:, queries, patches].mean(dim=1).unflatten(1, vit.grid_size)  # (b h w)
         maps = maps / maps.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
-    return Attention(pixels.cpu().numpy(), maps.cpu().numpy(), [str(classes[int(label)]) for label in labels])
+    return Attention(pixels.cpu().numpy(), maps.cpu().numpy(), [class_name(classes, label) for label in labels.tolist()])
 
 
 def figures(model: Any, dataset: Any, *, seed: int = 0) -> dict[str, ReportFigure]:
-    """Pictures for a report, of test images chosen by `seed`, by the names that it shows them under.
+    """Figures for a report, of test images chosen by `seed`, by their names in the report.
 
         for name, figure in figures(model, data, seed=run.seed).items():
             run.figure(name, figure)
 
     A map of the embeddings; with a `vit` in the backbone its attention; with a decoder samples from N(0, I) and from the
-    Gaussian that latents of training images follow, reconstructions, and interpolations between images of different
-    classes. Every rank has to call it.
+    Gaussian that fits the latents of training images, reconstructions, and interpolations between images of different
+    classes. Ranks: all of them have to call it.
     """
     classes, test = dataset.classes, dataset.test
-    shown = extract_features(model, test.stratified_subset(SHOWN, seed=seed))
-    found: dict[str, ReportFigure] = {
-        "embeddings": Embeddings(shown.features.cpu().numpy(), shown.labels.cpu().numpy(), classes)
+    features = extract_features(model, test, size=EMBEDDINGS_SHOWN, seed=seed)
+    made: dict[str, ReportFigure] = {
+        "embeddings": Embeddings(features.features.cpu().numpy(), features.labels.cpu().numpy(), classes)
     }
     if hasattr(getattr(model, "backbone", None), "vit"):
-        found["attention"] = attention_picture(model, test, classes, seed=seed)
+        made["attention"] = attention_figure(model, test, classes, seed=seed)
     if getattr(model, "decoder", None) is not None:
-        found["samples"] = sample_sheet(model, seed=seed, classes=classes)
+        made["samples"] = sample_sheet(model, seed=seed, classes=classes)
         prior = fit_gaussian(model, dataset.train, seed=seed)
-        found["samples_fitted"] = sample_sheet(model, seed=seed, classes=classes, prior=prior)
-        found["reconstructions"], _ = reconstructions(model, test, classes, seed=seed)
-        found["interpolations"] = interpolation_sheet(model, _pairs(model, test, classes, seed), classes=classes)
-    return found
+        made["samples_fitted"] = sample_sheet(model, seed=seed, classes=classes, prior=prior)
+        made["reconstructions"], _ = reconstruction_figure(model, test, classes, seed=seed)
+        made["interpolations"] = interpolation_sheet(model, _pairs(model, test, classes, seed), classes=classes)
+    return made
 
 
 def _pairs(model: Any, split: ImageSplit, classes: Sequence[str], seed: int, most: int = 4) -> list[tuple[End, End]]:
-    """Up to so many pairs of images, of two classes each where there are two."""
+    """Up to `most` pairs of images, of two classes each where there are two."""
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))[:200]
     by_class: dict[int, list[int]] = {}
     for index in order.tolist():
@@ -312,7 +311,12 @@ def _pairs(model: Any, split: ImageSplit, classes: Sequence[str], seed: int, mos
     return list(zip(ends[0::2], ends[1::2], strict=False))  # an odd one is left over
 
 
-def _shown(model: Any, split: ImageSplit, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def class_name(classes: Sequence[str], label: int) -> str:
+    """The name of a label's class; a dash for an image without a label."""
+    return "–" if label == UNLABELLED else str(classes[label])
+
+
+def _prepared(model: Any, split: ImageSplit, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Pixels `(n c h w)` in [0, 1] on the model's device, the same normalised, and labels `(n,)`."""
     device = next(model.parameters()).device
     chosen = split.subset(indices).in_memory()

@@ -1,4 +1,4 @@
-"""The triplet loss and its mining."""
+"""The triplet loss and the mining of its triplets."""
 
 from typing import Any, Literal, get_args
 
@@ -9,43 +9,46 @@ from torch import Tensor, nn
 from vitkit.contracts import UNLABELLED
 from vitkit.distributed import all_gather, all_reduce_sum, rank
 from vitkit.errors import UsageError
+from vitkit.validation import at_least, one_of
 
 Mining = Literal["random", "batch_hard", "semi_hard"]
-_TINY = 1e-12  # below a squared distance, whose root would have no gradient at zero
+_LEAST_SQUARE = 1e-12  # of a distance, whose root has no gradient at zero
 
 
 class TripletLoss(nn.Module):
-    """Mean over triplets of max(0, d(a, p) − d(a, n) + margin): an anchor, a sample of its class, one of another.
+    """Mean over triplets of max(0, d(a, p) − d(a, n) + margin): an anchor, a sample of its class, one of another class.
 
     d is the Euclidean distance of embeddings scaled to length 1, in [0, 2], or of the embeddings as they are where
-    `normalize` is false. Call with embeddings `(b e)` and labels int64 `(b,)`, of which −1 belongs to no triplet, or with
-    `positives` and `negatives` `(b e)` of its own for each anchor. → {"loss", "active"}: the share of triplets with a loss
-    above zero. `mining` says which triplets of a batch count:
+    `normalize` is false. Call with embeddings `(b e)` and labels int64 `(b,)`, where −1 belongs to no triplet, or with
+    `positives` and `negatives` `(b e)`, one of each for every anchor. → {"loss", "active"}: "active" is the share of triplets
+    with a loss above zero. `mining` chooses the triplets of a batch:
 
     - "random": for each anchor one positive and one negative, drawn evenly by torch's global generator.
     - "batch_hard": for each anchor its farthest positive and nearest negative (Hermans et al., arXiv 1703.07737). From the
       first step on it may pull all embeddings into one point, where the loss is the margin.
-    - "semi_hard": for each anchor and positive the nearest negative that is farther than the positive, where that is within
+    - "semi_hard": for each anchor and positive the nearest negative that is farther than the positive, if it is within
       the margin (Schroff et al., FaceNet, arXiv 1503.03832, whose distance is the squared one).
 
     A batch without a triplet (one class, no class with two members, or no semi-hard negative) has loss 0 and active 0, with
     gradient 0. Computed in fp32.
 
-    Ranks: each mines positives and negatives for its own anchors among all ranks' samples, and the loss is the whole batch's
-    mean, the same on each. Raises `UsageError` for another mining, a margin below 0, and shapes that do not fit.
+    Ranks: each mines positives and negatives for its anchors among all ranks' samples, and the loss is the whole batch's
+    mean, the same on every rank. Raises `UsageError` for another mining, a margin below 0, and shapes that do not fit.
     """
 
     def __init__(self, margin: float = 0.2, mining: Mining = "semi_hard", normalize: bool = True) -> None:
         super().__init__()
-        if mining not in get_args(Mining):
-            raise UsageError(f"mining is {mining!r}, expected one of {', '.join(map(repr, get_args(Mining)))}")
-        if not margin >= 0:
-            raise UsageError(f"margin is {margin}, expected at least 0")
+        one_of(get_args(Mining), mining=mining)
+        at_least(0, margin=margin)
         self.margin, self.mining, self.normalize = margin, mining, normalize
 
     @staticmethod
     def vitkit_example(samples: int) -> tuple[dict[str, Any], dict[str, Any]]:
         return {}, {"embeddings": torch.randn(samples, 8), "labels": torch.arange(samples) % 3}
+
+    def uninformed(self, batch_size: int) -> dict[str, float]:
+        """The limit for embeddings that differ by nothing but a little noise: all distances are equal, the loss is the margin."""
+        return {"loss": self.margin}
 
     def forward(
         self,
@@ -59,7 +62,7 @@ class TripletLoss(nn.Module):
             if positives is not None and negatives is not None:
                 shapes = {tuple(given.shape) for given in (embeddings, positives, negatives)}
                 if len(shapes) > 1:
-                    raise UsageError(f"anchors, positives and negatives are {sorted(shapes)}, expected one shape (batch, dim)")
+                    raise UsageError(f"anchors, positives and negatives are {sorted(shapes)}; expected one shape (batch, dim)")
                 a, p, n = (self._scaled(given) for given in (embeddings, positives, negatives))
                 return self._mean(_distance(a, p), _distance(a, n), a.new_ones(len(a), dtype=torch.bool))
             if labels is None or labels.shape != embeddings.shape[:1]:
@@ -73,57 +76,57 @@ class TripletLoss(nn.Module):
     def _scaled(self, embeddings: Tensor) -> Tensor:
         return F.normalize(embeddings.float(), dim=1) if self.normalize else embeddings.float()
 
-    def _mean(self, positive: Tensor, negative: Tensor, counts: Tensor) -> dict[str, Tensor]:
-        """The mean over triplets with distances `positive` and `negative`, those that `counts` is true for."""
-        losses = torch.where(counts, F.relu(positive - negative + self.margin), 0.0)
-        total = all_reduce_sum(torch.stack([counts.sum().float(), (losses > 0).sum().float()]))
+    def _mean(self, positive: Tensor, negative: Tensor, counted: Tensor) -> dict[str, Tensor]:
+        """The mean over triplets with distances `positive` and `negative`, for which `counted` is true."""
+        losses = torch.where(counted, F.relu(positive - negative + self.margin), 0.0)
+        total = all_reduce_sum(torch.stack([counted.sum().float(), (losses > 0).sum().float()]))
         count, active = total.unbind()
         return {"loss": all_reduce_sum(losses.sum()) / count.clamp(min=1), "active": active / count.clamp(min=1)}
 
-    def _mined(self, own: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _mined(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Distances to positive and negative, and which of them are triplets, for this rank's anchors."""
-        every, others = all_gather(own), all_gather(labels)
-        if not len(every):
-            nothing = own.sum(dim=1)
+        all_embeddings, all_labels = all_gather(embeddings), all_gather(labels)
+        if not len(all_embeddings):
+            nothing = embeddings.sum(dim=1)
             return nothing, nothing, nothing.bool()
-        known = (labels != UNLABELLED)[:, None] & (others != UNLABELLED)
-        same = labels[:, None] == others
+        labelled = (labels != UNLABELLED)[:, None] & (all_labels != UNLABELLED)
+        same = labels[:, None] == all_labels
         sizes = all_gather(labels.new_tensor([len(labels)]))
-        place = sizes[: rank()].sum() + torch.arange(len(own), device=own.device)
-        itself = place[:, None] == torch.arange(len(every), device=own.device)
-        alike, unlike = known & same & ~itself, known & ~same  # (b n)
+        place = sizes[: rank()].sum() + torch.arange(len(embeddings), device=embeddings.device)
+        itself = place[:, None] == torch.arange(len(all_embeddings), device=embeddings.device)
+        alike, unlike = labelled & same & ~itself, labelled & ~same  # (b n)
         with torch.no_grad():
-            far = _distances(own, every)
+            far = _distances(embeddings, all_embeddings)
             if self.mining == "semi_hard":
-                rows, positive, negative, counts = _semi_hard(far, alike, unlike, self.margin)
+                rows, positive, negative, counted = _semi_hard(far, alike, unlike, self.margin)
             else:
                 score = torch.rand(2, *far.shape, device=far.device) if self.mining == "random" else far.expand(2, -1, -1)
                 positive = score[0].masked_fill(~alike, -torch.inf).argmax(dim=1)
                 negative = score[1].masked_fill(~unlike, torch.inf).argmin(dim=1)
-                rows = torch.arange(len(own), device=own.device)
-                counts = alike.any(dim=1) & unlike.any(dim=1)
-        anchors = own[rows]
-        return _distance(anchors, every[positive]), _distance(anchors, every[negative]), counts
+                rows = torch.arange(len(embeddings), device=embeddings.device)
+                counted = alike.any(dim=1) & unlike.any(dim=1)
+        anchors = embeddings[rows]
+        return _distance(anchors, all_embeddings[positive]), _distance(anchors, all_embeddings[negative]), counted
 
 
 def _semi_hard(far: Tensor, alike: Tensor, unlike: Tensor, margin: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of each pair of an anchor and a positive: their indices, the negative's, and whether it is semi-hard."""
+    """For each pair of an anchor and a positive: their indices, the negative's, and whether it is semi-hard."""
     rows, positive = alike.nonzero(as_tuple=True)
-    reach, order = far.masked_fill(~unlike, torch.inf).sort(dim=1)
+    negatives, order = far.masked_fill(~unlike, torch.inf).sort(dim=1)
     # In sorted rows the first negative beyond the positive is found by bisection, not in a cube of all triplets.
-    found = torch.searchsorted(reach, far.masked_fill(~alike, 0.0), right=True).clamp(max=far.shape[1] - 1)
-    place = found[rows, positive]
+    first = torch.searchsorted(negatives, far.masked_fill(~alike, 0.0), right=True).clamp(max=far.shape[1] - 1)
+    place = first[rows, positive]
     distance = far[rows, positive]
-    counts = (reach[rows, place] > distance) & (reach[rows, place] < distance + margin)
-    return rows, positive, order[rows, place], counts
+    counted = (negatives[rows, place] > distance) & (negatives[rows, place] < distance + margin)
+    return rows, positive, order[rows, place], counted
 
 
 def _distances(x: Tensor, y: Tensor) -> Tensor:
-    """`(b n)`."""
+    """All distances `(b n)`."""
     squares = x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.T
-    return squares.clamp(min=_TINY).sqrt()
+    return squares.clamp(min=_LEAST_SQUARE).sqrt()
 
 
 def _distance(x: Tensor, y: Tensor) -> Tensor:
-    """Of each row: `(n,)`."""
-    return (x - y).square().sum(1).clamp(min=_TINY).sqrt()
+    """The distances of the rows `(n,)`."""
+    return (x - y).square().sum(1).clamp(min=_LEAST_SQUARE).sqrt()

@@ -1,5 +1,6 @@
 """The multi-task variational autoencoder: embed, classify, reconstruct."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,27 +21,27 @@ from vitkit_vae.weighting import MultiTaskLoss
 class MultiTaskVAE(GradCacheable):
     """Batches of images and labels → {"loss", "classification", "triplet", "reconstruction", "kl"}, see each loss.
 
-    Images go through the backbone to μ and σ²; z = μ + σ·ε is embedded, the embedding is classified, and the decoder gives
-    z back as the image. What `loss` weighs with 0, and what there is no `classifier` or `decoder` for, is not computed.
-    `mean` and `std` are those that images were normalised by: reconstructions are compared with pixels in [0, 1]. Not given,
-    the losses are means, over pixels and over the latent's dimensions, to which the default weights fit. A batch is
+    The backbone maps images to μ and σ²; z = μ + σ·ε is embedded, the embedding is classified, and the decoder maps
+    z to an image. Parts that `loss` weighs with 0, or whose `classifier` or `decoder` is not given, are not computed.
+    `mean` and `std` are those of the images' normalisation: reconstructions are compared with pixels in [0, 1]. Losses that
+    are not given are means, over pixels and over the latent's dimensions; the default weights fit them. A batch is
 
-    - `images` `(b c h w)` and `labels` int64 `(b,)`, −1 where hidden: one pass; triplets are mined among its images.
-    - `images` `(b v c h w)`: v views of each, all in one pass. The first is the anchor. Of one class are, with `supervised`,
-      the images of a label, and otherwise the views of an image, whose labels are not looked at.
+    - `images` `(b c h w)` and `labels` int64 `(b,)`, −1 (`UNLABELLED`) for none: one pass; triplets are mined among its images.
+    - `images` `(b v c h w)`: v views of each, all in one pass. The first is the anchor. With `supervised` the images of one
+      label form a class, otherwise the views of one image, and labels are ignored.
     - with `positives` and `negatives` `(b c h w)` beside `images`: three passes, each with gradient; see `TripletBatches`.
     - with `partners` int64 `(b,)` and `weights` `(b,)` of mixed images: in the cross-entropy label i counts `weights[i]`, its
-      partner 1 − `weights[i]`; a triplet takes the heavier of the two; a conditional decoder is told no class of a mixture.
+      partner 1 − `weights[i]`; a triplet takes the heavier of the two; a conditional decoder gets no class for a mixture.
 
-    Anchors alone are reconstructed and have a KL term; every view is classified, positives and negatives only embedded.
-    A decoder with `num_classes` is told the labels.
+    Only anchors are reconstructed and have a KL term; every view is classified; positives and negatives are only embedded.
+    A decoder with `num_classes` gets the labels.
 
-    Ranks: every part is the whole batch's mean, the same on each rank, over parts that may differ in size; gradients by the
-    convention of `vitkit.distributed.collectives`; ε, too, is drawn for the whole batch. With gradient accumulation (see
+    Ranks: every part is the whole batch's mean, the same on every rank, over parts that may differ in size; gradients follow
+    `vitkit.distributed.collectives`; ε is also drawn for the whole batch. With gradient accumulation (see
     `vitkit.training.gradcache`) triplets are mined among all accumulated images, and the classifier sees all their embeddings.
 
-    Raises `UsageError` for weights of parts that are not there, a triplet loss without labels on single views, and shapes that
-    do not fit.
+    Raises `UsageError` where no weighted part is left, for a classifier without `supervised`, for a triplet loss without
+    labels on single views, and for shapes that do not fit.
     """
 
     mean: Tensor
@@ -58,6 +59,7 @@ class MultiTaskVAE(GradCacheable):
         kl: KLLoss | None = None,
         mean: Sequence[float] = (0.0,),
         std: Sequence[float] = (1.0,),
+        num_classes: int | None = None,
         supervised: bool = True,
         label_smoothing: float = 0.0,
     ) -> None:
@@ -67,7 +69,7 @@ class MultiTaskVAE(GradCacheable):
         self.triplet = TripletLoss() if triplet is None else triplet
         self.reconstruction = ReconstructionLoss() if reconstruction is None else reconstruction
         self.kl = KLLoss(reduction="dimension") if kl is None else kl
-        self.supervised, self.label_smoothing = supervised, label_smoothing
+        self.num_classes, self.supervised, self.label_smoothing = num_classes, supervised, label_smoothing
         self.parts = set(self.loss.used)
         for part, module in (("classification", classifier), ("reconstruction", decoder)):
             if module is None:
@@ -81,62 +83,77 @@ class MultiTaskVAE(GradCacheable):
         for name, values in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(tuple(values)).view(-1, 1, 1), persistent=False)
 
-    def forward_features(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What each sample brings by itself: its `labels`, what stands beside them, and of what is learned
+    def uninformed(self, batch_size: int) -> dict[str, float]:
+        """The values of the parts that are used, for a model that ignores the image.
 
-        `embeddings` `(b v e)`, the anchors' `mu` and `log_var` `(b z)`, `decoded` logits and the `pixels` they stand for
-        `(b c h w)`, and `positives` and `negatives` `(b e)`.
+        "classification": ln K for `num_classes` K; "triplet": the margin; "kl": 0; "reconstruction": an image of the constant
+        colour `mean`, see `ReconstructionLoss.uninformed_pixels`. "loss" is their weighted sum, with fixed weights.
+        """
+        parts = {"triplet": self.triplet.uninformed(batch_size)["loss"], "kl": self.kl.uninformed(batch_size)["loss"]}
+        if self.num_classes is not None:
+            parts["classification"] = math.log(self.num_classes)
+        if self.decoder is not None and float(self.std.max()) <= 0.5:  # no pixels in [0, 1] vary more: std was not given
+            mean, std, pixels = self.mean.flatten().tolist(), self.std.flatten().tolist(), math.prod(self.decoder.img_size)
+            constant = self.reconstruction.uninformed_pixels(mean, std, pixels)
+            parts |= {} if constant is None else {"reconstruction": constant}
+        return self.loss.uninformed(batch_size, {name: parts[name] for name in self.loss.used if name in self.parts & parts.keys()})
+
+    def forward_features(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The features of each sample: its `labels`, `partners` and `weights`, and those of the used parts:
+
+        `embeddings` `(b v e)`, the anchors' `mu` and `log_var` `(b z)`, `decoded` logits and the `pixels` that they
+        reconstruct `(b c h w)`, and `positives` and `negatives` `(b e)`.
         """
         images, labels = batch["images"], batch["labels"]
         views = images[:, None] if images.ndim == 4 else images
         if views.ndim != 5 or labels.shape != views.shape[:1]:
             raise UsageError(
-                f"images are {tuple(images.shape)} and labels {tuple(labels.shape)}, "
+                f"images are {tuple(images.shape)} and labels {tuple(labels.shape)}; "
                 f"expected (batch, channels, height, width), or (batch, views, ...), and (batch,)"
             )
         anchors, count = len(labels), views.shape[1]
         rows = views.transpose(0, 1).flatten(0, 1)  # (v·b c h w)
         mu, log_var = self.backbone.encode_latent(rows)
         z = sample_latent(mu, log_var, views=count)
-        found: dict[str, Tensor] = {name: batch[name] for name in ("labels", "partners", "weights") if name in batch}
+        features: dict[str, Tensor] = {name: batch[name] for name in ("labels", "partners", "weights") if name in batch}
         if self.parts & {"classification", "triplet"}:
-            found["embeddings"] = self.backbone.embed(z).unflatten(0, (count, anchors)).transpose(0, 1)
+            features["embeddings"] = self.backbone.embed(z).unflatten(0, (count, anchors)).transpose(0, 1)
         if "triplet" in self.parts and "positives" in batch:
-            found |= {name: self._embed(batch[name]) for name in ("positives", "negatives")}
+            features |= {name: self._embed(batch[name]) for name in ("positives", "negatives")}
         if "reconstruction" in self.parts:
-            found["decoded"] = self.decoder.logits(z[:anchors], self._condition(batch))
-            found["pixels"] = (rows[:anchors].float() * self.std + self.mean).clamp(0, 1)
+            features["decoded"] = self.decoder.logits(z[:anchors], self._decoder_labels(batch))
+            features["pixels"] = (rows[:anchors].float() * self.std + self.mean).clamp(0, 1)
         if "kl" in self.parts:
-            found |= {"mu": mu[:anchors], "log_var": log_var[:anchors]}
-        return found
+            features |= {"mu": mu[:anchors], "log_var": log_var[:anchors]}
+        return features
 
-    def compute_loss(self, embedded: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The loss and its parts of a batch, or of several parts of one, put together."""
+    def compute_loss(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The loss and its parts from the features of a batch, or of several batches joined."""
         parts: dict[str, Tensor] = {}
         active = None
-        if "embeddings" in embedded:
-            views = embedded["embeddings"].shape[1]
-            embeddings = embedded["embeddings"].transpose(0, 1).flatten(0, 1)  # (v·b e)
+        if "embeddings" in features:
+            views = features["embeddings"].shape[1]
+            embeddings = features["embeddings"].transpose(0, 1).flatten(0, 1)  # (v·b e)
             if "classification" in self.parts:
                 assert self.classifier is not None
-                parts["classification"] = self._classify(self.classifier(embeddings), embedded, views)
+                parts["classification"] = self._classify(self.classifier(embeddings), features, views)
             if "triplet" in self.parts:
-                found = self._triplets(embeddings, embedded, views)
-                parts["triplet"], active = found["loss"], found["active"]
+                triplets = self._triplets(embeddings, features, views)
+                parts["triplet"], active = triplets["loss"], triplets["active"]
         if "reconstruction" in self.parts:
-            parts["reconstruction"] = self.reconstruction(embedded["decoded"], embedded["pixels"])["loss"]
+            parts["reconstruction"] = self.reconstruction(features["decoded"], features["pixels"])["loss"]
         if "kl" in self.parts:
-            parts["kl"] = self.kl(embedded["mu"], embedded["log_var"])["loss"]
+            parts["kl"] = self.kl(features["mu"], features["log_var"])["loss"]
         total = self.loss(parts)
         return total if active is None else {**total, "active": active}
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Images `(b c h w)` → embeddings `(b e)` of μ, which classifiers and probes look at."""
+        """Images `(b c h w)` → embeddings `(b e)` of μ, the features of classifiers and probes."""
         features: Tensor = self.backbone.encode_image(images)
         return features
 
     def _classify(self, logits: Tensor, batch: dict[str, Tensor], views: int) -> Tensor:
-        """Cross-entropy in nats, the mean over what has a label."""
+        """Cross-entropy in nats, the mean over samples with a label."""
         labels = batch["labels"].repeat(views)
         with torch.autocast(logits.device.type, enabled=False):
             logits = logits.float()
@@ -159,7 +176,7 @@ class MultiTaskVAE(GradCacheable):
         if not self.supervised:
             if views == 1:
                 raise UsageError("without labels the positives of an image are its other views: make batches with views=2")
-            labels = torch.arange(len(labels), device=labels.device) + (rank() << 32)  # of one class: an image's views
+            labels = torch.arange(len(labels), device=labels.device) + (rank() << 32)  # the views of one image are a class
         elif "partners" in batch:
             labels = torch.where(batch["weights"] >= 0.5, labels, batch["partners"])
         return self.triplet(embeddings, labels.repeat(views))
@@ -169,7 +186,8 @@ class MultiTaskVAE(GradCacheable):
         embeddings: Tensor = self.backbone.embed(sample_latent(*self.backbone.encode_latent(images)))
         return embeddings
 
-    def _condition(self, batch: dict[str, Tensor]) -> Tensor | None:
+    def _decoder_labels(self, batch: dict[str, Tensor]) -> Tensor | None:
+        """The labels `(b,)` for a conditional decoder; None for another one."""
         if self.decoder.num_classes is None or not self.supervised:
             return None
         if "weights" in batch:

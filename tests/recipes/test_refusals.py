@@ -45,8 +45,8 @@ def test_of_every_recipe(recipe, flags, message, tmp_path):
     ("name", "flags", "message"),
     [
         ("jepa_mnist", "--train-size 10", "an epoch has no batches"),
-        ("jepa_mnist", "--label-fraction 2", r"a label fraction lies in \(0, 1\] .* given 2.0"),
-        ("jepa_mnist", "--label-fraction nan", r"a label fraction lies in \(0, 1\] .* given nan"),
+        ("jepa_mnist", "--label-fraction 2", r"fraction is 2.0; expected a number in \(0, 1\]"),
+        ("jepa_mnist", "--label-fraction nan", r"fraction is nan; expected a number in \(0, 1\]"),
         ("jepa_mnist", "--no-multimodal --objective seed", "--objective seed is about the labels that --no-multimodal leaves out"),
         ("jepa_mnist", "--no-multimodal --swap 0.5", "--swap 0.5 is about the labels that --no-multimodal leaves out"),
         ("clip_cifar100", "--loss siglip --temperature learned", "--temperature learned: the loss siglip .* leave it out"),

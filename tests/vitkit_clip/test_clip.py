@@ -59,6 +59,19 @@ def test_the_loss_is_that_of_the_towers_embeddings() -> None:
     assert (apart(batch)["loss"] - together(batch)["loss"]).abs() > 0.01
 
 
+@pytest.mark.parametrize("classify", [True, False])
+def test_the_uninformed_value_is_that_of_towers_that_ignore_their_input(classify: bool) -> None:
+    model, batch = make(classify=classify).eval(), make_batch(9)
+    batch["labels"] = torch.arange(9)  # as many distinct captions
+    with torch.no_grad():
+        for head in (model.projector, model.text_projector, model.half_classifier):
+            for parameter in head.parameters() if head is not None else ():
+                parameter.zero_()
+        found = {name: float(value) for name, value in model(batch).items()}
+    assert model.uninformed(9) == pytest.approx(found, rel=1e-5)
+    assert ("classification" in found) == classify
+
+
 def test_each_distinct_caption_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, asked = make(), []
     encode = model.text.encode_text
@@ -72,7 +85,7 @@ def test_what_a_frozen_text_tower_says_is_computed_once(monkeypatch: pytest.Monk
     text: Any = backbones.build("text_transformer", vocabulary=vocabulary_of(SAID), embed_dim=16, depth=1)
     text.requires_grad_(False)
     first = make()
-    model = CLIP(first.backbone, text, first.projector, first.text_projector, first.loss, SAID, first.classifier)
+    model = CLIP(first.backbone, text, first.projector, first.text_projector, first.loss, SAID, first.half_classifier)
     asked: list[str] = []
     encode = text.encode_text
     monkeypatch.setattr(text, "encode_text", lambda texts: asked.extend(texts) or encode(texts))

@@ -1,6 +1,8 @@
 """The contrastive losses: closed forms, open_clip's implementations, limits, equal captions, half precision."""
 
+import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +11,10 @@ import torch.nn.functional as F
 from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor
 
+import vitkit
 from vitkit import losses
 from vitkit.errors import UsageError
+from vitkit.models import saving
 from vitkit_clip import FocalNCE, HardNegativeNCE, InfoNCE, MarginTriplet, PairMultiTask, SigLIP
 
 N, T = 6, 0.07
@@ -53,7 +57,7 @@ def test_gradients_are_open_clips(pair: tuple[Tensor, Tensor]) -> None:
     image, text = (x.clone().requires_grad_() for x in pair)
     loss = InfoNCE(T, learned=True)
     ours = torch.autograd.grad(loss(image, text)["loss"], (image, text, loss.log_scale))
-    log_scale = torch.tensor(-math.log(T), requires_grad=True)
+    log_scale = torch.tensor([-math.log(T)], requires_grad=True)
     theirs = ClipLoss()(F.normalize(image, dim=1), F.normalize(text, dim=1), log_scale.exp())
     for one, other in zip(ours, torch.autograd.grad(theirs, (image, text, log_scale)), strict=True):
         torch.testing.assert_close(one, other)
@@ -166,6 +170,54 @@ def test_the_multi_task_form_adds_the_cross_entropy_of_halves(pair: tuple[Tensor
     assert flat["classification"].item() == pytest.approx(math.log(5))
 
 
+def test_a_model_saved_with_parameters_of_no_dimension_still_loads(tmp_path: Path) -> None:
+    loss: Any = losses.build("siglip")
+    loss.log_scale, loss.bias = torch.nn.Parameter(torch.tensor(1.5)), torch.nn.Parameter(torch.tensor(-7.0))
+    saving.save(tmp_path, {"loss": loss}, preprocessing={}, classes=[], arguments={})
+    loaded = vitkit.load(tmp_path).loss
+    assert {name: value.tolist() for name, value in loaded.state_dict().items()} == {"log_scale": [1.5], "bias": [-7.0]}
+
+
+ALL = (InfoNCE(), FocalNCE(), FocalNCE(gamma=0.5), HardNegativeNCE(tau=0.1), MarginTriplet(0.3), MarginTriplet(0.3, hardest=False))
+
+
+@pytest.mark.parametrize("loss", ALL)
+@pytest.mark.parametrize("n", [1, 2, N])
+def test_the_uninformed_values_are_those_of_embeddings_that_are_all_the_same(loss: Any, n: int) -> None:
+    image, text = gaussian(1, 4).expand(n, -1), gaussian(1, 4, seed=1).expand(n, -1)
+    found = {name: float(value) for name, value in loss(image, text).items()}
+    assert loss.uninformed(n) == pytest.approx(found, rel=1e-4, abs=1e-5)
+
+
+def test_siglip_s_uninformed_value_is_the_lowest_that_a_constant_reaches() -> None:
+    zero = torch.zeros(N, 4)
+    values = [float(SigLIP(bias=bias)(zero, zero)["loss"].detach()) for bias in torch.linspace(-5, 2, 500).tolist()]
+    assert SigLIP().uninformed(N)["loss"] == pytest.approx(min(values), rel=1e-4)
+    best = SigLIP(bias=-math.log(N - 1))(zero, zero)
+    assert SigLIP().uninformed(N)["siglip"] == pytest.approx(float(best["siglip"].detach()), rel=1e-5)
+    assert SigLIP().uninformed(1)["loss"] == 0.0
+
+
+def test_the_multi_task_form_states_the_uninformed_values_of_both() -> None:
+    loss = PairMultiTask(weight=0.5)
+    log_n = math.log(N)
+    assert loss.uninformed(N) == pytest.approx({"image_to_text": log_n, "text_to_image": log_n})
+    stated = loss.uninformed(N, num_classes=5)
+    assert stated["classification"] == pytest.approx(math.log(5))
+    assert stated["loss"] == pytest.approx(log_n + 0.5 * math.log(5))
+    same = torch.ones(N, 4)
+    found = loss(same, same, torch.arange(N), torch.zeros(N, 2, 5), torch.zeros(N, 2, dtype=torch.int64))
+    assert stated == pytest.approx({name: float(value) for name, value in found.items()}, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", [InfoNCE(learned=True), FocalNCE(learned=True), HardNegativeNCE(learned=True), SigLIP()])
+def test_parameters_saved_with_no_dimension_still_load(loss: Any) -> None:
+    state = {name: torch.tensor(0.75) for name in loss.state_dict()}
+    torch.nn.Sequential(loss).load_state_dict({f"0.{name}": value for name, value in state.items()})
+    assert all(value.shape == (1,) and float(value) == 0.75 for value in loss.state_dict().values())
+    assert copy.deepcopy(loss).load_state_dict(state) is not None
+
+
 @pytest.mark.parametrize(
     "loss", [*(kind(0.01) for kind in TEMPERED), HardNegativeNCE(0.01, beta=50.0, tau=0.1), SigLIP(0.01)]
 )
@@ -211,12 +263,15 @@ def test_a_single_pair_and_none_at_all() -> None:
     [
         (lambda: InfoNCE(0.001), r"temperature is 0.001; expected a finite number of at least 0.01: .* overflows"),
         (lambda: InfoNCE(math.nan), "temperature is nan; expected a finite number"),
-        (lambda: InfoNCE(max_scale=0.5), "max_scale is 0.5; expected from 1 to 10,000"),
-        (lambda: FocalNCE(gamma=-1.0), "gamma is -1.0; expected a finite number of at least 0"),
-        (lambda: HardNegativeNCE(tau=1.0), r"tau 1.0; expected beta >= 0 and tau in \[0, 1\)"),
-        (lambda: MarginTriplet(3.0), r"margin is 3.0; expected a difference of cosines in \[0, 2\]"),
-        (lambda: SigLIP(0.0), "temperature is 0.0 and bias -10.0; expected finite numbers"),
-        (lambda: PairMultiTask(weight=-1.0), "weight is -1.0 .*; expected a weight >= 0"),
+        (lambda: InfoNCE(max_scale=0.5), r"max_scale is 0.5; expected a number in \[1, 10000\]"),
+        (lambda: FocalNCE(gamma=-1.0), "gamma is -1.0; expected at least 0"),
+        (lambda: HardNegativeNCE(tau=1.0), r"tau is 1.0; expected a number in \[0, 1\)"),
+        (lambda: MarginTriplet(3.0), r"margin is 3.0; expected a number in \[0, 2\]"),
+        (lambda: SigLIP(0.0), "temperature is 0.0; expected a finite number of at least 0.01"),
+        (lambda: SigLIP(bias=math.inf), "bias is inf; expected a finite number"),
+        (lambda: HardNegativeNCE(beta=-1.0), "beta is -1.0; expected at least 0"),
+        (lambda: PairMultiTask(label_smoothing=1.0), r"label_smoothing is 1.0; expected a number in \[0, 1\)"),
+        (lambda: PairMultiTask(weight=-1.0), "weight is -1.0; expected at least 0"),
         (
             lambda: InfoNCE()(torch.zeros(2, 3), torch.zeros(3, 3)),
             r"image is \(2, 3\), text \(3, 3\), labels none; expected",

@@ -93,7 +93,7 @@ def test_a_caption_finds_the_pairs_that_are_nearest(saved, tmp_path):
         assert f"│ {place} │ {score:.4f} │ {left} | {right} │" in said
     with Image.open(target) as image:
         assert image.size[0] > image.size[1]
-    assert f"{target}: 3 pictures" in said
+    assert f"{target}: 3 images" in said
 
 
 def test_a_picture_finds_captions_and_pictures(saved, pictures, tmp_path):
@@ -114,7 +114,7 @@ def test_a_picture_finds_captions_and_pictures(saved, pictures, tmp_path):
     assert "clear.png" in said
     assert str(Path("more") / "pair.png") in said
     assert f"left out: {pictures / 'broken.jpg'} cannot be read as a picture: UnidentifiedImageError" in said
-    assert "4 pictures" in said
+    assert "4 images" in said
 
 
 def test_a_wide_picture_is_a_pair_and_any_other_stands_on_both_halves(saved, pictures):
@@ -148,23 +148,31 @@ def test_a_saved_model_is_evaluated_as_it_was_trained(saved):
     assert model.evaluate(evaluate, digits) == pytest.approx(evaluate(bare, digits))
 
 
+def test_a_folder_that_has_the_name_of_a_registered_dataset_is_not_taken_for_it(saved, tmp_path):
+    recorded = {"asked": "image_folder", "arguments": {"root": "my photos/digits"}, "digest": "0"}
+    with pytest.raises(UsageError, match="name it: --dataset image_folder --dataset-arg 'root=my photos/digits'"):
+        run("search", saved(data=recorded), CAPTION, "-o", tmp_path / "found.png")
+    with pytest.raises(UsageError, match="--dataset-arg is an argument of --dataset; name the dataset, too"):
+        run("search", saved(), CAPTION, "--dataset-arg", "root=x")
+
+
 def test_unknown_words_are_named(saved, tmp_path):
     said = run("search", saved(), "a 3 beside a zebra", "--among", 9, "--count", 1, "-o", tmp_path / "found.png")
-    assert "note: this model never read 'a', 'beside', 'zebra': to it all such words are the same " in said
+    assert "note: the model's vocabulary does not have 'a', 'beside', 'zebra': all unknown words are the same to it" in said
 
 
 @pytest.mark.parametrize(
     ("query", "options", "message"),
     [
-        ("", (), "the caption is empty; give some text, such as 'the photo on the left is ...', or a picture's path"),
+        ("", (), "the caption is empty; give some text, such as 'the photo on the left is ...', or an image's path"),
         ("zebra", (), "the caption 'zebra' holds no word that this text encoder knows; its 17 words are 0, 1, 2"),
         ("3 " * 400, (), "has 400 words; this text encoder reads 32 at most: shorten it"),
-        ("none.png", (), "there is no picture none.png; give the path of one, or a caption"),
+        ("none.png", (), "there is no image none.png; give the path of one, or a caption"),
         ("3", ("--count", 0), "--count 0: expected 1 to 100"),
         ("3", ("--among", 0), "--among 0: expected at least 1"),
         ("3", ("--dataset", "digits", "--folder", "."), "--dataset and --folder exclude each other"),
-        ("3", ("--folder", "nowhere"), "there is no folder nowhere; give one that holds pictures"),
-        ("3", ("--out", "found.jpg"), "--out found.jpg: a PNG is written; give a name that ends in .png"),
+        ("3", ("--folder", "nowhere"), "there is no folder nowhere; give one that holds images"),
+        ("3", ("--out", "found.jpg"), "--out found.jpg: the file is a PNG; give a name that ends in .png"),
     ],
 )
 def test_what_cannot_be_searched_for_says_why(saved, tmp_path, monkeypatch, query, options, message):
@@ -180,7 +188,7 @@ def test_pictures_that_cannot_be_read_are_refused(saved, pictures, tmp_path):
         run("search", saved(), pictures / "broken.jpg")
     for path in pictures.rglob("*.png"):
         path.unlink()
-    with pytest.raises(UsageError, match="holds no picture that can be read; .*broken.jpg cannot be read as a picture"):
+    with pytest.raises(UsageError, match="holds no readable image; .*broken.jpg cannot be read as a picture"):
         run("search", saved(), "3", "--folder", pictures, "-o", tmp_path / "found.png")
     (pictures / "broken.jpg").unlink()
     with pytest.raises(DatasetError, match="holds no picture: expected .png, .jpg"):
@@ -192,7 +200,7 @@ def test_the_picture_that_is_searched_for_is_never_written_over(saved, tmp_path,
     Image.new("RGB", (12, 6), (9, 90, 200)).save(query)
     before = query.read_bytes()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match=r"--out query\.png is the picture that is searched for; give another name"):
+    with pytest.raises(UsageError, match=r"--out query\.png is the image that is searched for; give another name"):
         run("search", saved(), query, "--out", "query.png")
     assert query.read_bytes() == before
 
@@ -205,6 +213,6 @@ def test_models_that_cannot_search_are_named(saved):
     with pytest.raises(UsageError, match="8×15 pixels, which are no pairs: their width is odd"):
         run("search", saved(shape=(1, 8, 15)), CAPTION)
     with pytest.raises(
-        UsageError, match="does not say what dataset it was trained on; name one with --dataset, or --folder"
+        UsageError, match="does not name the dataset that it was trained on; name one with --dataset"
     ):
         run("search", saved(dataset=None), CAPTION)

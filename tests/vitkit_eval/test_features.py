@@ -1,5 +1,7 @@
 """Features of every image once, from models left as they were, on one process and on two."""
 
+from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -167,16 +169,59 @@ def test_counts():
     assert matrix.tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 0]]
 
 
-def test_equal_scores_are_counted_as_argmax_counts_them_and_numbers_that_are_none_are_no_hits():
+def test_equal_scores_share_their_places_as_over_all_orders_and_what_is_no_number_is_last():
     scores = torch.randint(0, 3, (400, 6), generator=torch.Generator().manual_seed(0)).float()
     labels = torch.arange(400) % 6
-    assert topk_accuracy(scores, labels) == pytest.approx(float((scores.argmax(1) == labels).float().mean()))
-    tops = [topk_accuracy(scores, labels, k) for k in range(1, 7)]
-    assert tops == sorted(tops)
-    assert tops[-1] == 1.0
-    assert topk_accuracy(torch.zeros(1, 4), torch.tensor([2]), 2) == 0.0
-    assert topk_accuracy(torch.zeros(1, 4), torch.tensor([2]), 3) == 1.0
+    orders = [torch.tensor(order) for order in permutations(range(6))]
+    for k in range(1, 7):  # the mean over all orders of the classes, of equal ones the first in that order
+        first = [scores[:, order].argsort(dim=1, descending=True, stable=True)[:, :k] for order in orders]
+        hits = [(order[top] == labels[:, None]).any(1).double().mean() for order, top in zip(orders, first, strict=True)]
+        assert topk_accuracy(scores, labels, k) == pytest.approx(float(torch.stack(hits).mean()))
+    assert [topk_accuracy(torch.zeros(3, 4), torch.arange(3), k) for k in (1, 3, 4)] == pytest.approx([1 / 4, 3 / 4, 1])
+    assert topk_accuracy(torch.tensor([[3.0, 3.0, 0.0]]), torch.tensor([0]), 1) == 0.5
     assert topk_accuracy(torch.full((6, 3), float("nan")), torch.arange(6) % 3) == 0.0
+    assert topk_accuracy(torch.tensor([[float("nan"), 1.0]]), torch.tensor([1])) == 0.0
+    assert topk_accuracy(torch.tensor([[0.0, -torch.inf, -torch.inf]]), torch.tensor([2]), 3) == 0.0
+
+
+@pytest.mark.parametrize("name", [*ALL, "accuracy"])
+def test_on_the_validation_split_names_and_protocols_say_so(dataset, encoder, name):
+    other = replace(dataset, train=dataset.train, test=dataset.train)  # what evaluates on test alone would give the same
+    object.__setattr__(other, "val", dataset.test)
+    encoder.classifier = nn.Linear(16, 3)
+    expected = evaluators.build(name)(encoder, dataset)
+    scores = evaluators.build(name)(encoder, other, split="val")
+    assert scores == {f"val_{key}": value for key, value in expected.items()}
+    assert set(scores.figures) == {f"val_{key}" for key in expected.figures}
+    assert {protocol.split for protocol in scores.protocols.values()} == {"val"}
+    assert {protocol.samples for protocol in scores.protocols.values()} == {45}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_score_says_what_kind_it_is(dataset, encoder, name):
+    kinds = {(protocol.kind, protocol.direction) for protocol in evaluators.build(name)(encoder, dataset).protocols.values()}
+    assert kinds == {("score" if name == "silhouette" else "proportion", "max")}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_images_without_a_label_are_refused_before_anything_is_encoded(dataset, name):
+    def never(images):
+        raise AssertionError
+
+    masked = dataset.test.mask_labels(0.4)
+    for part in {"test"} if name == "silhouette" else {"train", "test"}:
+        hidden = replace(dataset, **{part: masked})
+        for act in (evaluators.build(name).check, lambda data: evaluators.build(name)(never, data)):
+            with pytest.raises(UsageError, match=f"{name} needs labels, but 27 of 45 {part} images of shades have none; give"):
+                act(hidden)
+
+
+def test_another_split_and_an_empty_one_are_refused(dataset, encoder):
+    with pytest.raises(UsageError, match="split is 'valid'; did you mean 'val'. expected 'train', 'val', 'test'"):
+        evaluators.build("knn")(encoder, dataset, split="valid")
+    empty = replace(dataset, test=dataset.test.subset(torch.arange(0)))
+    with pytest.raises(UsageError, match="the test split of shades holds no images; choose another split to evaluate on"):
+        evaluators.build("silhouette")(encoder, empty)
 
 
 def test_what_cannot_be_measured_says_so(dataset, encoder):
@@ -187,8 +232,7 @@ def test_what_cannot_be_measured_says_so(dataset, encoder):
         extract_features(broken, dataset.test)
     with pytest.raises(UsageError, match="the split to evaluate on holds no images"):
         extract_features(encoder, dataset.test.subset(torch.arange(0)))
-    with pytest.raises(UsageError, match=r"has masked labels \(-1\); give the dataset as it was before mask_labels"):
-        extract_features(encoder, dataset.train.mask_labels(0.5))
+    assert extract_features(encoder, dataset.train.mask_labels(0.5)).labels.min() == -1
     with pytest.raises(UsageError, match=r"Flatten gave \(45, 16\) for 45 images; expected tokens \(45, n, d\)"):
         extract_features(nn.Flatten(), dataset.test)
 

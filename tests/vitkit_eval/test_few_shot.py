@@ -1,5 +1,8 @@
 """Few shots: nearest centroids as in scikit-learn, means over draws that the seed fixes."""
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +12,7 @@ from vitkit import evaluators
 from vitkit.errors import UsageError
 from vitkit.models import Features
 from vitkit_eval import FewShot
-from vitkit_eval.few_shot import _draws, nearest_centroid
+from vitkit_eval.few_shot import _draws, centroid_scores
 
 CLASSES = ["a", "b", "c", "d"]
 
@@ -25,14 +28,14 @@ def test_the_nearest_centroid_is_scikit_learns():
     train, test = blobs(40), blobs(500, seed=1)
     reference = NearestCentroid().fit(train.features.numpy(), train.labels.numpy())
     centroids = torch.from_numpy(reference.centroids_).float()
-    found = nearest_centroid(test.features, centroids)
+    found = centroid_scores(test.features, centroids).argmax(1)
     assert (found.numpy() == reference.predict(test.features.numpy())).all()
 
 
 def test_one_draw_is_the_classifier_that_was_described():
     train, test = blobs(80), blobs(200, seed=1)
     scores = FewShot(shots=[5], draws=1, seed=7).score(train, test, CLASSES)
-    (chosen,) = _draws(train.labels, CLASSES, 5, 1, 7)
+    (chosen,) = _draws(train.labels, 4, 5, 1, 7)
     assert (train.labels[chosen] == torch.arange(4)[:, None]).all()
     assert len(chosen.unique()) == 20
     known, queries = F.normalize(train.features, dim=1), F.normalize(test.features, dim=1)
@@ -60,8 +63,8 @@ def test_the_interval_is_of_the_mean_over_draws():
     known, queries = F.normalize(train.features, dim=1), F.normalize(test.features, dim=1)
     hits = torch.stack(
         [
-            (nearest_centroid(queries, known[chosen].mean(1)) == test.labels).double().mean()
-            for chosen in _draws(train.labels, CLASSES, 2, 30, 0)
+            (centroid_scores(queries, known[chosen].mean(1)).argmax(1) == test.labels).double().mean()
+            for chosen in _draws(train.labels, 4, 2, 30, 0)
         ]
     )
     assert scores["few_shot_2_top1"] == pytest.approx(float(hits.mean()))
@@ -96,6 +99,19 @@ def test_the_seed_chooses_the_draws_and_the_protocol_tells_how(dataset, encoder)
 def test_arguments_out_of_range_are_refused(arguments, message):
     with pytest.raises(UsageError, match=message):
         evaluators.build("few_shot", **arguments)
+
+
+def test_a_class_with_too_few_images_is_refused_before_anything_is_encoded(dataset):
+    def never(images):
+        raise AssertionError
+
+    few = replace(dataset, train=dataset.train.subset(torch.arange(14)))  # 5, 5 and 4 of each class
+    for act in (evaluators.build("few_shot", shots=[1, 5]).check, partial(evaluators.build("few_shot", shots=[1, 5]), never)):
+        with pytest.raises(UsageError, match="5 shots need .* but there are only 4 of 'shade 2'; ask for fewer shots"):
+            act(few)
+    with pytest.raises(UsageError, match="5 shots need .* but there are only 3 of"):
+        evaluators.build("few_shot", shots=[5], train_size=9).check(dataset)
+    evaluators.build("few_shot", shots=[3], train_size=9).check(dataset)
 
 
 def test_a_class_with_too_few_images_is_named():

@@ -9,7 +9,8 @@ from vitkit import evaluators
 from vitkit.errors import UsageError
 from vitkit.models import Features
 from vitkit_eval import KNN, knn
-from vitkit_eval.knn import nearest, vote
+from vitkit_eval.knn import vote
+from vitkit_eval.ties import highest
 
 
 def blobs(n, d, k, seed=0):
@@ -47,10 +48,10 @@ def test_a_training_image_is_its_own_nearest_and_lengths_of_features_do_not_matt
 @pytest.mark.parametrize("k", [1, 4, 12])
 def test_of_equally_near_images_the_earlier_are_nearer(k):
     similarity = torch.randint(0, 4, (50, 12), generator=torch.Generator().manual_seed(k)) / 4
-    values, index = nearest(similarity.clone(), k)
+    values, index = highest(similarity.clone(), k)
     ordered = similarity.sort(dim=1, descending=True, stable=True)
     assert torch.equal(values, ordered.values[:, :k])
-    assert torch.equal(index.sort(dim=1).values, ordered.indices[:, :k].sort(dim=1).values)
+    assert torch.equal(index, ordered.indices[:, :k])
 
 
 def test_equal_votes_go_to_the_class_of_lower_number():
@@ -67,13 +68,30 @@ def test_the_votes_do_not_depend_on_how_many_are_counted_at_once(monkeypatch):
     whole = vote(train, labels, test, 3, k=5, temperature=0.07)
     sizes = []
     monkeypatch.setattr(
-        knn, "nearest", lambda similarity, k: (sizes.append(similarity.numel()), nearest(similarity, k))[1]
+        knn, "highest", lambda similarity, k: (sizes.append(similarity.numel()), highest(similarity, k))[1]
     )
     for limit in (1, 90 * 7, 90 * 40):
         monkeypatch.setattr(knn, "SIMILARITIES", limit)
         assert torch.equal(vote(train, labels, test, 3, k=5, temperature=0.07).argmax(1), whole.argmax(1))
         assert max(sizes) <= max(limit, 90)
         sizes.clear()
+
+
+def test_a_class_without_a_vote_is_no_hit_among_the_top_five():
+    classes = [str(number) for number in range(12)]
+    train = Features(torch.eye(12), torch.arange(12))
+    near = torch.eye(12)[:2] + 0.5 * torch.eye(12)[2:4]  # nearest to their class and to one other
+    scores = KNN(k=2).score(train, Features(near, torch.tensor([0, 3])), classes)
+    assert scores["knn_top1"] == 0.5
+    assert scores["knn_top5"] == 1.0
+    scores = KNN(k=2).score(train, Features(near, torch.tensor([5, 6])), classes)  # no neighbour voted for these
+    assert scores["knn_top5"] == 0.0
+
+
+def test_equal_votes_share_the_hit():
+    train = Features(torch.eye(4)[:2], torch.tensor([0, 1]))
+    between = Features(torch.tensor([[1.0, 1.0, 0.0, 0.0]]), torch.tensor([1]))
+    assert KNN(k=2).score(train, between, list("abc"))["knn_top1"] == 0.5
 
 
 def test_the_protocol_says_how_it_was_measured(dataset, encoder):
@@ -84,8 +102,8 @@ def test_the_protocol_says_how_it_was_measured(dataset, encoder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"k": 0}, "k is 0; expected at least 1 neighbour"),
-        ({"temperature": 0}, "temperature is 0; expected a positive number"),
+        ({"k": 0}, "k is 0; expected at least 1"),
+        ({"temperature": 0}, "temperature is 0; expected a finite positive number"),
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments, message):

@@ -29,7 +29,9 @@ def objective(features, labels, weight, bias, C):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_probe_minimises_what_scikit_learn_minimises(C, dtype):
     features, labels = blobs(300, 8, 4)
-    weight, bias = fit_logistic(features.to(dtype), labels, 4, C=C, max_iter=500)
+    fit = fit_logistic(features.to(dtype), labels, 4, C=C, max_iter=500)
+    assert fit.converged
+    weight, bias = fit.weight, fit.bias
     reference = LogisticRegression(C=C, max_iter=5000, tol=1e-10).fit(features.double().numpy(), labels.numpy())
     theirs = torch.from_numpy(reference.coef_), torch.from_numpy(reference.intercept_)
     lowest = objective(features, labels, *theirs, C)
@@ -45,8 +47,8 @@ def test_the_probe_minimises_what_scikit_learn_minimises(C, dtype):
 
 def test_a_class_without_training_images_is_never_predicted_and_two_classes_are_a_case_like_any():
     features, labels = blobs(100, 5, 2)
-    weight, bias = fit_logistic(features, labels, 3)
-    assert set((features @ weight.T + bias).argmax(1).tolist()) == {0, 1}
+    fit = fit_logistic(features, labels, 3)
+    assert set((features @ fit.weight.T + fit.bias).argmax(1).tolist()) == {0, 1}
 
 
 def test_the_score_does_not_depend_on_the_features_scale_offset_or_order():
@@ -78,9 +80,16 @@ def test_the_protocol_says_how_it_was_measured(dataset, encoder):
     assert scores.protocols["linear_top1"].note == "logistic regression (C=0.5) on 120 standardised training features"
 
 
+def test_a_fit_that_has_not_converged_says_so_in_the_protocol():
+    train, test = (Features(*blobs(300, 8, 4, seed=seed)) for seed in (0, 1))
+    notes = [LinearProbe(max_iter=most).score(train, test, list("abcd")).protocols["linear_top1"].note for most in (3, 500)]
+    assert notes[0].endswith("standardised training features; not converged after 3 iterations")
+    assert "converged" not in notes[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"C": 0}, "C is 0; expected a positive"), ({"max_iter": 0}, "max_iter is 0; expected at least 1")],
+    [({"C": 0}, "C is 0; expected a finite positive number"), ({"max_iter": 0}, "max_iter is 0; expected at least 1")],
 )
 def test_arguments_out_of_range_are_refused(arguments, message):
     with pytest.raises(UsageError, match=message):
@@ -95,7 +104,7 @@ def test_on_real_digits_it_predicts_what_scikit_learn_predicts():
     features, labels = torch.from_numpy(digits.data).float(), torch.from_numpy(digits.target).long()
     mean, scale = moments(features[:1200])
     features = (features - mean) / scale
-    weight, bias = fit_logistic(features[:1200], labels[:1200], 10)
+    fit = fit_logistic(features[:1200], labels[:1200], 10)
     reference = LogisticRegression(max_iter=5000, tol=1e-8).fit(features[:1200].double(), labels[:1200])
-    predicted = (features[1200:] @ weight.T + bias).argmax(1).numpy()
+    predicted = (features[1200:] @ fit.weight.T + fit.bias).argmax(1).numpy()
     assert np.mean(predicted == reference.predict(features[1200:].double())) >= 0.998

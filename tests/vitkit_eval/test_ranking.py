@@ -1,5 +1,8 @@
 """Ranks in pieces: exact cases, ties, torchmetrics and memory."""
 
+from functools import partial
+from itertools import permutations
+
 import pytest
 import torch
 from pretending import Pretending, elsewhere
@@ -8,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchmetrics.retrieval import RetrievalHitRate, RetrievalMAP, RetrievalRecall
 
 from vitkit.errors import UsageError
-from vitkit_eval import nearest_items, rank_relevant
+from vitkit_eval import Ranking, nearest_items, rank_relevant
 from vitkit_eval.ranking import hit_rate, mean_average_precision, median_rank, recall
 from vitkit_eval.retrieval import chance_hit_rate, chance_map, chance_median_rank, chance_recall, retrieval_scores
 
@@ -35,7 +38,7 @@ def test_ranks_are_places_in_the_sorted_row(cells):
     found = rank_relevant(queries, items, query, item, cells=cells)
     scores = scores_of(queries, items)
     places = scores.argsort(dim=1, descending=True).argsort(dim=1) + 1
-    assert torch.equal(found.ranks, places[found.query, found.item])
+    assert torch.equal(found.ranks, places[found.query, found.item].double())
     assert torch.equal(found.nearest, scores.argmax(1))
     assert sorted(zip(query.tolist(), item.tolist(), strict=True)) == list(
         zip(found.query.tolist(), found.item.tolist(), strict=True)
@@ -65,20 +68,34 @@ def test_metrics_are_those_of_torchmetrics():
     assert median_rank(found) == sorted(first.values())[(len(first) - 1) // 2]
 
 
-def test_ties_are_decided_against_the_model():
-    same = torch.ones(3, 2)
-    found = rank_relevant(same, torch.ones(5, 2), torch.tensor([0, 0, 2]), torch.tensor([0, 3, 1]))
-    assert found.ranks.tolist() == [4, 5, 5]  # behind the irrelevant ones, in the order of their numbers
-    assert found.nearest.tolist() == [0, 0, 0]
-    assert hit_rate(found, 1) == 0.0
+def test_a_model_that_ties_everything_scores_chance_exactly_whatever_the_order_of_items():
+    query, item = made()[2:]
+    found = rank_relevant(torch.ones(40, 2), torch.ones(30, 2), query, item)
+    counts = found.query.unique_consecutive(return_counts=True)[1]
+    for k in (1, 5, 20):
+        assert hit_rate(found, k) == pytest.approx(chance_hit_rate(counts, 30, k))
+        assert recall(found, k) == pytest.approx(chance_recall(30, k))
+    assert mean_average_precision(found) == pytest.approx(chance_map(counts, 30))
+    assert set(found.nearest.tolist()) == {0}
 
 
 @pytest.mark.parametrize("cells", [1, 10**6])
-def test_equal_relevant_items_behind_better_ones(cells):
-    queries = torch.tensor([[1.0, 0.0]])
-    items = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [-1.0, 0.0]])
-    found = rank_relevant(queries, items, torch.zeros(3, dtype=torch.int64), torch.tensor([1, 0, 3]), cells=cells)
-    assert found.ranks.tolist() == [3, 1, 4]  # of items 0, 1 and 3; item 2 ties with 0 and 3 and stands before both
+def test_metrics_of_equal_scores_are_the_means_over_all_their_orders(cells):
+    queries = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    items = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [-1.0, 0.0], [0.0, 1.0]])
+    query, item = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([1, 0, 3, 4, 2])
+    found = rank_relevant(queries, items, query, item, cells=cells)
+    assert found.ranks.tolist() == [3.5, 1, 3.5, 2.5, 5.5]
+    exact = []
+    for order in permutations(range(6)):
+        order = torch.tensor(order)
+        # Distinct scores, equal ones in this order.
+        scores = scores_of(queries, items) - 1e-3 * order.argsort()
+        places = scores.argsort(dim=1, descending=True).argsort(dim=1)[found.query, found.item]
+        exact.append(Ranking(found.query, found.item, places, torch.ones_like(places), found.nearest, 6))
+    for metric in (*(partial(m, k=k) for m in (hit_rate, recall) for k in range(1, 7)), mean_average_precision):
+        assert metric(found) == pytest.approx(sum(map(metric, exact)) / len(exact))
+    assert median_rank(found) == 1.0
 
 
 def test_what_is_no_number_is_found_last():
@@ -109,7 +126,8 @@ def test_chance_is_what_random_orders_score():
     query, item = target.nonzero().unbind(1)
     order = torch.rand(n, m, generator=generator).argsort(dim=1) + 1
     found = rank_relevant(torch.randn(n, 2), torch.randn(m, 2), query, item)
-    random = type(found)(found.query, found.item, order[found.query, found.item], found.nearest, m)
+    places = order[found.query, found.item] - 1
+    random = Ranking(found.query, found.item, places, torch.ones_like(places), found.nearest, m)
     for k in (1, 5, 20):
         assert hit_rate(random, k) == pytest.approx(chance_hit_rate(counts, m, k), abs=0.03)
         assert recall(random, k) == pytest.approx(chance_recall(m, k), abs=0.02)
@@ -132,6 +150,10 @@ def test_scores_name_their_protocol():
     assert list(scores) == ["x_top1", "x_top5", "x_recall1", "x_recall5", "x_map", "x_median_rank"]
     protocol = scores.protocols["x_recall5"]
     assert (protocol.split, protocol.samples, protocol.chance, protocol.note) == ("test", 39, 5 / 30, "made")
+    kinds = {name.removeprefix("x_"): (protocol.kind, protocol.direction) for name, protocol in scores.protocols.items()}
+    assert kinds.pop("median_rank") == ("error", "min")
+    assert kinds.pop("map") == ("score", "max")
+    assert set(kinds.values()) == {("proportion", "max")}
 
 
 def test_nearest_items_are_sorted_and_stable():
@@ -179,7 +201,7 @@ def test_the_matrix_of_all_scores_never_stands_in_memory(relevant):
             (torch.ones(2, 3), torch.ones(2, 3), [0], [2]),
             "relevant pairs name item 2 to 2; there are 2, counted from 0",
         ),
-        ((torch.ones(2, 3), torch.ones(2, 3), [1, 1], [0, 0]), "the relevant pairs hold one twice"),
+        ((torch.ones(2, 3), torch.ones(2, 3), [1, 1], [0, 0]), "a relevant pair is given twice"),
     ],
 )
 def test_wrong_arguments_say_what_was_expected(arguments, message):
@@ -197,5 +219,5 @@ def test_a_ranking_is_scored_on_a_device_without_fp64():
     with Pretending():
         found = rank_relevant(*map(elsewhere, (queries, items, query, item)))
         with pytest.raises(TypeError, match="doesn't support float64"):
-            found.ranks.double()
+            found.higher.double()
         assert retrieval_scores("x", found, (1, 5), note="", recalls=True) == expected

@@ -68,7 +68,7 @@ def test_the_encoder_sees_the_other_dataset_as_its_own_and_the_pixels_stand_besi
 def test_pixels_are_measured_once_for_each_way_of_showing_them(dataset, colours, monkeypatch):
     counted = []
     score = KNN.score
-    monkeypatch.setattr(KNN, "score", lambda self, train, *rest: (counted.append(train), score(self, train, *rest))[1])
+    monkeypatch.setattr(KNN, "score", lambda self, train, *rest, **more: (counted.append(train), score(self, train, *rest, **more))[1])
     evaluator = Transfer(dataset=colours, k=5, train_size=30, test_size=12)
     for _ in range(3):
         assert evaluator(Watched(), dataset).protocols["transfer_knn_top1"].samples == 12

@@ -33,7 +33,7 @@ def run(model: JEPA, data: dict[str, Tensor]) -> dict[str, Tensor]:
     return model(data)
 
 
-@pytest.mark.parametrize("objective", ["joint", "seed", "images"])
+@pytest.mark.parametrize("objective", ["joint", "reference", "images"])
 @pytest.mark.parametrize("labels", [[0, 1, 2, 2], [0, -1, -1, 2], [-1, -1, -1, -1]])
 def test_every_trainable_parameter_takes_part_whatever_labels_are_shown(
     objective: str, labels: list[int]
@@ -45,7 +45,7 @@ def test_every_trainable_parameter_takes_part_whatever_labels_are_shown(
     assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
-@pytest.mark.parametrize("objective", ["joint", "seed"])
+@pytest.mark.parametrize("objective", ["joint", "reference"])
 def test_labels_matter_and_hidden_ones_do_not(objective: str) -> None:
     model = jepa(objective)
     assert run(model, batch([0, 1, 2]))["loss"] != run(model, batch([0, 1, 1]))["loss"]
@@ -72,8 +72,8 @@ def test_images_objective_ignores_labels_and_leaves_their_embedding_alone() -> N
     assert torch.equal(model.backbone.label_embed.weight, before)
 
 
-def test_seed_objective_is_the_loss_of_labelled_views_alone() -> None:
-    model, data = jepa("seed"), batch([0, 1, 2])
+def test_reference_objective_is_the_loss_of_labelled_views_alone() -> None:
+    model, data = jepa("reference"), batch([0, 1, 2])
     z = torch.stack(
         [
             model.projector(model.backbone.encode_multimodal(v, data["labels"]))
@@ -129,16 +129,16 @@ def test_swap_is_the_share_of_wrong_labels() -> None:
     labels = torch.arange(3).repeat(400)
     for swap in (0.0, 0.25, 1.0):
         torch.manual_seed(0)
-        told = jepa(swap=swap)._tell(labels)
-        assert (told != labels).float().mean().item() == pytest.approx(swap, abs=0.04)
-        assert ((told >= 0) & (told < 3)).all()
+        drawn = jepa(swap=swap)._swapped(labels)
+        assert (drawn != labels).float().mean().item() == pytest.approx(swap, abs=0.04)
+        assert ((drawn >= 0) & (drawn < 3)).all()
 
 
 @pytest.mark.parametrize(
     ("objective", "expected"),
     [
         ("joint", [(4, 2), (2, 3), (3, 1)]),  # two views of two images; two patches and a label; three labels
-        ("seed", [(6, 3)]),
+        ("reference", [(6, 3)]),
         ("images", [(6, 2)]),
     ],
 )
@@ -152,7 +152,7 @@ def test_every_view_shows_a_share_of_its_patches(objective: str, expected: list[
 def test_patches_are_drawn_for_each_view_of_each_image_and_none_comes_twice() -> None:
     torch.manual_seed(0)
     model = jepa(keep=0.5)  # two of four patches: six ways
-    kept = model._kept(torch.zeros(500, dtype=torch.int64), 2).sort(dim=1).values
+    kept = model._drawn_patches(torch.zeros(500, dtype=torch.int64), 2).sort(dim=1).values
     assert kept.shape == (1000, 2)
     ways, counts = kept.unique(dim=0, return_counts=True)
     assert len(ways) == 6
@@ -222,7 +222,7 @@ def _worker(number: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=number, world_size=2)
     found = {}
-    for objective in ("joint", "seed", "images"):
+    for objective in ("joint", "reference", "images"):
         for name, sizes in PARTS.items():
             part = {key: value.split(sizes)[number] for key, value in whole().items()}
             found[objective, name] = gradients(objective, part)
@@ -239,7 +239,7 @@ def test_two_ranks_give_the_loss_and_gradient_of_one(tmp_path: Any) -> None:
     """The same wrong labels and patches, whoever holds which samples; each class's own point once."""
     mp.spawn(_worker, (str(tmp_path),), nprocs=2)
     one, two = (torch.load(tmp_path / f"{number}.pt") for number in range(2))
-    for objective in ("joint", "seed", "images"):
+    for objective in ("joint", "reference", "images"):
         parts, expected = gradients(objective, whole())
         for name in PARTS:
             for rank in (one, two):
@@ -256,7 +256,7 @@ def test_two_ranks_give_the_loss_and_gradient_of_one(tmp_path: Any) -> None:
         torch.testing.assert_close(rank["cached"][1], grads(model), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("objective", ["joint", "seed", "images"])
+@pytest.mark.parametrize("objective", ["joint", "reference", "images"])
 def test_accumulated_batches_have_the_loss_and_the_gradient_of_one(objective: Any, monkeypatch: Any) -> None:
     """SIGReg's statistics and the batch norm's are the whole batch's, for the same directions."""
     compute_loss = JEPA.compute_loss
@@ -272,18 +272,34 @@ def test_accumulated_batches_have_the_loss_and_the_gradient_of_one(objective: An
     assert abs(sum(separate) / 2 - found[1][0]["sigreg"].item()) > 1e-2  # the mean of the batches' would be another
 
 
+@pytest.mark.parametrize("objective", ["joint", "reference", "images"])
+def test_the_uninformed_value_is_that_of_embeddings_at_zero(objective: Any) -> None:
+    model, data = jepa(objective), batch([0, 1, 2, 0])
+    with torch.no_grad():
+        for parameter in model.projector.parameters():
+            parameter.zero_()
+        parts = {name: float(value) for name, value in model(data).items()}
+    assert model.uninformed(4) == pytest.approx(parts, rel=1e-5)
+
+
+def test_a_loss_that_states_no_uninformed_value_leaves_it_out() -> None:
+    model = jepa()
+    model.loss = nn.Module()
+    assert model.uninformed(4) == {}
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: jepa("joined"), "objective is 'joined', expected 'joint', 'seed', 'images'"),
-        (lambda: jepa(keep=0.0), r"keep is 0.0, expected a share of the patches in \(0, 1\]"),
-        (lambda: jepa(swap=1.5), r"swap is 1.5, expected a share of the labels in \[0, 1\]"),
+        (lambda: jepa("joined"), "objective is 'joined'; .*expected 'joint', 'reference', 'images'"),
+        (lambda: jepa(keep=0.0), r"keep is 0.0; expected a number in \(0, 1\]"),
+        (lambda: jepa(swap=1.5), r"swap is 1.5; expected a number in \[0, 1\]"),
         (
             lambda: jepa()({"images": torch.zeros(2, 8, 8), "labels": torch.zeros(2)}),
             r"images are \(2, 8, 8\) and labels \(2,\)",
         ),
         (lambda: jepa()(batch([0, 3])), "label 3 is none of this model's 3 classes"),
-        (lambda: jepa("seed")(batch([0, 3])), "label 3 is none of this model's 3 classes"),
+        (lambda: jepa("reference")(batch([0, 3])), "label 3 is none of this model's 3 classes"),
     ],
 )
 def test_wrong_arguments_say_what_was_expected(make: Any, message: str) -> None:

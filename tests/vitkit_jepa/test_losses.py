@@ -40,6 +40,15 @@ def test_collapsed_embeddings_cost_their_number(n: int) -> None:
     assert SIGReg()(torch.zeros(1, n, 5))["loss"].item() == pytest.approx(COLLAPSE * n, rel=1e-3)
 
 
+def test_the_floor_and_the_value_of_collapsed_embeddings_are_stated() -> None:
+    loss = SIGReg()
+    assert loss.floor == pytest.approx(FLOOR, abs=5e-5)
+    assert loss.uninformed(128) == pytest.approx({"loss": COLLAPSE * 128, "sigreg": COLLAPSE * 128}, rel=1e-3)
+    for kind in (SIGReg(knots=9, limit=4.0), LeJEPALoss(0.3)):
+        parts = {name: float(value) for name, value in kind(torch.zeros(2, 12, 5)).items()}
+        assert kind.uninformed(12) == pytest.approx(parts, rel=1e-5)
+
+
 def test_collapse_is_the_trapezoid_of_the_written_formula() -> None:
     t = [3 * j / 16 for j in range(17)]
     w = [2 * 3 / 16 * (0.5 if j in (0, 16) else 1) * math.exp(-s * s / 2) for j, s in enumerate(t)]
@@ -170,10 +179,10 @@ def test_phases_are_fp32_under_autocast() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SIGReg(0), "directions is 0, expected a whole number of at least 1"),
-        (lambda: SIGReg(knots=1), "knots is 1, expected a whole number of at least 2"),
-        (lambda: SIGReg(limit=0.0), "limit is 0.0, expected a positive number"),
-        (lambda: LeJEPALoss(1.5), r"lamda is 1.5, expected a weight in \[0, 1\]"),
+        (lambda: SIGReg(0), "directions is 0; expected at least 1"),
+        (lambda: SIGReg(knots=1), "knots is 1; expected at least 2"),
+        (lambda: SIGReg(limit=0.0), "limit is 0.0; expected a finite positive number"),
+        (lambda: LeJEPALoss(1.5), r"lamda is 1.5; expected a number in \[0, 1\]"),
         (
             lambda: LeJEPALoss()(torch.zeros(4, 2)),
             r"projections are \(4, 2\), expected \(views, samples, dim\)",

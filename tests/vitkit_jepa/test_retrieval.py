@@ -1,5 +1,6 @@
 """Label retrieval: exact cases, ties, and what it leaves alone."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,6 @@ from vitkit.contracts import Attention, Confusion, Embeddings
 from vitkit.data import ImageDataset, ImageSplit, Preprocessing
 from vitkit.errors import UsageError
 from vitkit_jepa import LabelRetrieval
-from vitkit_jepa.retrieval import topk
 
 CLASSES = ["a", "b", "c", "d"]
 
@@ -101,13 +101,32 @@ def test_a_model_that_never_saw_labels_scores_chance_exactly() -> None:
     assert scores == pytest.approx({"m1_top1": 0.25, "m1_top3": 0.75, "m2_top1": 0.25, "m2_top3": 0.75})
 
 
-def test_equal_scores_share_their_places() -> None:
-    labels = torch.tensor([0, 1, 2])
-    assert topk(torch.zeros(3, 4), labels, 1) == pytest.approx(1 / 4)
-    assert topk(torch.zeros(3, 4), labels, 3) == pytest.approx(3 / 4)
-    assert topk(torch.tensor([[3.0, 3.0, 0.0]]), labels[:1], 1) == 0.5
-    assert topk(torch.tensor([[3.0, 4.0, 0.0]]), labels[:1], 1) == 0.0
-    assert topk(torch.tensor([[3.0, 4.0, 0.0]]), labels[:1], 3) == 1.0
+def test_classes_of_a_model_that_names_them_are_matched_by_name() -> None:
+    data, model = dataset(), oracle(wrong=(1,))
+    expected = LabelRetrieval()(model, data)
+    turned = [2, 0, 3, 1]  # label l is label turned[l] in a dataset that has its classes in another order
+    other = replace(
+        data,
+        classes=[CLASSES[turned.index(number)] for number in range(4)],
+        test=replace(data.test, labels=torch.tensor(turned)[data.test.labels]),
+    )
+    assert LabelRetrieval()(model, other)["m2_top1"] < 0.5
+    model.classes = CLASSES
+    scores = LabelRetrieval()(model, other)
+    assert scores == expected
+    assert scores.figures["m1_confusion"].matrix.trace() == expected.figures["m1_confusion"].matrix.trace()
+    with pytest.raises(UsageError, match="the model's classes are 'a', 'b', 'c', 'd', those of made are 'a', 'b', 'c', 'e'; eval"):
+        LabelRetrieval()(model, replace(data, classes=["a", "b", "c", "e"]))
+
+
+def test_on_the_validation_split_names_and_protocols_say_so() -> None:
+    data = dataset()
+    with_val = replace(data, test=data.test.subset(torch.arange(9)))
+    object.__setattr__(with_val, "val", data.test)
+    expected, scores = LabelRetrieval()(oracle((1,)), data), LabelRetrieval()(oracle((1,)), with_val, split="val")
+    assert scores == {f"val_{name}": value for name, value in expected.items()}
+    assert {(p.split, p.kind, p.direction) for p in scores.protocols.values()} == {("val", "proportion", "max")}
+    assert set(scores.figures) == {f"val_{name}" for name in expected.figures}
 
 
 def test_batch_size_changes_nothing() -> None:
@@ -144,8 +163,8 @@ def test_pictures_are_plain_arrays_of_matching_sizes() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: LabelRetrieval(space="nowhere"), "space is 'nowhere', expected 'projector' or 'encoder'"),
-        (lambda: LabelRetrieval(batch_size=0), "batch_size is 0, expected at least 1"),
+        (lambda: LabelRetrieval(space="nowhere"), "space is 'nowhere'; expected 'projector', 'encoder'"),
+        (lambda: LabelRetrieval(batch_size=0), "batch_size is 0; expected at least 1"),
         (lambda: LabelRetrieval(attention_samples=-1), "attention_samples is -1"),
         (lambda: LabelRetrieval()(nn.Linear(2, 2), dataset()), "needs a model whose .backbone takes labels"),
         (

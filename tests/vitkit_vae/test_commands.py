@@ -1,5 +1,6 @@
 """`vitkit sample`, `interpolate` and `reconstruct` on saved models, and what they say where it cannot be done."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,7 +27,7 @@ SIDE = 128
 def saved(tmp_path: Path) -> Callable[..., Path]:
     """`saved(conditional=True)`: the directory of an untrained model of digits."""
 
-    def save(name: str = "run", *, conditional: bool = False, decoder: bool = True, **config) -> Path:
+    def save(name: str = "run", *, conditional: bool = False, decoder: bool = True, arguments=None, **config) -> Path:
         digits = data.build("digits")
         torch.manual_seed(0)
         modules = {
@@ -41,7 +42,7 @@ def saved(tmp_path: Path) -> Callable[..., Path]:
         extra = {"dataset": "digits"} | config
         preprocessing = digits.train.preprocessing.to_json()
         saving.save(
-            tmp_path / name, modules, preprocessing=preprocessing, classes=digits.classes, arguments={}, extra=extra
+            tmp_path / name, modules, preprocessing=preprocessing, classes=digits.classes, arguments=arguments or {}, extra=extra
         )
         return tmp_path / name
 
@@ -99,9 +100,9 @@ def test_sample_from_the_latents_that_images_have(saved, target):
     run("sample", directory, "-o", target, "--count", 8)
     standard = target.read_bytes()
     said = run("sample", directory, "-o", target, "--count", 8, "--fitted")
-    assert said == f"{target}: 8 samples, seed 0, latents as training images have them"
+    assert said == f"{target}: 8 samples, seed 0, latents from a Gaussian fitted to those of training images"
     assert target.read_bytes() != standard
-    with pytest.raises(UsageError, match="does not say what dataset it was trained on"):
+    with pytest.raises(UsageError, match="does not name the dataset that it was trained on"):
         run("sample", saved(dataset=None), "-o", target, "--fitted")
 
 
@@ -115,7 +116,7 @@ def test_sample_of_a_conditional_decoder_shows_its_classes_or_one(saved, target)
 
 def test_interpolate_between_images_and_between_classes(saved, target):
     directory = saved()
-    assert run("interpolate", directory, 3, 8, "-o", target) == f"{target}: 8 steps from 8 (#3) to 3 (#8), digits"
+    assert run("interpolate", directory, 3, 8, "-o", target) == f"{target}: 8 steps from 3 (#3) to 8 (#8), digits"
     assert size(target) == (across(10), SIDE + LINE + 2 * GAP)
     said = run("interpolate", directory, 3, 8, "--classes", "--steps", 5, "-o", target)
     assert said == f"{target}: 5 steps from 3 to 8, digits"
@@ -143,13 +144,13 @@ def test_another_dataset_is_adapted_and_a_line_says_so(saved, target, colours):
     for directory in (saved(), saved("conditional", conditional=True)):
         said = run("reconstruct", directory, "--dataset", colours, "-o", target)
         assert said.startswith(
-            "images of colours are 3×12×12 (channels, height, width), shown to the model as 1×8×8 "
+            "images of colours are 3×12×12 (channels, height, width), adapted to the model's 1×8×8 "
             f"{target}: 16 test images of colours, seed 0, mean squared error 0."
         )
         said = run("interpolate", directory, "warm", "cold", "--dataset", colours, "-o", target)
         assert said.endswith(f"{target}: 8 steps from warm to cold, colours")
         assert size(target)[0] == across(8)
-    with pytest.raises(UsageError, match="five cannot be shown to the model in .*: images have 5 channels, the model takes 1"):
+    with pytest.raises(UsageError, match="five does not fit the model in .*: images have 5 channels, the model takes 1"):
         run("reconstruct", saved(), "--dataset", "five", "-o", target)
     with pytest.raises(UnknownNameError, match="no dataset named 'colour'; .*; did you mean 'colours'"):
         run("reconstruct", saved(), "--dataset", "colour", "-o", target)
@@ -158,7 +159,7 @@ def test_another_dataset_is_adapted_and_a_line_says_so(saved, target, colours):
 def test_a_run_without_a_decoder(saved, target):
     directory = saved(decoder=False)
     for command in (["sample", directory], ["interpolate", directory, 1, 2], ["reconstruct", directory]):
-        with pytest.raises(UsageError, match=r"this model has no decoder that could make images \(it holds backbone\); take"):
+        with pytest.raises(UsageError, match=r"this model has no decoder, which makes images \(it has backbone\); use"):
             run(*command, "-o", target)
     assert not target.exists()
 
@@ -199,7 +200,7 @@ def test_directories_that_cannot_be_read(saved, target, tmp_path):
 
 def test_output_that_cannot_be_written_is_refused_and_leaves_nothing_behind(saved, tmp_path):
     for command in (["sample"], ["reconstruct"]):  # before the run is even looked at
-        with pytest.raises(UsageError, match=r"--out grid.jpg: a PNG is written; give a name that ends in .png"):
+        with pytest.raises(UsageError, match=r"--out grid.jpg: the file is a PNG; give a name that ends in .png"):
             run(*command, tmp_path / "nowhere", "-o", "grid.jpg")
     directory = saved()
     (tmp_path / "file").write_text("")
@@ -221,9 +222,37 @@ def test_counts_out_of_range(saved, target, count):
 def test_a_model_that_names_no_dataset(saved, target):
     directory = saved(dataset=None)
     run("sample", directory, "-o", target)
-    with pytest.raises(UsageError, match="run does not say what dataset it was trained on; name one with --dataset"):
+    with pytest.raises(UsageError, match="run does not name the dataset that it was trained on; name one with --dataset"):
         run("reconstruct", directory, "-o", target)
     run("reconstruct", directory, "--dataset", "digits", "-o", target)
+
+
+def record(asked: str, digest: str | None = None, **arguments: object) -> dict[str, object]:
+    """What a run records of its dataset."""
+    return {"asked": asked, "arguments": arguments, "digest": digest or data.build("digits").digest}
+
+
+def test_the_dataset_of_the_training_is_known_by_its_digest_and_not_by_its_name(saved, target):
+    expected = run("reconstruct", saved(), "-o", target)
+    assert run("reconstruct", saved(data=record("auto")), "-o", target) == expected
+    assert run("reconstruct", saved(data=record("digits", img_size=8)), "-o", target) == expected
+    with pytest.raises(UsageError, match="the dataset digits is not the one that the model in .*: classes or labels differ"):
+        run("reconstruct", saved(data=record("digits", "f" * 64)), "-o", target)
+    directory = saved(data=record("image_folder", root="my photos/digits"))  # a folder that is called digits
+    with pytest.raises(UsageError, match="name it: --dataset image_folder --dataset-arg 'root=my photos/digits'"):
+        run("interpolate", directory, 0, 1, "-o", target)
+    assert run("interpolate", directory, 0, 1, "--dataset", "digits", "--dataset-arg", "img_size=8", "-o", target)
+    with pytest.raises(UsageError, match="--dataset-arg is an argument of --dataset; name the dataset, too"):
+        run("reconstruct", saved(), "--dataset-arg", "img_size=8", "-o", target)
+
+
+def test_a_model_of_an_earlier_version_is_known_by_its_classes_and_flags(saved, target, colours):
+    with pytest.raises(UsageError, match="the dataset colours is not the one that the model in .*: classes or labels differ"):
+        run("reconstruct", saved(dataset=colours), "-o", target)
+    path = saved(arguments={"dataset": "image_folder", "dataset_arg": ["root=digits"]}) / "config.json"
+    assert json.loads(path.read_text())["arguments"]["dataset_arg"] == ["root=digits"]
+    with pytest.raises(UsageError, match="name it: --dataset image_folder --dataset-arg root=digits"):
+        run("reconstruct", path.parent, "-o", target)
 
 
 def test_they_are_listed_without_being_imported():

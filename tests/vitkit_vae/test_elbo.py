@@ -60,13 +60,19 @@ def test_extreme_logits_and_latents_stay_finite_under_autocast() -> None:
         assert losses.build("kl")(torch.full((2, 3), 1e6), torch.full((2, 3), 10.0))["loss"].isfinite()
 
 
+def test_a_posterior_that_ignores_the_image_costs_its_uninformed_value() -> None:
+    for reduction in ("image", "dimension"):
+        loss: Any = losses.build("kl", reduction=reduction)
+        assert loss.uninformed(4)["loss"] == float(loss(torch.zeros(4, 3), torch.zeros(4, 3))["loss"])
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ReconstructionLoss("l2"), "kind is 'l2', expected one of 'mse', 'bce', 'l1'"),
-        (lambda: ReconstructionLoss(reduction="sum"), "reduction is 'sum', expected one of 'pixel', 'image'"),
-        (lambda: KLLoss("sum"), "reduction is 'sum', expected one of 'image', 'dimension'"),
-        (lambda: KLLoss()(torch.zeros(2, 3), torch.zeros(2, 4)), r"μ is \(2, 3\) and log σ² \(2, 4\), expected one shape"),
+        (lambda: ReconstructionLoss("l2"), "kind is 'l2'; expected 'mse', 'bce', 'l1'"),
+        (lambda: ReconstructionLoss(reduction="sum"), "reduction is 'sum'; expected 'pixel', 'image'"),
+        (lambda: KLLoss("sum"), "reduction is 'sum'; expected 'image', 'dimension'"),
+        (lambda: KLLoss()(torch.zeros(2, 3), torch.zeros(2, 4)), r"μ is \(2, 3\) and log σ² \(2, 4\); expected one shape"),
         (
             lambda: ReconstructionLoss()(torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 5, 5)),
             r"reconstructions are \(2, 1, 4, 4\), images \(2, 1, 5, 5\); expected one shape",

@@ -1,5 +1,6 @@
 """Reconstruction errors are torchmetrics', active units those of Burda et al., on one process and on two."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,10 +75,37 @@ def test_errors_are_those_of_torchmetrics(dataset):
     assert (protocol.split, protocol.samples) == ("test", 45)
     assert protocol.chance == pytest.approx(float((pixels - pixels.mean(dim=0)).square().mean()), rel=1e-4)
     assert protocol.note == "from the latent's mean, pixels in [0, 1]; chance: the mean image"
-    assert scores.protocols["reconstruction_psnr"].note.startswith("dB, mean over images, from the latent's mean")
+    assert scores.protocols["reconstruction_psnr"].note.startswith("mean over images, from the latent's mean")
     sheet = scores.figures["reconstructions"]
     assert (len(sheet.images), sheet.columns) == (32, 8)
     assert model.training
+
+
+def test_kinds_units_and_directions(dataset):
+    protocols = {**evaluators.build("reconstruction")(build_model(), dataset).protocols}
+    protocols |= evaluators.build("active_units")(build_model(), dataset).protocols
+    assert {name: (p.kind, p.unit, p.direction) for name, p in protocols.items()} == {
+        "reconstruction_mse": ("error", "", "min"),
+        "reconstruction_psnr": ("score", "dB", "max"),
+        "active_units": ("score", "dimensions", "max"),
+    }
+
+
+@pytest.mark.parametrize("name", ["reconstruction", "active_units"])
+def test_on_the_validation_split_names_and_protocols_say_so(dataset, name):
+    with_val = replace(dataset)
+    object.__setattr__(with_val, "val", dataset.test.subset(torch.arange(30)))
+    scores = evaluators.build(name)(build_model(), with_val, split="val")
+    assert all(key.startswith("val_") for key in (*scores, *scores.figures))
+    assert {(protocol.split, protocol.samples) for protocol in scores.protocols.values()} == {("val", 30)}
+
+
+def test_images_need_no_labels_but_for_a_conditional_decoder(dataset):
+    hidden = replace(dataset, test=dataset.test.mask_labels(0.4))
+    for name in ("reconstruction", "active_units"):
+        assert evaluators.build(name)(build_model(), hidden) == evaluators.build(name)(build_model(), dataset)
+    with pytest.raises(UsageError, match="reconstruction with a conditional decoder needs labels, but 27 of 45 test images"):
+        evaluators.build("reconstruction")(build_model(num_classes=3), hidden)
 
 
 def test_a_perfect_reconstruction_counts_as_a_hundred_decibels(dataset):
@@ -101,7 +129,7 @@ def test_a_perfect_reconstruction_counts_as_a_hundred_decibels(dataset):
 def test_a_conditional_decoder_is_told_the_true_class_and_the_protocol_says_so(dataset):
     scores = evaluators.build("reconstruction")(build_model(num_classes=3), dataset)
     assert scores["reconstruction_mse"] != evaluators.build("reconstruction")(build_model(), dataset)["reconstruction_mse"]
-    assert "the decoder told the true class" in scores.protocols["reconstruction_mse"].note
+    assert "the decoder gets the true class" in scores.protocols["reconstruction_mse"].note
 
 
 def test_active_units_are_those_whose_mean_varies(dataset):
@@ -134,20 +162,20 @@ def test_what_cannot_be_measured_says_so(dataset):
         evaluators.build("active_units")(model, dataset)
     model = nn.Module()
     model.backbone = nn.Identity()
-    with pytest.raises(UsageError, match=r"no decoder that could make images \(it holds backbone\)"):
+    with pytest.raises(UsageError, match=r"no decoder, which makes images \(it has backbone\)"):
         evaluators.build("reconstruction")(model, dataset)
     with pytest.raises(UsageError, match=r"backbone \(Identity\) offers no encode_latent"):
         evaluators.build("active_units")(model, dataset)
-    with pytest.raises(UsageError, match="threshold is 0; expected a positive variance"):
+    with pytest.raises(UsageError, match="threshold is 0; expected a finite positive number"):
         evaluators.build("active_units", threshold=0)
-    with pytest.raises(UsageError, match="shown is 0; expected at least 1 image"):
+    with pytest.raises(UsageError, match="shown is 0; expected at least 1"):
         evaluators.build("reconstruction", shown=0)
 
 
 def _measure() -> list[dict[str, float]]:
     from vitkit_vae import evaluators as module
 
-    module.BATCH = 11  # in twos of 11: twice whole, and one image, so that one process has none
+    module.BATCH_SIZE = 11  # in twos of 11: twice whole, and one image, so that one process has none
     found = [evaluators.build(name)(build_model(), build_noise()) for name in ("reconstruction", "active_units")]
     return [dict(scores) | {"chance": scores.protocols[next(iter(scores))].chance or 0.0} for scores in found]
 
@@ -161,7 +189,7 @@ def _worker(number: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_two_processes_give_the_scores_of_one(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("vitkit_vae.evaluators.BATCH", 11)
+    monkeypatch.setattr("vitkit_vae.evaluators.BATCH_SIZE", 11)
     expected = _measure()
     mp.spawn(_worker, (str(tmp_path),), nprocs=2)
     for number in range(2):

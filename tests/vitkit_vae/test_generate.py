@@ -79,7 +79,7 @@ def cells(sheet: Sheet) -> Tensor:
 
 
 def test_samples_are_decoded_standard_normal_latents_that_the_seed_fixes(model, monkeypatch):
-    monkeypatch.setattr(generate, "DECODED", 7)
+    monkeypatch.setattr(generate, "DECODED_AT_ONCE", 7)
     z = torch.randn(20, 16, generator=torch.Generator().manual_seed(5))
     state = torch.get_rng_state()
     found = generate.sample(model, 20, seed=5)
@@ -93,7 +93,7 @@ def test_samples_are_decoded_standard_normal_latents_that_the_seed_fixes(model, 
 
 
 def test_a_fitted_gaussian_has_the_moments_of_the_latents(model, dataset, monkeypatch):
-    monkeypatch.setattr(generate, "DECODED", 7)
+    monkeypatch.setattr(generate, "DECODED_AT_ONCE", 7)
     prior = generate.fit_gaussian(model, dataset.train)
     pixels = (dataset.train.images / 255).flatten(1)
     torch.testing.assert_close(prior.mean, pixels.mean(dim=0))
@@ -121,7 +121,7 @@ def test_a_conditional_decoder_is_told_the_classes(dataset):
 
 
 def test_reconstructions_come_from_the_mean_latent_and_stand_below_their_originals(model, dataset):
-    sheet, error = generate.reconstructions(model, dataset.test, CLASSES, count=11)
+    sheet, error = generate.reconstruction_figure(model, dataset.test, CLASSES, count=11)
     assert error == pytest.approx(0, abs=1e-12)
     assert sheet.columns == 8
     images = cells(sheet)
@@ -139,9 +139,9 @@ def test_reconstructions_come_from_the_mean_latent_and_stand_below_their_origina
 
 def test_labels_that_are_not_the_models_classes_are_kept_from_its_decoder(dataset):
     model = Model(dataset, num_classes=3)
-    generate.reconstructions(model, dataset.test, CLASSES, labelled=False)
+    generate.reconstruction_figure(model, dataset.test, CLASSES, labelled=False)
     assert model.decoder.told == [None]
-    generate.reconstructions(model, dataset.test, CLASSES)
+    generate.reconstruction_figure(model, dataset.test, CLASSES)
     assert model.decoder.told[-1] is not None
 
 
@@ -158,7 +158,7 @@ def test_an_interpolation_is_a_straight_line_between_its_ends(model, dataset):
 
 
 def test_a_class_stands_at_the_mean_of_its_latents(model, dataset, monkeypatch):
-    monkeypatch.setattr(generate, "DECODED", 4)
+    monkeypatch.setattr(generate, "DECODED_AT_ONCE", 4)
     end = generate.class_end(model, dataset.test, "cow", CLASSES)
     expected = (dataset.test.images[dataset.test.labels == 2] / 255).mean(dim=0)
     torch.testing.assert_close(end.latent.view(1, 4, 4), expected)
@@ -207,7 +207,7 @@ def test_attention_is_that_of_the_last_block(dataset, pool):
     vit = model.backbone.vit = backbones.build(
         "vit", img_size=4, patch_size=2, in_chans=1, embed_dim=8, depth=2, num_heads=2, registers=1, pool=pool
     )
-    picture = generate.attention_picture(model, dataset.test, CLASSES, count=6)
+    picture = generate.attention_figure(model, dataset.test, CLASSES, count=6)
     assert isinstance(picture, Attention)
     assert picture.maps.shape == (6, 2, 2)
     assert picture.maps.max(axis=(1, 2)).tolist() == [1.0] * 6
@@ -222,7 +222,7 @@ def test_attention_is_that_of_the_last_block(dataset, pool):
 def test_what_cannot_be_made_says_so(model, dataset):
     bare = nn.Module()
     bare.backbone, bare.projector = nn.Linear(2, 2), nn.Identity()
-    with pytest.raises(UsageError, match=r"no decoder that could make images \(it holds backbone, projector\); take a run"):
+    with pytest.raises(UsageError, match=r"no decoder, which makes images \(it has backbone, projector\); use a run"):
         generate.sample(bare, 4)
     bare.decoder = Inverse()
     with pytest.raises(UsageError, match=r"backbone \(Linear\) offers no encode_latent\(images\); use 'vae_encoder'"):
@@ -240,5 +240,5 @@ def test_what_cannot_be_made_says_so(model, dataset):
     with pytest.raises(UsageError, match="there is no test image -1; they count from 0 to 20"):
         generate.image_end(model, dataset.test, -1, CLASSES)
     without = dataset.test.subset((dataset.test.labels < 2).nonzero()[:, 0])
-    with pytest.raises(UsageError, match="there is no test image of 'cow' whose latent could be taken"):
+    with pytest.raises(UsageError, match="the split has no image of 'cow'; choose another class"):
         generate.class_end(model, without, "cow", CLASSES)

@@ -32,6 +32,14 @@ def test_distances_on_a_line_give_the_loss_by_hand() -> None:
     torch.testing.assert_close(given["loss"], torch.tensor(1 - 3.5 + 2.5))
 
 
+@pytest.mark.parametrize("mining", ["random", "batch_hard", "semi_hard", "given"])
+def test_the_uninformed_value_is_that_of_embeddings_that_differ_by_noise_alone(mining: Any) -> None:
+    x = 1 + 1e-4 * drawn(60, 8)
+    loss = TripletLoss(0.3) if mining == "given" else TripletLoss(0.3, mining)
+    found = loss(x, positives=x.flip(0), negatives=x.roll(1, 0)) if mining == "given" else loss(x, torch.arange(60) % 3)
+    assert loss.uninformed(60)["loss"] == pytest.approx(float(found["loss"]), rel=1e-2)
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("margin", [0.2, 1.0])
 @pytest.mark.parametrize("mining", ["batch_hard", "semi_hard", "given"])
@@ -115,13 +123,13 @@ def test_the_margin_s_limits() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: TripletLoss(mining="hard"), "mining is 'hard', expected one of 'random', 'batch_hard', 'semi_hard'"),
-        (lambda: TripletLoss(-1.0), "margin is -1.0, expected at least 0"),
+        (lambda: TripletLoss(mining="hard"), r"mining is 'hard'; did you mean 'semi_hard'\? expected 'random', 'batch_hard', 'semi_hard'"),
+        (lambda: TripletLoss(-1.0), "margin is -1.0; expected at least 0"),
         (lambda: TripletLoss()(torch.zeros(4, 2)), r"embeddings are \(4, 2\) and labels None; expected \(batch, dim\) and"),
         (lambda: TripletLoss()(torch.zeros(4, 2), torch.zeros(3)), r"are \(4, 2\) and labels \(3,\); expected"),
         (
             lambda: TripletLoss()(torch.zeros(4, 2), positives=torch.zeros(4, 2), negatives=torch.zeros(3, 2)),
-            r"anchors, positives and negatives are \[\(3, 2\), \(4, 2\)\], expected one shape",
+            r"anchors, positives and negatives are \[\(3, 2\), \(4, 2\)\]; expected one shape",
         ),
     ],
 )

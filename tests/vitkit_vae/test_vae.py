@@ -1,3 +1,4 @@
+import math
 from typing import Any
 
 import pytest
@@ -6,7 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitkit.errors import UsageError
-from vitkit_vae import ConvDecoder, KLLoss, MultiTaskLoss, MultiTaskVAE, TripletLoss, VAEEncoder, sample_latent
+from vitkit_vae import (
+    ConvDecoder,
+    KLLoss,
+    MultiTaskLoss,
+    MultiTaskVAE,
+    ReconstructionLoss,
+    TripletLoss,
+    VAEEncoder,
+    sample_latent,
+)
 
 PARTS = {"classification": 1.0, "triplet": 1.0, "reconstruction": 1.0, "kl": 1.0}
 
@@ -202,6 +212,33 @@ def test_it_learns_what_it_is_asked() -> None:
         assert torch.equal(model.classifier(model.encode_image(data["images"])).argmax(1), data["labels"])
 
 
+@pytest.mark.parametrize("reduction", ["pixel", "image"])
+@pytest.mark.parametrize("kind", ["mse", "bce"])
+def test_the_uninformed_values_are_those_of_a_model_that_ignores_the_image(kind: Any, reduction: Any) -> None:
+    pixels = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    mean, std = float(pixels.mean()), float(pixels.std(correction=0))
+    loss = ReconstructionLoss(kind, reduction)
+    model = vae(mean=[mean], std=[std], num_classes=4, reconstruction=loss, triplet=TripletLoss(0.3, "batch_hard"))
+    with torch.no_grad():
+        for parameter in (*model.classifier.parameters(), *model.decoder.parameters(), *model.backbone.to_latent.parameters()):
+            parameter.zero_()  # μ = 0 and σ = 1
+        model.decoder.convs[-1].bias.fill_(torch.logit(torch.tensor(mean)))
+        model.backbone.to_embedding[2].weight.mul_(1e-4)
+        model.backbone.to_embedding[2].bias.fill_(1.0)
+        found = run(model, {"images": (pixels - mean) / std, "labels": torch.arange(8) % 4})
+    stated = model.uninformed(8)
+    assert set(stated) == {"classification", "triplet", "reconstruction", "kl", "loss"}
+    assert stated["classification"] == pytest.approx(math.log(4))
+    assert stated == pytest.approx({name: float(found[name]) for name in stated}, rel=2e-2)
+
+
+def test_uninformed_values_that_are_not_known_are_left_out() -> None:
+    assert set(vae().uninformed(8)) == {"triplet", "reconstruction", "kl"}  # the number of classes was not given
+    assert set(vae(mean=(0.0,), std=(1.0,), num_classes=4).uninformed(8)) == {"triplet", "classification", "kl"}
+    assert "reconstruction" not in vae(reconstruction=ReconstructionLoss("l1")).uninformed(8)
+    assert set(vae(decoder=False, weights={"triplet": 1.0}).uninformed(8)) == {"triplet", "loss"}
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -216,9 +253,9 @@ def test_it_learns_what_it_is_asked() -> None:
         ),
         (
             lambda: run(vae(), {"images": torch.zeros(2, 8, 8), "labels": torch.zeros(2)}),
-            r"images are \(2, 8, 8\) and labels \(2,\), expected \(batch, channels, height, width\)",
+            r"images are \(2, 8, 8\) and labels \(2,\); expected \(batch, channels, height, width\)",
         ),
-        (lambda: run(vae(), {**batch(), "labels": torch.zeros(5)}), r"labels \(5,\), expected"),
+        (lambda: run(vae(), {**batch(), "labels": torch.zeros(5)}), r"labels \(5,\); expected"),
     ],
 )
 def test_wrong_arguments_say_what_was_expected(make: Any, message: str) -> None:

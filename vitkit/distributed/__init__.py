@@ -12,6 +12,7 @@ from vitkit.distributed.collectives import (
     rank,
     world_size,
 )
+from vitkit.distributed.scalars import load_scalars
 
 __all__ = [
     "AnyRank",
@@ -22,6 +23,7 @@ __all__ = [
     "broadcast",
     "broadcast_text",
     "draw_rows",
+    "load_scalars",
     "rank",
     "world_size",
 ]

@@ -101,7 +101,7 @@ def extract_features(
 
     With `size` they are the features of `size` images, chosen by `seed`, with the classes in equal shares as far as possible.
     Features come from `encode_image`. Under autocast they are computed in its precision; they are returned in float32. Within
-    `feature_cache()` they are computed once. Raises `UsageError` for an empty split, for masked labels and for a model that
+    `feature_cache()` they are computed once. Images need no labels. Raises `UsageError` for an empty split and for a model that
     returns another shape, and `VitkitError` for features that are not finite.
     """
     cache = _cache.get()
@@ -123,8 +123,6 @@ def _extract(model: Any, split: Any, batch_size: int, size: int | None, seed: in
         split = split.stratified_subset(size, seed=seed)
     if len(split) == 0:
         raise UsageError("the split to evaluate on holds no images")
-    if int(split.labels.min()) < 0:
-        raise UsageError("the split to evaluate on has masked labels (-1); give the dataset as it was before mask_labels")
     features, labels = [], []
     with evaluating(model) as device:
         for batch in split.batches(batch_size).epoch(0, device=device, rank=rank(), world=world_size()):

@@ -265,7 +265,7 @@ def _check_state(weights: TensorFile, modules: Mapping[str, Any], parts: list[_P
         )
     for key, (shape, dtype) in expected.items():
         saved_shape, saved_dtype = weights.shapes[key]
-        if shape != saved_shape:
+        if shape != saved_shape and (shape, saved_shape) != ((1,), ()):  # parameters that had 0 dimensions, see load_scalars
             raise CheckpointError(f"{weights.path}: {key} has the shape {saved_shape}, its config builds {shape}{fix}")
         if dtype != saved_dtype:
             raise CheckpointError(f"{weights.path}: {key} is {saved_dtype}, its config builds {dtype}{fix}")

@@ -1,8 +1,9 @@
 """A run's directory: one process at a time holds it, and a run in it is replaced only when the caller asks for that.
 
-A run is replaced in steps that a kill at any moment leaves repairable. The files of the earlier run move into `.replaced/`,
-the new summary is written, and then `.replaced` is renamed to `.removed`: from this rename on the directory belongs to the
-new run. The next `claim` completes what a killed process began: it moves the files in `.replaced` back, and deletes `.removed`.
+A run is replaced in steps that a kill at any moment leaves repairable. The files of the earlier run move into
+`.vitkit-replaced/`, the new summary is written, and then that folder becomes `.vitkit-removed/`: from this rename on the
+directory belongs to the new run. The next `claim` completes the work of a killed process: it moves the files in the first
+folder back, and deletes the second one.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from vitkit.errors import RunDirectoryError, RunError
+from vitkit.errors import LINE_CHARACTERS, RunDirectoryError, RunError, printable
 from vitkit.files import atomic_write, is_leftover, remove_leftovers, write_json
 
 FILES = (
@@ -29,7 +30,7 @@ MODULES = "modules"
 FOLDERS = ("checkpoints", "plots", TRACKERS, MODULES)
 LAST = Path("checkpoints/last.safetensors")
 BEST = Path("checkpoints/best.safetensors")
-LOCK, REPLACED, REMOVED = ".lock", ".replaced", ".removed"
+LOCK, REPLACED, REMOVED = ".lock", ".vitkit-replaced", ".vitkit-removed"
 LOCK_SECONDS = 0.25
 """Time that a run waits for the lock: a reader that looks whether the run is alive holds it for an instant."""
 
@@ -84,7 +85,7 @@ class Claim:
 
     def note(self, text: str) -> None:
         """Add a line to `log.txt`, at once or with `open`."""
-        line = f"{time.strftime('%H:%M:%S')} {text}\n"
+        line = f"{time.strftime('%H:%M:%S')} {printable(text, LINE_CHARACTERS)}\n"
         if self.opened or self.resumes:
             self._log([line])
         else:
@@ -138,6 +139,9 @@ def claim(out: Path | None, name: str, *, recipe: bytes | None = None, resume: b
         raise RunError(f"cannot write to {directory}: {error.strerror or error}; choose another --out") from None
     try:
         _complete_replacement(directory)
+        for name in (REPLACED, REMOVED):
+            if os.path.lexists(directory / name):
+                raise RunDirectoryError(f"{directory / name} holds files that no run wrote; move it away, or choose another --out")
         replaces = _replaces(directory, resume=resume, overwrite=overwrite)
         remove_leftovers(directory)
     except BaseException:
@@ -201,7 +205,7 @@ def trackers_aside(directory: Path) -> Iterator[None]:
 
 
 def _move_aside(directory: Path, names: Collection[str]) -> None:
-    """Move files and folders of the earlier run into `.replaced`; an empty one marks those that it did not have."""
+    """Move files and folders of the earlier run into `.vitkit-replaced`; an empty one marks those that it did not have."""
     aside = directory / REPLACED
     aside.mkdir(exist_ok=True)
     for name in names:
@@ -216,7 +220,7 @@ def _move_aside(directory: Path, names: Collection[str]) -> None:
 def _complete_replacement(directory: Path) -> None:
     """Undo a replacement that stopped before the new run's summary was in place, and finish one that stopped after it."""
     aside = directory / REPLACED
-    if aside.is_dir():
+    if aside.is_dir() and _names(aside) <= {*FILES, *FOLDERS}:
         for name in (*FILES, *FOLDERS):
             if not os.path.lexists(aside / name):
                 continue
@@ -225,8 +229,13 @@ def _complete_replacement(directory: Path) -> None:
                 (aside / name).rename(directory / name)
             else:
                 _remove(aside / name)
-        shutil.rmtree(aside)
-    shutil.rmtree(directory / REMOVED, ignore_errors=True)
+        aside.rmdir()
+    if _names(directory / REMOVED) <= {*FILES, *FOLDERS}:
+        shutil.rmtree(directory / REMOVED, ignore_errors=True)
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
 
 def _is_empty(path: Path) -> bool:

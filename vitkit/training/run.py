@@ -1,8 +1,6 @@
 """A run: a directory, a device and a log, and the loop that trains in between."""
 
 import contextlib
-import hashlib
-import json
 import os
 import shlex
 import sys
@@ -22,7 +20,7 @@ from vitkit import data
 from vitkit.contracts import ReportFigure
 from vitkit.distributed.collectives import broadcast_text
 from vitkit.distributed.watchdog import RankWatchdog
-from vitkit.errors import RunDirectoryError, UsageError, VitkitError, printable
+from vitkit.errors import LINE_CHARACTERS, RunDirectoryError, UsageError, VitkitError, printable
 from vitkit.files import atomic_write, write_json
 from vitkit.models import saving
 from vitkit.registry import Spec
@@ -156,14 +154,14 @@ class Run:
                 f"the run in {self.directory} began with {before} images of {earlier.get('name')}, and now there are {now} of "
                 f"{found.name}; put that dataset back to go on, or start another run with another --out"
             )
-        digest = _digest(found)
+        digest = found.digest
         if earlier.get("digest", digest) != digest:
             raise RunDirectoryError(
                 f"the run in {self.directory} began with other labels or classes of {found.name} than there are now; put that "
                 f"dataset back to resume, or start another run with another --out"
             )
         if found.notice and self.is_main:
-            self.console.print("[bold yellow]WARNING[/]", Text(found.notice), soft_wrap=True)
+            self.console.print("[bold yellow]WARNING[/]", Text(printable(found.notice, LINE_CHARACTERS)), soft_wrap=True)
         self._datasets.append(found)
         if len(self._datasets) > 1:  # a dataset to evaluate on
             return found
@@ -301,8 +299,11 @@ class Run:
                 preprocessing=self._preprocessing,
                 classes=self._classes or (list(self._datasets[0].classes) if len(self._datasets) == 1 else []),
                 arguments=self.arguments,
-                extra={"recipe": self.name, "dataset": self._dataset.get("name"), "seed": self.seed},
-            )
+                extra={
+                    "recipe": self.name, "dataset": self._dataset.get("name"), "seed": self.seed,
+                    "data": {key: self._dataset[key] for key in ("asked", "arguments", "digest") if key in self._dataset},
+                },
+            )  # fmt: skip
         return self.directory
 
     def resolved(self, **arguments: Any) -> None:
@@ -328,6 +329,7 @@ class Run:
         """One line to the terminal and to `log.txt`."""
         if not self.is_main:
             return
+        text = printable(text, LINE_CHARACTERS)
         if self._progress is not None:
             self._progress.line(text)
         else:
@@ -350,7 +352,7 @@ class Run:
 
     def alarm(self, text: str) -> None:
         """What ends this rank, and how to go on, to its terminal and to `log.txt`; the summary says that the run failed."""
-        text = f"{text}; {self.way_on()}"
+        text = printable(f"{text}; {self.way_on()}", LINE_CHARACTERS)
         print(f"rank {self.accelerator.process_index}: {text}", file=sys.stderr, flush=True)
         self.note(text)
         with contextlib.suppress(VitkitError):
@@ -503,14 +505,6 @@ class Run:
             "machine": f"{processor()}, {os.cpu_count()} cores",
             "command": self.command,
         }
-
-
-def _digest(dataset: Any) -> str:
-    """SHA-256 of the classes and labels of a dataset, which tells whether labels were exchanged."""
-    digest = hashlib.sha256(json.dumps(list(dataset.classes)).encode())
-    for split in (dataset.train, dataset.test):
-        digest.update(split.labels.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _registered_parts(model: nn.Module) -> dict[str, nn.Module]:

@@ -36,6 +36,7 @@ class Line(nn.Module):
 def main(run: Run, epochs: Annotated[int, "passes"] = 2, lr: float = 0.1, multimodal: bool = True,
          kind: Literal["a", "b"] = "a", sizes: list[int] = [1], fail: bool = False, stop: bool = False):
     """Fit it."""
+    run.say("a name \\x1b[2Jfrom [b]elsewhere[/]\\nsecond")
     if fail:
         raise ValueError("inside [the] recipe")
     model = Line()
@@ -89,6 +90,9 @@ def test_a_recipe_runs_and_leaves_a_run_behind(vitkit, tmp_path):
     done = vitkit("run", "line.py", "--epochs", "3", "--no-multimodal", "--sizes", "3", "--sizes", "4", "--out", "here")
     assert done.returncode == 0, done.stderr
     assert "epoch 3/3 | loss" in done.stderr
+    line = "a name \\x1b[2Jfrom [b]elsewhere[/] second\n"
+    assert line in done.stderr
+    assert line in (tmp_path / "here" / "log.txt").read_text()
     summary = json.loads((tmp_path / "here" / "summary.json").read_text())
     assert summary["arguments"] == {
         "epochs": 3, "lr": 0.1, "multimodal": False, "kind": "a", "sizes": [3, 4], "fail": False,

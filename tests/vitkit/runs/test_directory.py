@@ -12,7 +12,7 @@ from recipe_text import CLASSIFIER
 
 from vitkit import Run, data
 from vitkit.errors import MissingDatasetError, UsageError
-from vitkit.runs.directory import trackers_aside
+from vitkit.runs.directory import REPLACED, trackers_aside
 
 RECIPE = (
     '''
@@ -143,12 +143,12 @@ def test_trackers_that_do_not_start_leave_those_of_the_earlier_run(tmp_path):
 
 
 def test_an_earlier_runs_trackers_are_found_again_after_a_kill(finished):
-    (finished / ".replaced" / "trackers").mkdir(parents=True)
-    (finished / ".replaced" / "trackers" / "events").write_text("old")
+    (finished / REPLACED / "trackers").mkdir(parents=True)
+    (finished / REPLACED / "trackers" / "events").write_text("old")
     (finished / "trackers").mkdir()
     Run(finished, device="cpu", overwrite=True).close()
     assert [path.name for path in (finished / "trackers").iterdir()] == ["events"]
-    assert not (finished / ".replaced").exists()
+    assert not (finished / REPLACED).exists()
 
 
 def test_a_runs_own_copy_of_its_recipe_replaces_it_and_goes_on_with_it(vitkit, finished):

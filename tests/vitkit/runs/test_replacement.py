@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from vitkit.errors import RunDirectoryError
-from vitkit.runs.directory import claim, read_summary, status_of, trackers_aside
+from vitkit.runs.directory import REMOVED, REPLACED, claim, read_summary, status_of, trackers_aside
 
 EARLIER = {
     "summary.json": '{"status": "finished", "seed": 1}', "model.safetensors": "weights", "metrics.csv": "epoch", "recipe.py": "old",
@@ -81,7 +81,7 @@ def test_a_kill_at_any_step_leaves_the_earlier_run_or_the_new_one(tmp_path, trac
         directory = tmp_path / f"run-{step}"
         held = claim(directory, "made", resume=False, overwrite=True)
         held.release()
-        assert not {".replaced", ".removed"} & {path.name for path in directory.iterdir()}
+        assert not {REPLACED, REMOVED} & {path.name for path in directory.iterdir()}
         if read_summary(directory) == NEW:
             assert set(files_of(directory)) <= {"summary.json", "recipe.py", "log.txt", "trackers/new"}, step
             claim(directory, "made", resume=True, overwrite=False).release()
@@ -109,6 +109,14 @@ def test_an_earlier_run_without_trackers_gets_none_from_a_start_that_failed(tmp_
         (tmp_path / "run" / "trackers").mkdir()
         raise ValueError("no login")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["summary.json"]
+
+
+def test_folders_of_a_person_with_the_names_of_ours_stay(tmp_path):
+    files = {**EARLIER, f"{REPLACED}/thesis.txt": "years of work", f"{REMOVED}/model.safetensors/thesis.txt": "more", f"{REMOVED}/x": "x"}
+    write(tmp_path / "run", files)
+    with pytest.raises(RunDirectoryError, match=f"{REPLACED} holds files that no run wrote; move it away, or choose another --out"):
+        claim(tmp_path / "run", "made", resume=False, overwrite=True)
+    assert files_of(tmp_path / "run") == files
 
 
 def _start(folder: str, ready, queue) -> None:
