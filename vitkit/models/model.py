@@ -75,7 +75,7 @@ class Model(nn.Module):
         """
         if self.preprocessing and hasattr(dataset, "with_preprocessing"):
             dataset = dataset.with_preprocessing(Preprocessing.from_json(self.preprocessing))
-        scores: Scores = evaluator(self, dataset)
+        scores: Scores = evaluator(self, dataset) if split == "test" else evaluator(self, dataset, split=split)
         return scores
 
     def export(self, out: str | Path, *, overwrite: bool = False) -> Export:

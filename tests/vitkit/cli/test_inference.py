@@ -89,6 +89,13 @@ def test_eval_prints_values_with_their_protocol_and_writes_them(vitkit, tmp_path
     assert set(json.loads((tmp_path / "scores.json").read_text())["scores"]) == {"knn_top1"}
 
 
+def test_eval_measures_on_the_split_that_is_asked_for(vitkit, tmp_path):
+    done = vitkit("eval", "features", "--dataset", "digits", "--evaluator", "knn", "--split", "val", "-o", "val.json")
+    assert done.returncode == 0, done.stderr
+    written = json.loads((tmp_path / "val.json").read_text())
+    assert {name: row["split"] for name, row in written["scores"].items()} == {"val_knn_top1": "val"}
+
+
 def test_eval_without_a_name_asks_every_evaluator_and_says_which_do_not_suit(vitkit, install, monkeypatch):
     from vitkit.registry import evaluators
 
