@@ -47,6 +47,7 @@ def embed(
     from vitkit.models.image_sources import find_source
 
     source = find_source(images, split=split)
+    _print_left_out(source.left_out)
     loaded, resolved = _load(model, device, precision)
     try:
         with _counting(len(source), "images") as count:
@@ -83,6 +84,7 @@ def predict(
     source = find_source(images)
     if not isinstance(source, Files):
         raise UsageError(f"{images[0]!r} is a dataset; predict takes pictures, `vitkit eval` measures on datasets")
+    _print_left_out(source.left_out)
     loaded, _ = _load(model, device, "fp32")
     place = next((parameter.device for parameter in loaded.parameters()), "cpu")
     predictions: dict[int, Any] = {}
