@@ -132,11 +132,11 @@ def test_export_says_what_goes_in_and_comes_out(vitkit, tmp_path):
         (["eval", "features", "--dataset", "digits", "-o", "features/config.json"], "exists already; choose another name, or give"),
         (
             ["eval", "features", "--dataset", "digits", "-o", "features/config.json", "--overwrite"],
-            "-o features/config.json is not a JSON file of scores, so --overwrite does not replace it",
+            "-o features/config.json exists and is not a JSON file of scores, so it is not replaced",
         ),
         (
             ["embed", "features", "pictures", "-o", "features/model.safetensors", "--overwrite"],
-            "-o features/model.safetensors is not a .safetensors file of features, so --overwrite does not replace it",
+            "-o features/model.safetensors exists and is not a .safetensors file of features, so it is not replaced",
         ),
         (["predict", "nowhere", "pictures"], "no model at nowhere"),
         (["predict", "classifier", "nothing.png"], "no picture at nothing.png"),
