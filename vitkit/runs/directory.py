@@ -83,9 +83,10 @@ class Claim:
         self._log(lines)
         shutil.rmtree(self.directory / REMOVED, ignore_errors=True)
 
-    def note(self, text: str) -> None:
-        """Add a line to `log.txt`, at once or with `open`."""
+    def note(self, text: str, *details: str) -> None:
+        """Add a line to `log.txt`, and indented lines of details below it, at once or with `open`."""
         line = f"{time.strftime('%H:%M:%S')} {printable(text, LINE_CHARACTERS)}\n"
+        line += "".join(f"  {printable(detail, LINE_CHARACTERS)}\n" for detail in details)
         if self.opened or self.resumes:
             self._log([line])
         else:
