@@ -8,11 +8,14 @@ help, and a text in `Annotated[int, "blocks in the encoder"]` is the help of one
 - A parameter annotated `vitkit.Component`, `projector` for example: `--projector NAME` and `--projector-arg NAME=VALUE`.
 - `PRESETS = {"quick": {}, "full": {"epochs": 50}}`: `--preset`, for the flags that are not given. The defaults in the signature are
   the first preset. `auto` takes the preset named as the dataset if there is one, else the first.
-- `ALIASES = {"emb_dim": "embed_dim", "objective": {"seed": "reference"}}`: earlier names of flags and of their values.
+- `ALIASES = {"emb_dim": "embed_dim", "objective": {"seed": "reference"}}`: earlier names of flags and of their values. With
+  `"margin": "triplet.margin"` the flag `--margin 0.3` is `--triplet-arg margin=0.3`; with `"hierarchical": "encoder.depths=all"`
+  the flag `--hierarchical` is `--encoder-arg depths=all`, and `--no-hierarchical` nothing.
 """
 
 import importlib.util
 import inspect
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -81,25 +84,50 @@ class Recipe:
 
     def rewrite(self, arguments: Sequence[str]) -> list[str]:
         """The words of a command line with earlier names of flags and values replaced by those of today."""
-        words, flag = [], ""
+        words: list[str] = []
+        flag, key = "", ""  # of the flag whose value comes next, and of the component's argument that it has become
         for word in arguments:
-            if word.startswith("--"):
-                negated = word.startswith("--no-") and word[5:].replace("-", "_") in self.aliases
-                prefix = "--no-" if negated else "--"
-                name, equals, value = word[len(prefix) :].partition("=")
-                flag = self._name(name.replace("-", "_"))
-                if flag != name.replace("-", "_"):
-                    name = flag.replace("_", "-")
-                words.append(f"{prefix}{name}{equals}{self._value(flag, value)}")
+            if not word.startswith("--"):
+                words.append(f"{key}={word}" if key else self._value(flag, word))
+                flag, key = "", ""
+                continue
+            negated = word.startswith("--no-") and word[5:].replace("-", "_") in self.aliases
+            prefix = "--no-" if negated else "--"
+            name, equals, value = word[len(prefix) :].partition("=")
+            component, key = self._component_argument(name.replace("-", "_"))
+            if "=" in key:
+                words += [] if negated else [f"--{_dashed(component)}-arg", key]
+                flag, key = "", ""
+            elif key:
+                words += [f"--{_dashed(component)}-arg", *([f"{key}={value}"] if equals else [])]
+                flag, key = "", "" if equals else key
             else:
-                words.append(self._value(flag, word))
-                flag = ""
+                flag = self._name(name.replace("-", "_"))
+                name = name if flag == name.replace("-", "_") else _dashed(flag)
+                words.append(f"{prefix}{name}{equals}{self._value(flag, value)}")
         return words
 
     def rename(self, recorded: Mapping[str, Any]) -> dict[str, Any]:
         """Recorded values of flags, by the names and values of today."""
-        renamed = {self._name(name): value for name, value in recorded.items()}
-        return {name: self._value(name, value) if isinstance(value, str) else value for name, value in renamed.items()}
+        renamed: dict[str, Any] = {}
+        for old, value in recorded.items():
+            component, key = self._component_argument(old)
+            if key:
+                given = [key] if "=" in key else [f"{key}={json.dumps(value)}"]
+                is_given = value is not None and ("=" not in key or value)
+                renamed[f"{component}_arg"] = [*renamed.get(f"{component}_arg", []), *(given if is_given else [])]
+            else:
+                name = self._name(old)
+                value = self._value(name, value) if isinstance(value, str) else value
+                earlier = renamed.get(name)
+                renamed[name] = [*earlier, *value] if isinstance(earlier, list) and isinstance(value, list) else value
+        return renamed
+
+    def _component_argument(self, name: str) -> tuple[str, str]:
+        """The component and the argument that an earlier flag has become, or two empty texts."""
+        alias = self.aliases.get(name)
+        component, _, key = alias.partition(".") if isinstance(alias, str) else ("", "", "")
+        return (component, key) if key else ("", "")
 
     def _name(self, name: str) -> str:
         alias = self.aliases.get(name)
@@ -203,10 +231,11 @@ class Recipe:
     def _check_aliases(self) -> None:
         where = f"ALIASES in {self.path}"
         for name, alias in self.aliases.items():
-            target = name if isinstance(alias, Mapping) else alias
+            component, _ = self._component_argument(name)
+            target = f"{component}_arg" if component else name if isinstance(alias, Mapping) else alias
             if target not in self.flags:
                 raise RecipeError(f"{where}: {target!r} is not a flag{nearest(str(target), self.flags)}")
-            if target == alias and name in self.flags:
+            if isinstance(alias, str) and name in self.flags:
                 raise RecipeError(f"{where}: {name!r} is a flag already; an alias is an earlier name")
 
     def _resolve(self, run: Any, values: dict[str, Any]) -> dict[str, Any]:
