@@ -20,7 +20,7 @@ PRESETS = {
                  "optimizer": "adamw"},
     "digits": {"tower": "small", "epochs": 20, "eval_every": 5, "batch_size": 64, "augment": "shift", "ema": 0.98},
 }  # fmt: skip
-ALIASES = {"augment": {"seed": "reference"}}
+ALIASES = {"augment": {"seed": "reference"}, "temperature": {"fixed": "", "learned": "loss.learned=true"}}
 REFERENCE = {"reference document: baseline": {"i2t_top1": 0.0024, "i2t_top10": 0.0169, "i2t_top100": 0.1097},
              "reference document: goal": {"i2t_top1": 0.05, "i2t_top10": 0.25, "i2t_top100": 0.60}}  # fmt: skip
 

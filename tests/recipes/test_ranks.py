@@ -13,9 +13,9 @@ from vitkit import Run
 from vitkit.training import Accumulated, Recipe
 
 RECIPES: dict[str, dict[str, Any]] = {
-    "jepa_mnist": {"emb_dim": 32, "depth": 1, "num_heads": 2},
-    "vae_mnist": {"emb_dim": 32, "depth": 1, "num_heads": 2},
-    "vae_cifar10": {"emb_dim": 32, "depth": 1, "num_heads": 2},
+    "jepa_mnist": {"embed_dim": 32, "depth": 1, "num_heads": 2},
+    "vae_mnist": {"embed_dim": 32, "depth": 1, "num_heads": 2},
+    "vae_cifar10": {"embed_dim": 32, "depth": 1, "num_heads": 2},
     "clip_cifar100": {},
 }
 """Arguments that make each recipe small; of digits, 21 images are a batch of 8 + 8 and one of 3 + 2."""
@@ -35,9 +35,9 @@ def parts(recipe: str, folder: Path) -> tuple[Any, list[list[dict[str, Tensor]]]
     run = Capturing(folder, device="cpu", precision="fp32")
     try:
         with pytest.raises(Captured) as caught:
-            Recipe(Path(__file__).parents[2] / "recipes" / f"{recipe}.py").main(
-                run, dataset="digits", train_size=21, batch_size=8, **RECIPES[recipe]
-            )
+            requested = {"dataset": "digits", "train_size": 21, "batch_size": 8, **RECIPES[recipe]}
+            loaded = Recipe(Path(__file__).parents[2] / "recipes" / f"{recipe}.py")
+            loaded.run(run, {name: flag.default for name, flag in loaded.flags.items() if name not in loaded.preset_flags} | requested)
     finally:
         run.close()
     model, batches = caught.value.args

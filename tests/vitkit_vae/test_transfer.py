@@ -73,5 +73,5 @@ def test_transfer_by_patches_is_transfer_of_their_features() -> None:
     by_embedding = evaluators.build("patch_transfer", features="embedding", **sizes)(model, dataset)
     assert by_embedding == evaluators.build("transfer", **sizes)(model, dataset)
     assert scores["transfer_knn_top1"] > by_embedding["transfer_knn_top1"]
-    with pytest.raises(UsageError, match="features is 'patch'; did you mean 'patches'"):
+    with pytest.raises(UsageError, match="features is 'patch', expected Literal"):
         evaluators.build("patch_transfer", features="patch")

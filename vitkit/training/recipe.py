@@ -10,7 +10,8 @@ help, and a text in `Annotated[int, "blocks in the encoder"]` is the help of one
   the first preset. `auto` takes the preset named as the dataset if there is one, else the first.
 - `ALIASES = {"emb_dim": "embed_dim", "objective": {"seed": "reference"}}`: earlier names of flags and of their values. With
   `"margin": "triplet.margin"` the flag `--margin 0.3` is `--triplet-arg margin=0.3`; with `"hierarchical": "encoder.depths=all"`
-  the flag `--hierarchical` is `--encoder-arg depths=all`, and `--no-hierarchical` nothing.
+  the flag `--hierarchical` is `--encoder-arg depths=all`, and `--no-hierarchical` nothing. With
+  `"temperature": {"fixed": "", "learned": "loss.learned=true"}`, `--temperature learned` is `--loss-arg learned=true`.
 """
 
 import importlib.util
@@ -85,49 +86,52 @@ class Recipe:
     def rewrite(self, arguments: Sequence[str]) -> list[str]:
         """The words of a command line with earlier names of flags and values replaced by those of today."""
         words: list[str] = []
-        flag, key = "", ""  # of the flag whose value comes next, and of the component's argument that it has become
+        flag = ""  # whose value comes next
         for word in arguments:
             if not word.startswith("--"):
-                words.append(f"{key}={word}" if key else self._value(flag, word))
-                flag, key = "", ""
+                words += self._moved(flag, word) if self._has_moved(flag) else [self._value(flag, word)]
+                flag = ""
                 continue
             negated = word.startswith("--no-") and word[5:].replace("-", "_") in self.aliases
             prefix = "--no-" if negated else "--"
-            name, equals, value = word[len(prefix) :].partition("=")
-            component, key = self._component_argument(name.replace("-", "_"))
-            if "=" in key:
-                words += [] if negated else [f"--{_dashed(component)}-arg", key]
-                flag, key = "", ""
-            elif key:
-                words += [f"--{_dashed(component)}-arg", *([f"{key}={value}"] if equals else [])]
-                flag, key = "", "" if equals else key
-            else:
-                flag = self._name(name.replace("-", "_"))
-                name = name if flag == name.replace("-", "_") else _dashed(flag)
-                words.append(f"{prefix}{name}{equals}{self._value(flag, value)}")
+            dashed, equals, value = word[len(prefix) :].partition("=")
+            old = dashed.replace("-", "_")
+            if self._has_moved(old):
+                is_switch = isinstance(self.aliases[old], str) and "=" in self.aliases[old]
+                words += self._moved(old, value) if equals or (is_switch and not negated) else []
+                flag = "" if equals or is_switch else old
+                continue
+            flag = self._name(old)
+            words.append(f"{prefix}{dashed if flag == old else _dashed(flag)}{equals}{self._value(flag, value)}")
         return words
 
     def rename(self, recorded: Mapping[str, Any]) -> dict[str, Any]:
         """Recorded values of flags, by the names and values of today."""
         renamed: dict[str, Any] = {}
         for old, value in recorded.items():
-            component, key = self._component_argument(old)
-            if key:
-                given = [key] if "=" in key else [f"{key}={json.dumps(value)}"]
-                is_given = value is not None and ("=" not in key or value)
-                renamed[f"{component}_arg"] = [*renamed.get(f"{component}_arg", []), *(given if is_given else [])]
+            if self._has_moved(old):
+                text = value if isinstance(value, str) else json.dumps(value)
+                moved = [] if value is None or value is False else self._moved(old, text)
+                given: dict[str, Any] = {moved[0][2:].replace("-", "_"): [moved[1]]} if moved else {}
             else:
                 name = self._name(old)
-                value = self._value(name, value) if isinstance(value, str) else value
+                given = {name: self._value(name, value) if isinstance(value, str) else value}
+            for name, new in given.items():
                 earlier = renamed.get(name)
-                renamed[name] = [*earlier, *value] if isinstance(earlier, list) and isinstance(value, list) else value
+                renamed[name] = [*earlier, *new] if isinstance(earlier, list) and isinstance(new, list) else new
         return renamed
 
-    def _component_argument(self, name: str) -> tuple[str, str]:
-        """The component and the argument that an earlier flag has become, or two empty texts."""
-        alias = self.aliases.get(name)
-        component, _, key = alias.partition(".") if isinstance(alias, str) else ("", "", "")
-        return (component, key) if key else ("", "")
+    def _has_moved(self, old: str) -> bool:
+        """Whether an earlier flag is an argument of a component today."""
+        alias = self.aliases.get(old)
+        return "." in alias if isinstance(alias, str) else isinstance(alias, Mapping) and old not in self.flags
+
+    def _moved(self, old: str, value: str) -> list[str]:
+        """The words for an earlier flag that is an argument of a component today: `--loss-arg NAME=VALUE`, or none."""
+        alias = self.aliases[old]
+        target = str(alias.get(value, "")) if isinstance(alias, Mapping) else alias
+        component, _, argument = target.partition(".")
+        return [f"--{_dashed(component)}-arg", argument if "=" in argument else f"{argument}={value}"] if component else []
 
     def _name(self, name: str) -> str:
         alias = self.aliases.get(name)
@@ -231,10 +235,12 @@ class Recipe:
     def _check_aliases(self) -> None:
         where = f"ALIASES in {self.path}"
         for name, alias in self.aliases.items():
-            component, _ = self._component_argument(name)
-            target = f"{component}_arg" if component else name if isinstance(alias, Mapping) else alias
-            if target not in self.flags:
-                raise RecipeError(f"{where}: {target!r} is not a flag{nearest(str(target), self.flags)}")
+            aliases = [alias] if isinstance(alias, str) else list(alias.values()) if self._has_moved(name) else [name]
+            for target in aliases:
+                component, dot, _ = str(target).partition(".")
+                target = f"{component}_arg" if dot else str(target)
+                if target and target not in self.flags:
+                    raise RecipeError(f"{where}: {target!r} is not a flag{nearest(target, self.flags)}")
             if isinstance(alias, str) and name in self.flags:
                 raise RecipeError(f"{where}: {name!r} is a flag already; an alias is an earlier name")
 
