@@ -9,10 +9,11 @@ Pillow's `Image.open` warns of large images, and filters of warnings belong to t
 no filter is changed.
 """
 
+import ctypes
 import os
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import import_module
@@ -32,8 +33,18 @@ LARGEST_FILE_BYTES = 256 << 20
 DECODED_BYTES = 512 << 20
 BYTES_PER_PIXEL = 9
 """Memory that decoding takes at its peak: the pixels as stored, and as RGBA before and after multiplication by alpha."""
+TRIMMED_BYTES = 64 << 20
+"""After an image that took more, the C library's free memory is given back to the system."""
 SPARE_FACTOR = 3
 """An image is reduced early to no less than this multiple of the size that is wanted."""
+
+
+def _trim() -> Callable[[int], int] | None:
+    """glibc's `malloc_trim`: without it each thread keeps the memory of the largest images that it decoded."""
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # another C library
+        return None
 
 
 class ImageReadError(ValueError):
@@ -60,6 +71,7 @@ class MemoryBudget:
 
 
 _budget = MemoryBudget(DECODED_BYTES)
+_malloc_trim = _trim()
 
 
 def read_image(file: Path | str | bytes, *, least: tuple[int, int] | None = None) -> Image.Image:
@@ -68,8 +80,10 @@ def read_image(file: Path | str | bytes, *, least: tuple[int, int] | None = None
     With `least` (height, width) a large image is reduced while it is decoded, to at least `SPARE_FACTOR` times that size. Raises
     `ImageReadError`.
     """
-    with _decoded(file, "RGB", tuple(SPARE_FACTOR * side for side in reversed(least)) if least else None) as image:
-        return on_white(reduced(in_colour(image), least) if least else in_colour(image))
+    if least is None:
+        return _decoded(file, lambda image: on_white(in_colour(image)))
+    enough = (SPARE_FACTOR * least[1], SPARE_FACTOR * least[0])
+    return _decoded(file, lambda image: on_white(reduced(in_colour(image), least)), draft=("RGB", enough))
 
 
 def read_square(file: Path | str | bytes, size: int, channels: int = 3) -> Tensor:
@@ -77,14 +91,17 @@ def read_square(file: Path | str | bytes, size: int, channels: int = 3) -> Tenso
 
     Raises `ImageReadError`.
     """
-    with _decoded(file, "RGB" if channels == 3 else "L", (2 * size, 2 * size)) as image:
+    mode = "RGB" if channels == 3 else "L"
+
+    def middle(image: Image.Image) -> Image.Image:
         image = in_colour(image)
         side = min(image.size)
         left, top = ((length - side) / 2 for length in image.size)
         box = (left, top, left + side, top + side)
-        square = on_white(image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0))
-    pixels = np.array(square.convert("RGB" if channels == 3 else "L"))
-    return torch.from_numpy(pixels).view(size, size, channels).permute(2, 0, 1)
+        return on_white(image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0))
+
+    square = _decoded(file, middle, draft=(mode, (2 * size, 2 * size)))
+    return torch.from_numpy(np.array(square.convert(mode))).view(size, size, channels).permute(2, 0, 1)
 
 
 def in_colour(image: Image.Image) -> Image.Image:
@@ -112,9 +129,10 @@ def reduced(image: Image.Image, least: tuple[int, int]) -> Image.Image:
     return image.resize((-(-width // factor), -(-height // factor)), Image.Resampling.BOX)
 
 
-@contextmanager
-def _decoded(file: Path | str | bytes, mode: str, enough: Any) -> Iterator[Image.Image]:
-    """The loaded image, upright, while its memory is accounted for; a JPEG may be decoded at a fraction down to `enough` (w, h)."""
+def _decoded(
+    file: Path | str | bytes, finish: Callable[[Image.Image], Image.Image], *, draft: tuple[str, tuple[int, int]] | None = None
+) -> Image.Image:
+    """`finish` of the upright image, while its memory is accounted for; a JPEG is decoded at a fraction down to the size of `draft`."""
     try:
         with _stream(file) as stream:
             image = _identified(stream)
@@ -124,13 +142,18 @@ def _decoded(file: Path | str | bytes, mode: str, enough: Any) -> Iterator[Image
                 raise ImageReadError(
                     f"{width}×{height} pixels are more than the {limit:,} that an image may have: it could be a decompression bomb"
                 )
-            if enough:
-                image.draft(mode, enough)
-            with _budget.held(image.width * image.height * BYTES_PER_PIXEL):
+            if draft is not None:
+                image.draft(*draft)
+            size = image.width * image.height * BYTES_PER_PIXEL
+            with _budget.held(size):
                 image.load()
                 with suppress(Exception):  # damaged EXIF data: the image stays as it lies
                     ImageOps.exif_transpose(image, in_place=True)
-                yield image
+                result = finish(image)
+                del image
+                if size > TRIMMED_BYTES and _malloc_trim is not None:
+                    _malloc_trim(0)
+                return result
     except ImageReadError:
         raise
     except UnidentifiedImageError as error:

@@ -40,10 +40,11 @@ class Batch:
 
 
 class Source(Protocol):
-    """Images in a fixed order. `labels` int64 `(n,)` index `classes`, where they are known."""
+    """Images in a fixed order. `labels` int64 `(n,)` index `classes`, where they are known; `left_out` has a line for each omission."""
 
     labels: Tensor | None
     classes: list[str]
+    left_out: list[str]
 
     def __len__(self) -> int: ...
 
@@ -116,6 +117,7 @@ class DatasetSplit:
         self.images: Tensor = getattr(dataset, split).images
         self.labels: Tensor | None = getattr(dataset, split).labels
         self.classes: list[str] = list(dataset.classes)
+        self.left_out: list[str] = []
 
     def __len__(self) -> int:
         return len(self.images)

@@ -63,7 +63,7 @@ def logarithmic(axes: Axes) -> None:
 
 
 def losses(record: Record) -> Plot | None:
-    """A panel for the loss and one for each of its parts, between the values that are known of it."""
+    """A panel for the loss and one for each of its parts, with the floor, collapse and uninformed values that are recorded."""
     columns = {name: series for name, series in record.losses.items() if series}
     if not columns:
         return None

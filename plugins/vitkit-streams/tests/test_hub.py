@@ -87,19 +87,19 @@ def test_revisions(hub):
         assert data.source.endswith(f", commit {other}")
 
 
-LOGIN = "check its name and revision; one that is private or gated wants `hf auth login`, or HF_TOKEN, of somebody who may read it"
+LOGIN = "check its name and revision; a private or gated one needs `hf auth login`, or HF_TOKEN, of somebody who may read it"
 
 
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"path": "me/gray"}, f"'me/gray' cannot be had: .* doesn't exist on the Hub or cannot be accessed; {LOGIN}"),
-        ({"path": "you/private"}, f"'you/private' cannot be had: .* or cannot be accessed; {LOGIN}"),
+        ({"path": "me/gray"}, f"'me/gray' is not available: .* doesn't exist on the Hub or cannot be accessed; {LOGIN}"),
+        ({"path": "you/private"}, f"'you/private' is not available: .* or cannot be accessed; {LOGIN}"),
         ({"path": "you/gated"}, f"'you/gated' is a gated dataset on the Hub.*to ask for access; {LOGIN}"),
         ({"revision": "v9"}, f"Revision 'v9' doesn't exist for dataset 'me/grey' on the Hub; {LOGIN}"),
         ({"config": "big"}, "'big' not found. Available: \\['default'\\]; check its name, config and revision"),
-        ({"path": "me/words"}, "the dataset 'me/words' cannot be had: .*; check its name, config and revision"),
-        ({"path": "me/broken"}, "the dataset 'me/broken' cannot be had: .*; check its name, config and revision"),
+        ({"path": "me/words"}, "the dataset 'me/words' is not available: .*; check its name, config and revision"),
+        ({"path": "me/broken"}, "the dataset 'me/broken' is not available: .*; check its name, config and revision"),
     ],
 )
 def test_what_the_hub_refuses(hub, options, text):
@@ -118,7 +118,7 @@ def test_a_private_repository_wants_its_owners_token(hub, monkeypatch):
     hub.tokens["hf_another"] = ("you", True)
     for token in ("", "hf_another", "hf_expired"):
         monkeypatch.setenv("HF_TOKEN", token)
-        with pytest.raises(DatasetError, match=f"the dataset 'me/grey' cannot be had: .*; {LOGIN}"):
+        with pytest.raises(DatasetError, match=f"the dataset 'me/grey' is not available: .*; {LOGIN}"):
             build()
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert values(build()) == list(range(40))
@@ -134,7 +134,7 @@ def test_without_a_network_the_copy_is_taken_but_none_of_another_revision(hub):
         assert data.source.endswith(f", commit {first}")
     with pytest.raises(DatasetError, match=f"is of commit {first}, not known to be 'v1'; check the network, or give revision={first}"):
         build(revision="v1")
-    with pytest.raises(DatasetError, match="'me/other' cannot be had: ConnectionError: .*; check the network, and HF_ENDPOINT"):
+    with pytest.raises(DatasetError, match="'me/other' is not available: ConnectionError: .*; check the network, and HF_ENDPOINT"):
         build("me/other")
 
 
@@ -143,14 +143,14 @@ def test_offline_mode_asks_nobody(hub, monkeypatch):
     build()
     hub.requests.clear()
     monkeypatch.setattr(hf.config, "HF_HUB_OFFLINE", True)
-    copy = f"me/grey cannot be had from the Hub, and the copy on this machine is of commit {first}"
-    for revision, notice in ((None, f"{copy}; that is taken, and need not be the newest"), (first, "")):
+    copy = f"me/grey is not available from the Hub, and the copy on this machine is of commit {first}"
+    for revision, notice in ((None, f"{copy}; it is taken, and may not be the newest"), (first, "")):
         data = build(revision=revision)
         assert values(data) == list(range(40))
         assert data.notice == notice
     with pytest.raises(DatasetError, match=f"{copy}, not known to be 'v1'"):
         build(revision="v1")
-    with pytest.raises(DatasetError, match="'me/other' cannot be had: ConnectionError: .*OfflineModeIsEnabled.*; check the network"):
+    with pytest.raises(DatasetError, match="'me/other' is not available: ConnectionError: .*OfflineModeIsEnabled.*; check the network"):
         build("me/other")
     assert hub.requests == []
 

@@ -3,6 +3,7 @@
 import functools
 import http.server
 import io
+import sys
 import tarfile
 import threading
 
@@ -118,12 +119,12 @@ def test_names_with_folders_dots_and_capitals_are_read_as_webdataset_reads_them(
 @pytest.mark.parametrize(
     ("files", "label", "text"),
     [
-        ([("a.png", png())], "cls", r"sample 'a' of the shard .*a.tar has no label: no 'cls' among its files: png; say where"),
+        ([("a.png", png())], "cls", r"sample 'a' of the shard .*a.tar has no label: no 'cls' among its files: png; give its place"),
         ([("a.png", png()), ("a.cls", b" ")], "cls", "has an empty label, 'a.cls'"),
         ([("a.png", png()), ("a.cls", b"\xff")], "cls", "is no text in UTF-8"),
         ([("a.png", png()), ("a.json", b'{"b": 1}')], "json:a", "'a.json' is no JSON object with an entry 'a'"),
-        ([("a.cls", b"1")], "cls", "holds no sample with a picture .*a: no jpg;jpeg;png;webp among its files: cls"),
-        ([], "cls", "holds no sample with a picture"),
+        ([("a.cls", b"1")], "cls", "holds no sample with an image .*a: no jpg;jpeg;png;webp among its files: cls"),
+        ([], "cls", "holds no sample with an image"),
     ],
 )
 def test_shards_that_cannot_be_used_say_why(files, label, text, tmp_path, cache):
@@ -150,7 +151,7 @@ def test_a_shard_that_changes_or_goes_while_it_is_read_is_named(tmp_path, cache)
         cache.read(shard, 0)
     assert cache.shard(path, FIELDS).bytes == shard.bytes + 512  # indexed anew
     (tmp_path / "a.tar").unlink()
-    with pytest.raises(DatasetError, match="the shard .*a.tar is gone"):
+    with pytest.raises(DatasetError, match="the shard .*a.tar was removed since training began; put it back and resume"):
         cache.read(shard, 0)
 
 
@@ -235,7 +236,7 @@ def test_shards_from_a_host_give_the_batches_of_local_ones(host, shards, tmp_pat
 
 def test_a_shard_that_a_host_does_not_have_is_named(host, tmp_path):
     url, _ = host
-    with pytest.raises(DatasetError, match=rf"the shard {url}/none.tar cannot be had: FileNotFoundError.*check its url"):
+    with pytest.raises(DatasetError, match=rf"the shard {url}/none.tar is not available: FileNotFoundError.*check its url"):
         build(tmp_path, urls=f"{url}/none.tar")
     assert not list((tmp_path / "cache").glob("*.tar"))
 
@@ -243,7 +244,7 @@ def test_a_shard_that_a_host_does_not_have_is_named(host, tmp_path):
 def test_a_command_that_is_allowed_and_one_that_fails(shards, tmp_path):
     data = build(tmp_path, urls=f"pipe:cat {shards}/train-{{000000..000003}}.tar", allow_pipe=True)
     assert len(data.train) + len(data.test) == 32
-    with pytest.raises(DatasetError, match="the shard pipe:cat /nowhere.tar 2>/dev/null cannot be had"):
+    with pytest.raises(DatasetError, match="the shard pipe:cat /nowhere.tar 2>/dev/null is not available"):
         build(tmp_path, urls="pipe:cat /nowhere.tar 2>/dev/null", allow_pipe=True)
 
 
@@ -264,3 +265,105 @@ def test_written_shards_hold_what_was_given(shards):
     assert [(int(picture.flat[0]), int(sample["cls"])) for picture, sample in zip(pictures, samples, strict=True)] == [
         (number, number % 3) for number in range(60)
     ]
+
+
+def header(name=b"a.png", size=b"00000000010\0", kind=b"0"):
+    """512 bytes of a tar header with these raw fields and a right checksum."""
+    block = bytearray(512)
+    block[: len(name)], block[100:108], block[124:136], block[156:157] = name, b"0000644\0", size, kind
+    block[257:265] = b"ustar\x0000"
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def binary(size):
+    """A size in base 256, as GNU tar writes large ones; negative ones are nobody's."""
+    return (size + (1 << 95) if size >= 0 else size % (1 << 96)).to_bytes(12, "big")
+
+
+def pax(text):
+    return header(b"pax", b"%011o\0" % len(text), b"x") + text.ljust(-(-len(text) // 512) * 512, b"\0")
+
+
+def sample(key, value):
+    body = png(value)
+    files = ((f"{key}.png", body), (f"{key}.cls", b"1"))
+    return b"".join(header(name.encode(), b"%011o\0" % len(data)) + data.ljust(-(-len(data) // 512) * 512, b"\0") for name, data in files)
+
+
+def peak_kilobytes():
+    """The largest memory that this process had; 0 where it is not known."""
+    if not sys.platform.startswith("linux"):
+        return 0
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+
+
+ATTACKS = {
+    "negative": header(b"evil.png", binary(-512)),
+    "negative_far": header(b"evil.png", binary(-(1 << 40))),
+    "negative_pax": pax(b"13 size=-512\n") + header(b"evil.png"),
+    "huge": header(b"evil.png", binary(1 << 60)),
+    "no_number": header(b"evil.png", b"12x45678901\0"),
+    "long_name_of_gigabytes": header(b"evil", binary(1 << 33), b"L"),
+    "chain_of_extensions": pax(b"9 a=bcde\n") * 3000 + header(b"evil.png", binary(-1)),
+    "checksum": header(b"evil.png")[:148] + b"0000000\0" + header(b"evil.png")[156:],
+    "sparse": header(b"evil.png", b"%011o\0" % 0, b"S"),
+    "sparse_pax": pax(b"22 GNU.sparse.major=1\n") + header(b"evil.png", b"%011o\0" % 0),
+    "garbage": b"ustar" * 1000 + b"\0" * (-5000 % 512),
+    "ends_with_garbage": b"\xff" * 1024,
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_bad_member_is_named_and_left_out_and_the_scan_ends(attack, tmp_path, cache):
+    path = tmp_path / "a.tar"
+    path.write_bytes(sample("one", 1) + ATTACKS[attack] + sample("two", 2) + b"\0" * 1024)
+    before = peak_kilobytes()
+    shard = cache.shard(str(path), FIELDS)
+    assert [shard.key(place) for place in range(2)] == ["one", "two"]
+    assert [cache.read(shard, place) for place in range(2)] == [png(1), png(2)]
+    assert len(shard.offsets) == 2
+    assert len(shard.skipped) == 1
+    assert "evil" in shard.skipped[0] or "no tar header" in shard.skipped[0]
+    assert peak_kilobytes() - before < 100_000
+
+
+def test_names_of_any_bytes_are_named_escaped(tmp_path, cache):
+    path = tmp_path / "a.tar"
+    latin = sample("one", 1).replace(b"one", b"\xe9\x1b[")
+    # The checksum is that of the new name.
+    blocks = [latin[at : at + 512] for at in range(0, len(latin), 512)]
+    fixed = [header(block[:7].rstrip(b"\0"), block[124:136]) if block[257:262] == b"ustar" else block for block in blocks]
+    path.write_bytes(b"".join(fixed) + sample("two", 2))
+    shard = cache.shard(str(path), FIELDS)
+    assert [shard.key(place) for place in range(2)] == ["\\udce9\\x1b[", "two"]
+
+
+def test_a_shard_of_many_bad_members_keeps_few_lines(tmp_path, cache):
+    path = tmp_path / "a.tar"
+    path.write_bytes(ATTACKS["negative"] * 5000 + sample("two", 2))
+    shard = cache.shard(str(path), FIELDS)
+    assert len(shard.skipped) == 101
+    assert shard.skipped[0] == f"{path}: evil.png: its size is negative or no number"
+
+
+def test_an_image_file_of_too_many_bytes_is_left_out_unread(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr("vitkit_streams.shards.LARGEST_FILE_BYTES", 200)
+    body = png(3, 64) * 3
+    path = tar(tmp_path / "a.tar", [("big.png", body), ("big.cls", b"0"), ("small.png", png(1)), ("small.cls", b"0")])
+    shard = cache.shard(path, FIELDS)
+    assert (len(shard.offsets), shard.key(0)) == (1, "small")
+    assert shard.skipped == [f"{path}: big: its image has {len(body):,} bytes; expected at most 200"]
+
+
+def test_a_postscript_file_that_is_called_png_is_not_opened(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("Ghostscript was started"))
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
+    files = [(f"{n}.{end}", body) for n in range(10) for end, body in (("png", png(n)), ("cls", b"%d" % (n % 2)))]
+    path = tar(tmp_path / "a.tar", [("eps.png", script), ("eps.cls", b"0"), *files])
+    data = build(tmp_path, urls=path, test_urls=path, test_size=4)
+    assert sorted(label for batch in data.train.batches(4).epoch(0) for label in batch["labels"].tolist()) == [0] * 5 + [1] * 5
+    (line,) = data.train.skipped
+    assert line.startswith(f"{path}: eps: UnidentifiedImageError: cannot identify image file; expected JPEG, PNG")

@@ -271,14 +271,58 @@ def test_an_arrow_table_streams_as_shards_do(table):
     [
         ({"split": "trian"}, UsageError, "has no split 'trian'; did you mean 'train'"),
         ({"test_split": "val"}, UsageError, "has no split 'val'; it has train, test"),
-        ({"image": "img"}, UsageError, "has no column 'img'.* say which is the image: image=...; it has image, label"),
-        ({"path": "/nowhere/at/all"}, DatasetError, "the dataset '/nowhere/at/all' cannot be had: .* or give a folder"),
+        ({"image": "img"}, UsageError, "has no column 'img'.* name the image: image=...; it has image, label"),
+        ({"path": "/nowhere/at/all"}, DatasetError, "the dataset '/nowhere/at/all' is not available: .* or give a folder"),
     ],
 )
 def test_mistakes_with_tables_are_answered(options, error, text, table, monkeypatch):
     monkeypatch.setattr(hf.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(error, match=text):
         datasets.build("hf_dataset", **{"path": str(table), "img_size": 8, **options})
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of 12 images in three classes, as `imagefolder` reads it, and a private image beside it."""
+    for number in range(12):
+        path = tmp_path / "pets" / "nes"[number % 3] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(number))
+    (tmp_path / "private.png").write_bytes(png(99))
+    return tmp_path / "pets"
+
+
+def test_paths_in_rows_are_followed_within_the_data_set(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(hf.config, "HF_DATASETS_CACHE", tmp_path / "tables")
+    monkeypatch.setattr(hf.config, "HF_HUB_OFFLINE", True)
+    data = datasets.build("hf_dataset", path=str(pictures), img_size=8, channels=1, workers=2, val_size=0)
+    assert data.classes == ["e", "n", "s"]
+    seen = [*flat(epoch(data)), *data.test.images[:, 0, 0, 0].tolist()]
+    assert sorted(seen) == list(range(12))
+
+
+def test_paths_in_rows_that_lead_out_of_the_data_set_are_named_and_not_opened(pictures, tmp_path, monkeypatch):
+    (pictures / "link.png").symlink_to(tmp_path / "private.png")
+    away = [pictures / ".." / "private.png", tmp_path / "private.png", pictures / "link.png"]
+    paths = [pictures / "n" / "0.png", *away, pictures / "no.png"]
+    rows = {"image": [{"bytes": None, "path": str(path)} for path in paths], "label": [0, 1, 0, 1, 0]}
+    rows["image"] += [{"bytes": png(50 + number), "path": "/etc/passwd"} for number in range(6)]
+    rows["label"] += [0, 1] * 3
+    cell = {"bytes": hf.Value("binary"), "path": hf.Value("string")}
+    features = hf.Features({"image": cell, "label": hf.ClassLabel(names=["a", "b"])})
+    hf.disable_progress_bars()
+    hf.Dataset.from_dict(rows, features=features).save_to_disk(str(pictures))
+    opened = []
+    original = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: opened.append(path) or original(path))
+    data = datasets.build("hf_dataset", path=str(pictures), img_size=8, channels=1, workers=2, val_size=0, test_size=1)
+    list(data.train.batches(4).epoch(0))
+    problems = sorted({*data.skipped, *data.train.skipped})
+    assert [line.split(": ", 1)[1].split(" '")[0] for line in problems] == [
+        "row 1: its path", "row 2: its path", "row 3: its path", "row 4: there is no file at its path",
+    ]  # fmt: skip
+    assert all("leads out of the data set" in line for line in problems[:3])
+    assert {path.name for path in opened} <= {"0.png"}
 
 
 FLAGS = ("--eval-every", "2", "--device", "cpu", "--precision", "fp32", "--batch-size", "64", "--img-size", "16",

@@ -15,9 +15,9 @@ import torch
 from PIL import Image, features
 
 from vitkit.contracts import UNLABELLED
-from vitkit.data.image_files import class_order
-from vitkit.data.image_folder import import_folder, read_layout
-from vitkit.data.store import read_store, store_path, stored_names
+from vitkit.data.image_files import class_order, list_images
+from vitkit.data.image_folder import folder_labels, import_folder, read_layout
+from vitkit.data.store import read_store, store_path, stored_names, write_store
 from vitkit.errors import DatasetError, UsageError
 
 
@@ -476,3 +476,27 @@ def test_large_photographs_are_reduced_as_small_ones_are(folder):
         found.images[found.labels == 1][0].float() - torch.from_numpy(np.array(expected)).permute(2, 0, 1).float()
     )
     assert difference.abs().mean() < 2
+
+
+def test_labels_by_folder_are_the_same_for_every_command(folder):
+    """As `embed` and `predict` take them: a class called train is a class, and folders of splits are not."""
+    fill(folder / "flat", train=2, plane=2)
+    fill(folder / "split" / "Train", cat=2, dog=2)
+    fill(folder / "split" / "dev", dog=1)
+    picture(folder / "split" / "test" / "a.png")
+    expected = {"flat": ["plane"] * 2 + ["train"] * 2, "split": ["cat"] * 2 + ["dog"] * 3 + [""]}
+    for name, labels in expected.items():
+        root = folder / name
+        paths = list_images(root).images
+        assert sorted(folder_labels(root, paths)) == sorted(labels)
+        given = {file.path: file.label for file in read_layout(root, 0.2).files}
+        assert all(label == (given.get(path) or "") for path, label in zip(paths, folder_labels(root, paths), strict=True))
+
+
+def test_classes_of_folders_and_of_a_store_in_numeric_order_are_the_same(folder):
+    names = [str(number) for number in range(12)]
+    fill(folder, **dict.fromkeys(names, 2))
+    import_folder(folder, "folders", img_size=8)
+    images = torch.zeros(12, 3, 8, 8, dtype=torch.uint8)
+    tensors = {f"{split}.{part}": value for split in ("train", "test") for part, value in (("images", images), ("labels", torch.arange(12)))}
+    assert read_store(write_store("numeric", tensors, names)).classes == read_store(store_path("folders")).classes

@@ -79,10 +79,10 @@ def test_a_page_holds_all_that_the_run_left_behind(make_run):
     matrix[3, 5] = 4
     path = write_report(directory, {"m1_confusion": Confusion(matrix, [str(digit) for digit in range(10)])})
     assert path == directory / "report.html"
-    found = Page(path)
+    parsed = Page(path)
     names = {"losses", "pace", "metrics", "accuracies", "m1_confusion"}
     assert {file.stem for file in (directory / "plots").iterdir()} == names
-    pictures = found.all("img")
+    pictures = parsed.all("img")
     assert len(pictures) == len(names)
     for picture in pictures:
         assert len(picture["alt"]) > 20
@@ -93,21 +93,21 @@ def test_a_page_holds_all_that_the_run_left_behind(make_run):
         "2,745,856 parameters", "vitkit run recipes/jepa_mnist.py --seed 0", "3.11.7", "label_fraction", "none",
         "90 of 94 right (95.74%). Most frequent mistakes: “3” taken for “5” (4).",
     ):  # fmt: skip
-        assert text in found.text, text
-    assert "instead" not in found.text
+        assert text in parsed.text, text
+    assert "instead" not in parsed.text
 
 
 def test_a_page_needs_nothing_but_itself(make_run):
     path = write_report(make_run())
-    found, text = Page(path), path.read_text(encoding="utf-8")
-    assert not {"script", "link", "iframe", "a"} & set(found.tags)
+    parsed, text = Page(path), path.read_text(encoding="utf-8")
+    assert not {"script", "link", "iframe", "a"} & set(parsed.tags)
     assert not re.search(r"url\(|@import|https?:", text)
     assert "default-src 'none'" in text
     assert "prefers-color-scheme: dark" in text
     assert path.stat().st_size < 3_000_000
-    assert found.all("html") == [{"lang": "en"}]
-    assert found.tags.count("table") == found.tags.count("caption") > 3
-    assert all(cell.get("scope") in ("row", "col") for cell in found.all("th"))
+    assert parsed.all("html") == [{"lang": "en"}]
+    assert parsed.tags.count("table") == parsed.tags.count("caption") > 3
+    assert all(cell.get("scope") in ("row", "col") for cell in parsed.all("th"))
 
 
 def test_a_fallback_is_announced_above_all_and_its_results_are_not_held_against_the_references(make_run):
@@ -115,12 +115,12 @@ def test_a_fallback_is_announced_above_all_and_its_results_are_not_held_against_
     data = {"name": "digits", "asked": "auto", "fallback_for": "mnist", "notice": notice, "classes": ["0", "1"]}
     path = make_run(dataset=data) / "report.html"
     path.write_text(page(read_record(path.parent), [], [], []))
-    found = Page(path)
-    banner = found.text.index("This is not mnist: the run used digits instead")
-    assert banner < found.text.index(notice) < found.text.index("Results")
-    assert "digits (instead of mnist)" in found.text
-    assert "paper 0.95" in found.text
-    assert "(+0.0051)" not in found.text
+    parsed = Page(path)
+    banner = parsed.text.index("This is not mnist: the run used digits instead")
+    assert banner < parsed.text.index(notice) < parsed.text.index("Results")
+    assert "digits (instead of mnist)" in parsed.text
+    assert "paper 0.95" in parsed.text
+    assert "(+0.0051)" not in parsed.text
 
 
 @pytest.mark.parametrize(
@@ -156,12 +156,12 @@ def test_validation_and_test_stand_side_by_side_and_say_which_is_which(make_run)
     }
     best = {"val_knn_top1": {"value": 0.95, "epoch": 2}, "knn_top1": {"value": 0.83, "epoch": 3}, "psnr": {"value": 23.0, "epoch": 3}}
     directory = make_run(metrics=metrics, protocols=protocols, best=best, references={})
-    found = Page(write_report(directory))
-    assert "metric validation test best chance untrained how it was measured" in found.text
-    assert "knn_top1 0.9300 0.8300 0.8200 (epoch 2) 0.1 0.296 test split; 400 samples; validation split: 100" in found.text
-    assert "psnr – 23.00 dB 23.00 (epoch 3) – – test split; 400 samples" in found.text
-    assert "knn top-1 test 0.8300 ± 0.0188 validation 0.9300 chance 0.1 untrained 0.296" in found.text  # the card
-    assert "Validation values may choose an epoch or a setting; test values are the result, and chose nothing." in found.text
+    parsed = Page(write_report(directory))
+    assert "metric validation test best chance untrained how it was measured" in parsed.text
+    assert "knn_top1 0.9300 0.8300 0.8200 (epoch 2) 0.1 0.296 test split; 400 samples; validation split: 100" in parsed.text
+    assert "psnr – 23.00 dB 23.00 (epoch 3) – – test split; 400 samples" in parsed.text
+    assert "knn top-1 test 0.8300 ± 0.0188 validation 0.9300 chance 0.1 untrained 0.296" in parsed.text  # the card
+    assert "Validation values may choose an epoch or a setting; test values are the result, and chose nothing." in parsed.text
     with house_style():
         plot = curves.metrics(read_record(directory))
     titles = [axis.get_title(loc="left") for axis in plot.figure.axes]
@@ -185,11 +185,11 @@ def test_a_loss_at_its_uninformed_value_is_announced(make_run, last, stuck):
     losses = [{"epoch": 1, "loss": 2.4, "lr": 1e-3}, {"epoch": 2, "loss": last, "lr": 1e-3}]
     directory = make_run(losses=losses, metrics=[], references={"uninformed": {"loss": 2.3026}})
     path = write_report(directory)
-    found = Page(path)
-    assert ("The loss is that of an uninformed prediction" in found.text) == stuck
-    assert (f"loss {last:.4f}, uninformed 2.3026." in found.text) == stuck
-    assert "Its uninformed line is at 2.3026." in found.all("img")[0]["alt"]
-    assert "uninformed: the value of a prediction that uses no information about its input." in found.text
+    parsed = Page(path)
+    assert ("The loss is that of an uninformed prediction" in parsed.text) == stuck
+    assert (f"loss {last:.4f}, uninformed 2.3026." in parsed.text) == stuck
+    assert "Its uninformed line is at 2.3026." in parsed.all("img")[0]["alt"]
+    assert "uninformed: the value of a prediction that uses no information about its input." in parsed.text
 
 
 def test_bounds_of_a_loss_are_drawn_inside_its_panel(make_run):
@@ -227,20 +227,20 @@ def test_a_curve_that_cannot_be_drawn_costs_only_itself(make_run, monkeypatch):
         raise RuntimeError("no font")
 
     monkeypatch.setattr("vitkit.report.curves.losses", broken)
-    found = Page(write_report(directory))
-    assert "Some figures could not be drawn losses: no font" in found.text
-    assert len(found.all("img")) == 3
+    parsed = Page(write_report(directory))
+    assert "Some figures could not be drawn losses: no font" in parsed.text
+    assert len(parsed.all("img")) == 3
 
 
 def test_missing_files_and_columns_leave_their_part_out(tmp_path, make_run):
     empty = tmp_path / "empty"
     empty.mkdir()
-    found = Page(write_report(empty))
-    assert found.text.startswith("empty · vitkit empty unknown")
-    assert "img" not in found.tags
+    parsed = Page(write_report(empty))
+    assert parsed.text.startswith("empty · vitkit empty unknown")
+    assert "img" not in parsed.tags
     (empty / "losses.csv").write_text("loss\n2.0\n1.0\n")
-    found = Page(write_report(empty))
-    assert found.all("img")[0]["alt"] == "loss: from 2.0000 at epoch 1 to 1.0000 at epoch 2."
+    parsed = Page(write_report(empty))
+    assert parsed.all("img")[0]["alt"] == "loss: from 2.0000 at epoch 1 to 1.0000 at epoch 2."
     (empty / "losses.csv").write_bytes(b"loss\n\xff\xfe\n")
     with pytest.raises(UsageError, match="cannot read .*losses.csv.*expected the table that a run writes"):
         write_report(empty)
@@ -254,8 +254,8 @@ def test_a_single_epoch_blanks_and_values_that_are_not_finite(make_run):
     losses = [{"epoch": 1, "loss": 0.5, "gone": float("nan"), "part": float("inf")}]
     metrics = [{"epoch": 1, "m1_top1": 0.4, "m1_top3": float("nan")}]
     directory = make_run(losses=losses, metrics=metrics, final={"m1_top1": 0.4, "m1_top3": None})
-    found = Page(write_report(directory))
-    assert [picture["alt"] for picture in found.all("img")] == [
+    parsed = Page(write_report(directory))
+    assert [picture["alt"] for picture in parsed.all("img")] == [
         "loss: 0.5000 at epoch 1.",
         "M1 top-1: 0.4000 at epoch 1.",
         "Final accuracies: M1 top-1 0.4000.",
@@ -286,14 +286,14 @@ def test_odd_class_names_are_escaped_on_the_page_and_drawn_or_numbered_in_pictur
     }
     directory = make_run("odd", recipe="<b>odd</b>", dataset=data, metrics=[{"epoch": 1, "_$x$_top1": 0.3}])
     path = write_report(directory, pictures)
-    found = Page(path)
-    assert "script" not in found.tags
-    assert "u" not in found.tags
-    assert "<u>mine</u>" in found.text
+    parsed = Page(path)
+    assert "script" not in parsed.tags
+    assert "u" not in parsed.tags
+    assert "<u>mine</u>" in parsed.text
     assert "<script>" not in path.read_text(encoding="utf-8")
-    assert "<b>odd</b>" in found.text
-    assert "<script>alert(1)</script>, 猫, $a_b$ & $" in found.text.replace(" ,", ",")
-    assert "could not be drawn" not in found.text
+    assert "<b>odd</b>" in parsed.text
+    assert "<script>alert(1)</script>, 猫, $a_b$ & $" in parsed.text.replace(" ,", ",")
+    assert "could not be drawn" not in parsed.text
     assert (directory / "plots" / "b_confusion.png").exists()
     assert class_labels(ODD) == [
         "<script>alert…cript>", "#1", r"\$a_b\$ & \$", "\u200a_hidden", "ein sehr lang…findet", "кошка", "x y",
@@ -310,8 +310,8 @@ def test_a_picture_that_cannot_be_drawn_costs_only_itself(make_run):
         "good": Confusion(np.ones((1, 1)), ["only"]),
     }
     directory = make_run(losses=[], metrics=[])
-    found = Page(write_report(directory, pictures))
-    assert "Some figures could not be drawn" in found.text
+    parsed = Page(write_report(directory, pictures))
+    assert "Some figures could not be drawn" in parsed.text
     for text in (
         "first: a confusion matrix has shape (k, k) for k class names; got (2, 3) and 2 names",
         "second: features are (n, d) and labels (n,); got (3, 2) and (2,)",
@@ -319,7 +319,7 @@ def test_a_picture_that_cannot_be_drawn_costs_only_itself(make_run):
         "fourth: a Confusion, Embeddings, Attention or Sheet was expected, not str",
         "1 of 1 right",
     ):
-        assert text in found.text
+        assert text in parsed.text
     assert (directory / "plots" / "good.png").exists()
     assert not (directory / "plots" / "first.png").exists()
 
@@ -383,8 +383,8 @@ def test_points_of_an_embedding_are_the_same_each_time_and_keep_neighbours_toget
     ],
 )
 def test_embeddings_that_have_no_neighbourhoods_are_drawn_more_simply(features, how):
-    points, told = plane(features.astype(np.float32))
-    assert told == how
+    points, method = plane(features.astype(np.float32))
+    assert method == how
     assert points.shape == (len(features), 2)
     assert np.isfinite(points).all()
 

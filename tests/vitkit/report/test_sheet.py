@@ -31,9 +31,9 @@ def test_every_pixel_becomes_a_square_of_its_colour(size, scale):
     assert max(height, width) >= SIDE
     assert pixels.shape == (2 * (height + GAP) + GAP, 3 * (width + GAP) + GAP, 3)
     for place, image in enumerate(images):
-        found = cut(pixels, place, 3, height, width)
+        square = cut(pixels, place, 3, height, width)
         expected = np.kron((image * 255).round().byte().numpy(), np.ones((1, scale, scale), np.uint8))
-        np.testing.assert_array_equal(found, expected.transpose(1, 2, 0))
+        np.testing.assert_array_equal(square, expected.transpose(1, 2, 0))
     assert (cut(pixels, 5, 3, height, width) == 255).all()
     assert (pixels[:GAP] == 255).all()
 

@@ -14,6 +14,7 @@ from vitkit.transforms.functional import (
     adjust_hue,
     adjust_saturation,
     affine_matrices,
+    crop_resize,
     gaussian_blur,
     grey,
     matrices_of,
@@ -130,3 +131,33 @@ def test_grey_is_torchvisions():
 def test_colours_need_one_or_three_channels(change):
     with pytest.raises(UsageError, match="colours need images of 1 or 3 channels; given 2"):
         change(images(2))
+
+
+@pytest.mark.parametrize(("size", "shape"), [((16, 16), (40, 40)), ((32, 24), (20, 30)), ((7, 9), (64, 33)), ((20, 30), (20, 30))])
+def test_crops_are_resized_as_torchvision_does_image_by_image(size, shape):
+    """Each image with a box and a flip of its own, against `resized_crop` of one image at a time."""
+    generator = torch.Generator().manual_seed(0)
+    height, width = shape
+    images = torch.rand(6, 3, height, width, generator=generator)
+    boxes, matrices, expected = [], [], []
+    for _ in range(12):
+        high, wide = (int(torch.randint(3, side + 1, (), generator=generator)) for side in shape)
+        top, left = (int(torch.randint(side - part + 1, (), generator=generator)) for side, part in ((height, high), (width, wide)))
+        boxes.append((top, left, high, wide))
+    for index, (top, left, high, wide) in enumerate(boxes):
+        flip = -1.0 if index % 3 == 0 else 1.0
+        crop = tv.resized_crop(images[index // 2], top, left, high, wide, list(size), antialias=True)
+        expected.append(crop.flip(-1) if flip < 0 else crop)
+        x, y = 2 * (left + wide / 2) / width - 1, 2 * (top + high / 2) / height - 1
+        matrices.append([[flip * wide / width, 0, x], [0, high / height, y], [0, 0, 1]])
+    found = crop_resize(images, torch.tensor(matrices), size)
+    torch.testing.assert_close(found, torch.stack(expected), atol=2e-5, rtol=0)
+
+
+def test_a_crop_of_the_full_image_is_a_resize_and_no_images_give_none():
+    images = torch.rand(2, 1, 20, 10)
+    full = torch.eye(3).expand(4, 3, 3)
+    found = crop_resize(images, full, (8, 12))
+    expected = tv.resize(images, [8, 12], antialias=True)
+    torch.testing.assert_close(found, expected.repeat_interleave(2, dim=0), atol=2e-5, rtol=0)
+    assert crop_resize(images[:0], full[:0], (8, 12)).shape == (0, 1, 8, 12)

@@ -1,7 +1,7 @@
-"""Tar shards: which there are, where their bytes are on this machine, and what each holds.
+"""Tar shards: their addresses, their copies on this machine, and the index of each.
 
-A shard is read through once and its index kept: where in the file each picture lies, and the text of its label. With
-that the order of an epoch is known beforehand and any picture can be read on its own.
+A shard is read through once and its index kept: the place of each image in the file, and the text of its label. With the index the
+order of an epoch is known beforehand, and any image can be read on its own.
 """
 
 import hashlib
@@ -9,11 +9,12 @@ import json
 import os
 import shutil
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 from urllib.parse import urlsplit
 
 import torch
@@ -25,18 +26,22 @@ from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
-from vitkit.errors import DatasetError, UsageError
+from vitkit.data import LARGEST_FILE_BYTES
+from vitkit.errors import DatasetError, UsageError, printable
 from vitkit.files import atomic_write
+from vitkit_streams.tar import Damage, Member, members
 
 REMOTE = ("http", "https", "hf", "s3", "gs", "gcs", "abfs", "az")
 """Schemes that fsspec opens; all but the first three need a package of their own (s3fs, gcsfs, adlfs)."""
-FORMAT = "vitkit-shard-1"
-LONGEST_LABEL = 1 << 20
+FORMAT = "vitkit-shard-2"
+LONGEST_LABEL_BYTES = 1 << 20
+LINES_KEPT = 100
+"""Lines on members that are left out that the index of a shard keeps."""
 
 
 @dataclass(frozen=True)
 class Fields:
-    """Which files of a sample are its picture, the first of several extensions, and its label; `json:KEY` is a JSON entry."""
+    """The extensions of a sample's image, of which the first that is there counts, and of its label; `json:KEY` is a JSON entry."""
 
     image: str
     label: str
@@ -52,7 +57,7 @@ class Fields:
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar file: `offsets` and `sizes` int64 `(n,)` of its pictures, `codes` `(n,)` of their labels among `texts`."""
+    """One tar file: `offsets` and `sizes` int64 `(n,)` of its images, `codes` `(n,)` of their labels among `texts`."""
 
     url: str
     index: Path
@@ -64,7 +69,7 @@ class Shard:
     skipped: list[str]
 
     def key(self, place: int) -> str:
-        """The name that its picture's files share."""
+        """The name that the files of a sample share."""
         with safe_open(self.index, framework="pt") as file:
             return bytes(file.get_tensor("keys").tolist()).decode().split("\n")[place]
 
@@ -72,11 +77,10 @@ class Shard:
 def expanded(urls: str | Sequence[str], *, allow_pipe: bool = False) -> list[str]:
     """Shards by webdataset's conventions: braces `{000..099}`, several joined by `::`, and patterns of local files.
 
-    A folder stands for the `.tar` files in it. Raises `UsageError` for what names no shard, an unknown scheme, a shard named
-    twice and, unless `allow_pipe`, for `pipe:`, which runs a command of the shell; `DatasetError` for a local file that is
-    not there.
+    A folder stands for the `.tar` files in it. Raises `UsageError` where there is no shard, for an unknown scheme, a shard named twice
+    and, unless `allow_pipe`, for `pipe:`, which runs a command of the shell; `DatasetError` for a local file that is not there.
     """
-    found: list[str] = []
+    shards: list[str] = []
     for word in [urls] if isinstance(urls, str) else urls:
         try:
             words = expand_urls(word)
@@ -87,14 +91,14 @@ def expanded(urls: str | Sequence[str], *, allow_pipe: bool = False) -> list[str
                 raise UsageError(
                     f"{one!r} would run a command in a shell, with your rights; read it, and give allow_pipe=true if you want that"
                 )
-            elsewhere = one.startswith("pipe:") or _scheme(one) in REMOTE
-            found += [one] if elsewhere else _local(one)
-    if not found:
+            remote = one.startswith("pipe:") or _scheme(one) in REMOTE
+            shards += [one] if remote else _local(one)
+    if not shards:
         raise UsageError(f"urls is {urls!r}: it names no shard; give tar files, for example urls=shards/train-{{000..099}}.tar")
-    twice = sorted({url for url in found if found.count(url) > 1})[:3] if len(set(found)) < len(found) else []
+    twice = [url for url, count in Counter(shards).items() if count > 1][:3]
     if twice:
         raise UsageError(f"a shard is named twice: {', '.join(twice)}")
-    return found
+    return shards
 
 
 def _scheme(url: str) -> str:
@@ -124,16 +128,16 @@ def _local(url: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Cache:
-    """A folder of indices and of shards from elsewhere, of which at most `gigabytes` stay; those used last."""
+    """A folder of indices and of remote shards, of which the ones used last stay, up to `gigabytes`."""
 
     folder: Path
     gigabytes: float
 
     @contextmanager
     def held(self, url: str) -> Iterator[Path]:
-        """Where the shard lies on this machine, downloaded if need be, and not evicted meanwhile.
+        """The shard's file on this machine, downloaded if necessary, and not evicted meanwhile.
 
-        `DatasetError` with its url where it cannot be had.
+        `DatasetError` with its url where it is not available.
         """
         if _is_local(url):
             yield Path(url)
@@ -150,12 +154,12 @@ class Cache:
         return Path(url) if _is_local(url) else self.folder / f"{digest(url)}.tar"
 
     def _open(self, url: str) -> IO[bytes]:
-        """The shard, open: whoever evicts it later does not take it from its reader."""
+        """The open shard: evicting it later does not take it from its reader."""
         try:
             return self._place(url).open("rb")
         except FileNotFoundError:
             if _is_local(url):
-                raise DatasetError(f"the shard {url} is gone; it was there when training began") from None
+                raise DatasetError(f"the shard {url} was removed since training began; put it back and resume") from None
         with self.held(url) as path:
             return path.open("rb")
 
@@ -171,13 +175,14 @@ class Cache:
                 with closing(opened(url)) as source, temporary.open("wb") as target:
                     shutil.copyfileobj(source, target, 1 << 20)
             except Exception as error:  # of many file systems, and of a command's exit code
-                said = " ".join(f"{type(error).__name__}: {error}".split())
+                reason = printable(f"{type(error).__name__}: {error}", 400)
                 way = "check its url, the network, your rights and the room on the disk"
-                raise DatasetError(f"the shard {url} cannot be had: {said:.400}; {way}") from None
+                raise DatasetError(f"the shard {url} is not available: {reason}; {way}") from None
 
     def _evict(self, keep: Path) -> None:
-        """Remove the shards that were used longest ago, `keep` never, though it counts; not one that is held, and who is reading
-        one keeps it open.
+        """Remove the shards that were used longest ago, but never `keep`, nor one that another process holds.
+
+        A process that reads a removed shard has it open.
         """
         shards = []
         for path in self.folder.glob("*.tar"):
@@ -192,12 +197,12 @@ class Cache:
                     path.unlink(missing_ok=True)
 
     def read(self, shard: Shard, place: int) -> bytes:
-        """The file of one picture; `DatasetError` where the shard cannot be read or is not the one that was indexed."""
+        """The file of one image; `DatasetError` where the shard is not readable or not the one that was indexed."""
         offset, size = int(shard.offsets[place]), int(shard.sizes[place])
         try:
             with self._open(shard.url) as file:
                 if os.fstat(file.fileno()).st_size != shard.bytes:
-                    raise DatasetError(f"the shard {shard.url} has changed since it was indexed; start again, it is indexed anew")
+                    raise DatasetError(f"the shard {shard.url} has changed since it was indexed; start again to index it anew")
                 if not _is_local(shard.url):
                     with suppress(FileNotFoundError):  # evicted meanwhile
                         os.utime(self._place(shard.url))
@@ -207,7 +212,7 @@ class Cache:
             raise DatasetError(f"the shard {shard.url} cannot be read: {error.strerror or error}") from None
 
     def shard(self, url: str, fields: Fields) -> Shard:
-        """The shard with its index, which is made on the first call; errors as `path` and `scan`."""
+        """The shard with its index, which is made on the first call; errors as `held` and `scan`."""
         mark: list[Any] = [FORMAT, url, fields.image, fields.label]
         if _is_local(url):
             stat = Path(url).stat()
@@ -233,7 +238,7 @@ class Cache:
 
 
 def opened(url: str) -> IO[bytes]:
-    """The bytes of a shard from elsewhere."""
+    """The bytes of a remote shard."""
     if url.startswith("pipe:"):
         stream: IO[bytes] = gopen(url)
         return stream
@@ -246,8 +251,9 @@ def opened(url: str) -> IO[bytes]:
 def scan(path: Path, url: str, fields: Fields) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read through a shard: tensors and metadata of its index.
 
-    Consecutive files that share a name up to its first dot are a sample, as in webdataset. A sample without a picture is left
-    out and named. Raises `DatasetError` for what is no tar file or cut short, a sample without a label, and no sample at all.
+    Consecutive files that share a name up to its first dot are a sample, as in webdataset. A damaged member and a sample without an
+    image are left out and named. Raises `DatasetError` for a file that is no tar file or cut short, a sample without a label, and a
+    shard without samples.
     """
     places: list[tuple[int, int]] = []
     keys: list[str] = []
@@ -255,22 +261,31 @@ def scan(path: Path, url: str, fields: Fields) -> tuple[dict[str, Tensor], dict[
     texts: dict[str, int] = {}
     skipped: list[str] = []
     try:
-        with tarfile.open(path, "r:") as tar:
-            for key, members in _samples(tar):
-                image = next((members[name] for name in fields.images if name in members), None)
+        with path.open("rb") as file:
+            for key, files in _samples(file, path.stat().st_size, skipped):
+                shown = printable(key)
+                image = next((files[name] for name in fields.images if name in files), None)
                 if image is None:
-                    skipped.append(f"{url}: {key}: no {fields.image} among its files: {', '.join(members)}")
+                    skipped.append(f"{shown}: no {fields.image} among its files: {printable(', '.join(files))}")
                     continue
-                text = _label(tar, members, fields, f"sample {key!r} of the shard {url}")
-                places.append((image.offset_data, image.size))
+                if image.size > LARGEST_FILE_BYTES:
+                    skipped.append(f"{shown}: its image has {image.size:,} bytes; expected at most {LARGEST_FILE_BYTES:,}")
+                    continue
+                text = _label(file, files, fields, f"sample {shown!r} of the shard {url}")
+                places.append((image.offset, image.size))
                 codes.append(texts.setdefault(text, len(texts)))
-                keys.append(key.replace("\n", " "))
+                keys.append(shown)
     except (tarfile.TarError, EOFError) as error:
-        raise DatasetError(f"the shard {url} is no tar file or cut short ({error}); compressed ones have to be unpacked") from None
+        raise DatasetError(
+            f"the shard {url} is no tar file or cut short ({printable(error)}); compressed ones have to be unpacked"
+        ) from None
     except OSError as error:
         raise DatasetError(f"the shard {url} cannot be read: {error.strerror or error}") from None
+    if len(skipped) > LINES_KEPT:
+        skipped[LINES_KEPT:] = [f"and {len(skipped) - LINES_KEPT:,} more"]
+    skipped = [f"{url}: {line}" for line in skipped]
     if not places:
-        raise DatasetError(f"the shard {url} holds no sample with a picture ({fields.image}); {'; '.join(skipped[:2])}".rstrip("; "))
+        raise DatasetError(f"the shard {url} holds no sample with an image ({fields.image}); {'; '.join(skipped[:2])}".rstrip("; "))
     offsets, sizes = torch.tensor(places, dtype=torch.int64).unbind(1)
     tensors = {
         "offsets": offsets.contiguous(), "sizes": sizes.contiguous(), "codes": torch.tensor(codes, dtype=torch.int64),
@@ -279,48 +294,51 @@ def scan(path: Path, url: str, fields: Fields) -> tuple[dict[str, Tensor], dict[
     return tensors, {"texts": json.dumps(list(texts)), "skipped": json.dumps(skipped)}
 
 
-def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-    """Each sample's key and its files by their extensions in lower case."""
-    current, members = "", dict[str, tarfile.TarInfo]()
-    for member in iter(tar.next, None):
-        vars(tar)["members"].clear()  # all it has seen, which grows with the shard
-        key, extension = base_plus_ext(member.name)
-        if not member.isfile() or key is None or ("/" not in key and key.startswith("__")):
+def _samples(file: BinaryIO, end: int, skipped: list[str]) -> Iterator[tuple[str, dict[str, Member]]]:
+    """Each sample's key and its files by their extensions in lower case; a line in `skipped` for each damaged member."""
+    current, files = "", dict[str, Member]()
+    for member in members(file, end):
+        if isinstance(member, Damage):
+            if len(skipped) <= LINES_KEPT:
+                skipped.append(f"{printable(member.name)}: {member.reason}")
             continue
-        if key != current and members:
-            yield current, members
-            members = {}
+        key, extension = base_plus_ext(member.name)
+        if key is None or ("/" not in key and key.startswith("__")):
+            continue
+        if key != current and files:
+            yield current, files
+            files = {}
         current = key
-        members[extension.lower()] = member
-    if members:
-        yield current, members
+        files[extension.lower()] = member
+    if files:
+        yield current, files
 
 
-def _label(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo], fields: Fields, where: str) -> str:
-    member = members.get(fields.label_file)
+def _label(file: BinaryIO, files: dict[str, Member], fields: Fields, where: str) -> str:
+    member = files.get(fields.label_file)
     if member is None:
         raise DatasetError(
-            f"{where} has no label: no {fields.label_file!r} among its files: {', '.join(members)}; "
-            f"say where it stands: label=cls, label=txt or label=json:KEY"
+            f"{where} has no label: no {fields.label_file!r} among its files: {printable(', '.join(files))}; "
+            f"give its place: label=cls, label=txt or label=json:KEY"
         )
-    if member.size > LONGEST_LABEL:
-        raise DatasetError(f"{where}: its label, {member.name!r}, has {member.size:,} bytes, more than a label may")
-    file = tar.extractfile(member)
-    assert file is not None
+    name = printable(member.name)
+    if member.size > LONGEST_LABEL_BYTES:
+        raise DatasetError(f"{where}: its label, {name!r}, has {member.size:,} bytes; expected at most {LONGEST_LABEL_BYTES:,}")
+    file.seek(member.offset)
     try:
-        text = file.read().decode()
+        text = file.read(member.size).decode()
     except UnicodeDecodeError:
-        raise DatasetError(f"{where}: its label, {member.name!r}, is no text in UTF-8") from None
+        raise DatasetError(f"{where}: its label, {name!r}, is no text in UTF-8") from None
     entry = fields.label.partition(":")[2]
     if entry:
         try:
             value = json.loads(text)[entry]
-        except (ValueError, KeyError, TypeError):
-            raise DatasetError(f"{where}: {member.name!r} is no JSON object with an entry {entry!r}: {text!r:.120}") from None
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise DatasetError(f"{where}: {name!r} is no JSON object with an entry {entry!r}: {printable(text, 120)!r}") from None
         text = value if isinstance(value, str) else json.dumps(value)
     text = text.strip()
     if not text:
-        raise DatasetError(f"{where} has an empty label, {member.name!r}")
+        raise DatasetError(f"{where} has an empty label, {name!r}")
     return text
 
 
