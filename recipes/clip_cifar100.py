@@ -38,9 +38,9 @@ def main(
     patience: Annotated[int, "evaluations without a better val_i2t_top1 that end the training"] = 5,
     ema: Annotated[float, "decay of the averaged weights that are evaluated and saved"] = 0.998,
     tower: Annotated[Literal["baseline", "enhanced", "best", "small"], "the image tower, a preset of pair_vit"] = "best",
-    text: Annotated[Component, "encodes captions; auto: openclip_text if it is available"] = Component("backbone", "text_transformer"),
+    text: Annotated[Component, "encodes captions; auto: openclip_text if available"] = Component("backbone", "vitkit:text_transformer"),
     freeze_text: Annotated[bool, "leave the text tower as it was built"] = False,
-    loss: Annotated[Component, "compares pairs with captions"] = Component("loss", "info_nce", temperature=0.07),
+    loss: Annotated[Component, "compares pairs with captions"] = Component("loss", "vitkit:info_nce", temperature=0.07),
     caption_positives: Annotated[bool, "pairs with the same caption are each other's positives"] = True,
     classify: Annotated[float, "weight of the classification of each half"] = 1.0,
     label_smoothing: Annotated[float, "of that classification"] = 0.1,
@@ -69,7 +69,7 @@ def main(
     schedule = warmup_cosine(stepped, run.steps(pairs, epochs), warmup=warm, floor=0.01)
     for label, lines in REFERENCE.items() if data.name == "cifar100" else ():
         run.reference(label, **lines)
-    evaluate = evaluators.build("pair_retrieval")
+    evaluate = evaluators.build("vitkit:pair_retrieval")
     evaluate.check(data, "val")  # before the training, whose end depends on it
     for epoch in run.fit(trained, pairs, epochs=epochs, optimizer=stepped, schedule=schedule, clip=1.0, ema=ema,
                          monitor="val_i2t_top1", patience=patience):  # fmt: skip

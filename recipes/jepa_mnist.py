@@ -39,7 +39,7 @@ def main(
     depth: Annotated[int, "transformer blocks"] = 4,
     num_heads: Annotated[int, "attention heads"] = 2,
     proj_dim: Annotated[int, "dimensions of the projection"] = 32,
-    projector: Annotated[Component, "maps features to the space of the loss"] = Component("head", "mlp", hidden=256, norm="batch"),
+    projector: Annotated[Component, "maps features to the space of the loss"] = Component("head", "vitkit:mlp", hidden=256, norm="batch"),
     lamda: Annotated[float, "weight of SIGReg against invariance"] = 0.05,
     multimodal: Annotated[bool, "use labels; without them, the baseline"] = True,
     objective: Annotated[Literal["joint", "reference"], "views with and without label, or all with their label"] = "joint",
@@ -63,18 +63,18 @@ def main(
     augment = RandomAffine(degrees=15, translate=0.1, scale=(0.85, 1.15), shear=10)
     batches = train.batches(batch_size, shuffle=True, drop_last=True, augment=augment, views=views)
     backbone = backbones.build(
-        "multimodal_vit", num_classes=len(data.classes), img_size=img_size, patch_size=patch_size, in_chans=data.shape[0],
+        "vitkit:multimodal_vit", num_classes=len(data.classes), img_size=img_size, patch_size=patch_size, in_chans=data.shape[0],
         embed_dim=embed_dim, depth=depth, num_heads=num_heads, positions="sincos2d",
     )  # fmt: skip
-    head, loss = projector.build(in_dim=embed_dim, out_dim=proj_dim), losses.build("lejepa", lamda=lamda)
+    head, loss = projector.build(in_dim=embed_dim, out_dim=proj_dim), losses.build("vitkit:lejepa", lamda=lamda)
     model = JEPA(backbone, head, loss, objective=objective if multimodal else "images", swap=0.5 if swap is None else swap, keep=keep)
     optimizer = muon_adamw(model, lr=lr)
     schedule = warmup_cosine(optimizer, run.steps(batches, epochs), warmup=min(100, run.steps(batches)))
     if data.name == "mnist":
         run.reference("reference document", **REFERENCE)
     run.reference("floor", sigreg=loss.sigreg.floor)  # of embeddings drawn from N(0, I)
-    probes = [evaluators.build(name, train_size=eval_size) for name in ("linear_probe", "knn")]
-    evaluate = usable([*probes, evaluators.build("label_retrieval")], data, say=run.say)
+    probes = [evaluators.build(f"vitkit:{name}", train_size=eval_size) for name in ("linear_probe", "knn")]
+    evaluate = usable([*probes, evaluators.build("vitkit:label_retrieval")], data, say=run.say)
     for epoch in run.fit(model, batches, epochs=epochs, optimizer=optimizer, schedule=schedule, clip=1.0, ema=0.99):
         if epoch.due(eval_every):
             epoch.evaluate(model, data, *evaluate)

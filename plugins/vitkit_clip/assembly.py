@@ -50,7 +50,7 @@ def build_clip(
     all_captions = captions(data.classes)
     channels, height, width = data.shape
     size = height if height == width else [height, width]
-    backbone = backbones.build("pair_vit", img_size=size, in_chans=channels, preset=tower)
+    backbone = backbones.build("vitkit:pair_vit", img_size=size, in_chans=channels, preset=tower)
     words = _text_tower(text, vocabulary_of(all_captions), say)
     if not hasattr(words, "encode_text"):
         raise UsageError(f"--text {text.name}: that backbone has no encode_text; take text_transformer or another text tower")
@@ -58,20 +58,20 @@ def build_clip(
         words.requires_grad_(False)
     frozen = not any(parameter.requires_grad for parameter in words.parameters())
     say(f"text encoder: {words.spec.name}, {'frozen' if frozen else 'trained'}")
-    projector = heads.build("linear", in_dim=backbone.embed_dim, out_dim=proj_dim)
-    text_projector = heads.build("linear", in_dim=words.embed_dim, out_dim=proj_dim)
-    classifier = heads.build("linear", in_dim=backbone.embed_dim, out_dim=len(data.classes)) if classify else None
+    projector = heads.build("vitkit:linear", in_dim=backbone.embed_dim, out_dim=proj_dim)
+    text_projector = heads.build("vitkit:linear", in_dim=words.embed_dim, out_dim=proj_dim)
+    classifier = heads.build("vitkit:linear", in_dim=backbone.embed_dim, out_dim=len(data.classes)) if classify else None
     objective: nn.Module = loss.build()
     if classify:
         arguments = {"contrastive": loss.name, "arguments": loss.kwargs}
-        objective = losses.build("pair_multi_task", weight=classify, label_smoothing=label_smoothing, **arguments)
+        objective = losses.build("vitkit:pair_multi_task", weight=classify, label_smoothing=label_smoothing, **arguments)
     return CLIP(
         backbone, words, projector, text_projector, objective, all_captions, classifier, caption_positives=caption_positives
     )
 
 
 def _text_tower(text: Component, vocabulary: list[str], say: Callable[[str], Any]) -> Any:
-    if text.name == "text_transformer":
+    if text.name in ("text_transformer", "vitkit:text_transformer"):
         return text.build(vocabulary=vocabulary, **TEXT)
     if text.name != "auto":
         return text.build()
@@ -79,4 +79,4 @@ def _text_tower(text: Component, vocabulary: list[str], say: Callable[[str], Any
         return backbones.build("openclip_text", **text.kwargs)
     except VitkitError as error:
         say(f"{error}; text_transformer, trained from scratch, replaces it")
-        return backbones.build("text_transformer", vocabulary=vocabulary, **TEXT)
+        return backbones.build("vitkit:text_transformer", vocabulary=vocabulary, **TEXT)

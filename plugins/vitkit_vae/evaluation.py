@@ -22,13 +22,13 @@ def vae_evaluators(
     `active_units`, `silhouette`, and `transfer` if its argument `dataset` names one. `train_size` caps the training images
     that evaluators use. An evaluator that cannot measure on `data` is left out, and `say` gets a line that says why.
     """
-    every = [evaluators.build("knn", train_size=train_size)]
-    every += [evaluators.build("accuracy")] * (model.classifier is not None)
-    every += [evaluators.build("reconstruction")] * (model.decoder is not None)
+    every = [evaluators.build("vitkit:knn", train_size=train_size)]
+    every += [evaluators.build("vitkit:accuracy")] * (model.classifier is not None)
+    every += [evaluators.build("vitkit:reconstruction")] * (model.decoder is not None)
     last = [
-        evaluators.build("few_shot", train_size=train_size),
-        evaluators.build("active_units"),
-        evaluators.build("silhouette", test_size=2000),
+        evaluators.build("vitkit:few_shot", train_size=train_size),
+        evaluators.build("vitkit:active_units"),
+        evaluators.build("vitkit:silhouette", test_size=2000),
     ]
     if transfer is not None and transfer.kwargs.get("dataset"):
         last.append(transfer.build(train_size=train_size))

@@ -103,7 +103,7 @@ class PatchTransfer(Transfer):
     @staticmethod
     def vitkit_example(samples: int) -> tuple[dict[str, Any], dict[str, Any]]:
         model = nn.Module()
-        model.backbone = backbones.build("vae_encoder", img_size=8, in_chans=1, embed_dim=16, depth=1, num_heads=1)
+        model.backbone = backbones.build("vitkit:vae_encoder", img_size=8, in_chans=1, embed_dim=16, depth=1, num_heads=1)
         return {"train_size": 60, "test_size": 30}, {"model": model}
 
     def __call__(self, model: Any, dataset: Any, split: SplitName = "test") -> Scores:

@@ -117,10 +117,10 @@ class MultiTaskVAE(GradCacheable):
         backbone = encoder.build(img_size=height if height == width else (height, width), in_chans=channels, **vit)
         classifier = decoder = None
         if weights["classification"] and supervised:
-            classifier = heads.build("mlp", in_dim=backbone.embedding_dim, out_dim=classes, hidden=CLASSIFIER_WIDTH)
+            classifier = heads.build("vitkit:mlp", in_dim=backbone.embedding_dim, out_dim=classes, hidden=CLASSIFIER_WIDTH)
         if weights["reconstruction"]:
             decoder = heads.build(
-                "conv_decoder",
+                "vitkit:conv_decoder",
                 in_dim=backbone.latent_dim,
                 out_dim=channels,
                 img_size=backbone.img_size,

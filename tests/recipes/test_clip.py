@@ -65,9 +65,7 @@ def test_it_learns_from_real_pairs(tmp_path, real_data):
 def test_the_saved_model_finds_captions_by_cosine_as_reported(trained):
     directory, summary = trained
     model, data = vitkit.load(directory), build("digits")
-    assert set(dict(model.named_children())) == {
-        "backbone", "text", "projector", "text_projector", "loss", "half_classifier"
-    }  # fmt: skip
+    assert set(dict(model.named_children())) == {"backbone", "text", "projector", "text_projector", "half_classifier"}
     assert model.preprocessing["shape"] == [1, 16, 32]
     pairs, hits = Pairs(data.resized(16).test, data.classes, 500).fixed(), []
     with torch.inference_mode():
@@ -150,7 +148,7 @@ def test_a_text_tower_that_cannot_be_had_is_replaced_only_when_none_was_named(tm
     [
         (("--text", "vit"), "--text vit: that backbone has no encode_text; take text_transformer"),
         (("--text", "no_such"), "no backbone named 'no_such'"),
-        (("--chunk", "0"), "chunk is 0; expected at least 1 sample"),
+        (("--chunk", "0"), "chunk is 0; expected at least 1"),
         (("--batch-size", "5000"), "an epoch has no batches"),
     ],
 )

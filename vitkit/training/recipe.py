@@ -264,7 +264,8 @@ class Recipe:
             value = values.get(name)
             if name in self._components:
                 default = preset.get(name, self._components[name])
-                value = default.name if value is None else value
+                # The recipe's own component, by its short name too: another distribution may register that name.
+                value = default.name if value in (None, default.name.rpartition(":")[2]) else value
                 kwargs = default.kwargs if value == default.name else {}
                 resolved[name] = Component(default.kind, value, **{**kwargs, **parse_arguments(values.get(f"{name}_arg") or [])})
             else:
