@@ -495,8 +495,9 @@ def test_labels_by_folder_are_the_same_for_every_command(folder):
 
 def test_classes_of_folders_and_of_a_store_in_numeric_order_are_the_same(folder):
     names = [str(number) for number in range(12)]
-    fill(folder, **{name: 2 for name in names})
+    fill(folder, **dict.fromkeys(names, 2))
     import_folder(folder, "folders", img_size=8)
     images = torch.zeros(12, 3, 8, 8, dtype=torch.uint8)
-    tensors = {f"{split}.{part}": value for split in ("train", "test") for part, value in (("images", images), ("labels", torch.arange(12)))}
+    parts = {"images": images, "labels": torch.arange(12)}
+    tensors = {f"{split}.{part}": value for split in ("train", "test") for part, value in parts.items()}
     assert read_store(write_store("numeric", tensors, names)).classes == read_store(store_path("folders")).classes
