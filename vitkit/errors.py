@@ -74,6 +74,8 @@ class RunDirectoryError(UsageError):
     """A run directory is in use or already holds a run."""
 
 
+LINE_CHARACTERS = 4000
+"""Length at which a complete line of a message or a log is cut."""
 JOINERS = "\u200c\u200d"
 """Zero-width characters that Persian text and emoji need; they move nothing on the screen."""
 

@@ -6,11 +6,11 @@ import typer
 from rich.table import Table
 
 from vitkit.arguments import signature_of
-from vitkit.cli.console import MESSAGE_CHARACTERS, cell, out
-from vitkit.errors import UsageError, nearest, printable
+from vitkit.cli.console import cell, out
+from vitkit.errors import LINE_CHARACTERS, UsageError, nearest, printable
 from vitkit.registry import KINDS, REGISTRIES, Registry
 
-LINE_CHARACTERS = 100
+SIGNATURE_CHARACTERS = 100
 """A longer signature is printed with one argument a line."""
 
 
@@ -61,13 +61,13 @@ def registry_of(kind: str) -> Registry:
 
 def _print_lines(text: str) -> None:
     for line in text.split("\n"):
-        out.print(printable(line, MESSAGE_CHARACTERS))
+        out.print(printable(line, LINE_CHARACTERS))
 
 
 def _folded(signature: str) -> str:
     """A long signature with one argument a line."""
     name, _, rest = signature.partition("(")
-    if len(signature) <= LINE_CHARACTERS:
+    if len(signature) <= SIGNATURE_CHARACTERS:
         return signature
     depth, pieces, current = 0, [], ""
     for character in rest[:-1]:

@@ -12,12 +12,10 @@ from typing import IO, Any
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from vitkit.errors import printable
+from vitkit.errors import LINE_CHARACTERS, printable
 
 PIPE_COLUMNS = 240
 """Width of a table where the output is not a terminal: wide enough to keep a row on one line."""
-MESSAGE_CHARACTERS = 4000
-"""Length at which a line of an error message is cut."""
 _SIMILAR = {"→": "->", "×": "x", "…": "...", "−": "-", "–": "-", "—": "-", "·": "*", "≥": ">=", "≤": "<=", "√": "sqrt", "‖": "||"}
 _BOX_LINES = {"─": "-", "━": "-", "═": "-", "╌": "-", "│": "|", "┃": "|", "║": "|", "╎": "|"}
 
@@ -45,7 +43,7 @@ def cell(text: object, style: str = "") -> Text:
 
 def print_error(message: str) -> None:
     """Print an error message; each of its lines is made printable."""
-    lines = [printable(line, MESSAGE_CHARACTERS) for line in message.split("\n")]
+    lines = [printable(line, LINE_CHARACTERS) for line in message.split("\n")]
     err.print(Text.assemble(("error:", "bold red"), " ", "\n".join(lines)))
 
 

@@ -15,6 +15,7 @@ from vitkit.cli.known_holes import known_holes
 from vitkit.cli.plugin_commands import Commands, command_of, commands
 from vitkit.errors import DatasetError, PluginError, printable
 from vitkit.registry import REGISTRIES, version_of
+from vitkit.runs.summary import processor
 
 LIBRARIES = ("torch", "torchvision", "accelerate", "safetensors", "huggingface_hub", "einops", "numpy", "pillow", "scikit-learn")
 SLOW_IMPORT_SECONDS = 5.0
@@ -102,13 +103,16 @@ def _devices() -> list[str]:
     try:
         import torch
 
-        from vitkit.training.accelerator import has_fast_bf16, resolve_device
+        from vitkit.training.accelerator import resolve_device
         from vitkit.training.compile import has_compiler
+        from vitkit.training.processor import cpu_unit, has_fast_bf16
     except Exception as error:
         return [f"torch cannot be imported: {type(error).__name__}: {error}; pip install --force-reinstall torch"]
     table = Table(title="devices", title_justify="left", show_header=False)
-    bf16 = {True: "computes bf16 in hardware: --precision auto is bf16", False: "has no bf16 units: --precision auto is fp32"}
-    table.add_row("cpu", f"{torch.get_num_threads()} threads, {bf16[has_fast_bf16('cpu')]}")
+    bf16 = {True: "bf16 in hardware: --precision auto is bf16", False: "no bf16 unit: --precision auto is fp32"}
+    unit = cpu_unit()
+    unit = "no vector unit for matrix products" if unit == "none" else f"{unit} for matrix products"
+    table.add_row("cpu", f"{processor()}, {torch.get_num_threads()} threads, {unit}, {bf16[has_fast_bf16('cpu')]}")
     for index in range(torch.cuda.device_count()):
         table.add_row(f"cuda:{index}", f"{printable(torch.cuda.get_device_name(index))}, {bf16[has_fast_bf16('cuda')]}")
     if torch.backends.mps.is_available():

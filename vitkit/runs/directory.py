@@ -18,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from vitkit.errors import RunDirectoryError, RunError
+from vitkit.errors import LINE_CHARACTERS, RunDirectoryError, RunError, printable
 from vitkit.files import atomic_write, is_leftover, remove_leftovers, write_json
 
 FILES = (
@@ -83,9 +83,10 @@ class Claim:
         self._log(lines)
         shutil.rmtree(self.directory / REMOVED, ignore_errors=True)
 
-    def note(self, text: str) -> None:
-        """Add a line to `log.txt`, at once or with `open`."""
-        line = f"{time.strftime('%H:%M:%S')} {text}\n"
+    def note(self, text: str, *details: str) -> None:
+        """Add a line to `log.txt`, and indented lines of details below it, at once or with `open`."""
+        line = f"{time.strftime('%H:%M:%S')} {printable(text, LINE_CHARACTERS)}\n"
+        line += "".join(f"  {printable(detail, LINE_CHARACTERS)}\n" for detail in details)
         if self.opened or self.resumes:
             self._log([line])
         else:

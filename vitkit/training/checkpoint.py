@@ -1,15 +1,19 @@
-"""The state that a training run goes on from: one safetensors file, checked when read, with no pickle in it."""
+"""Checkpoints: the state that a run resumes from, as one safetensors file with a checksum and without pickle.
+
+`safetensors.torch.save` holds the whole file in memory beside the tensors. Here the header is written by hand and tensors follow one
+at a time, and reading maps the file, so neither holds everything twice.
+"""
 
 import hashlib
 import json
-from collections.abc import Mapping
+import struct
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vitkit.distributed.fsdp import shard_optimizer_state, shard_state
@@ -19,12 +23,17 @@ from vitkit.training.ema import weights_of
 
 FORMAT = "vitkit-state-1"
 UNSET = "0" * 64
-"""Stands in the place of the checksum while it is taken."""
+"""Stands in the place of the checksum while the checksum is computed."""
+CHUNK_BYTES = 2**24
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
+    torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class State:
-    """What `save_state` was given, bit for bit."""
+    """The arguments of `save_state`, bit for bit."""
 
     model_state: dict[str, Tensor]
     optimizer: dict[str, Any]
@@ -34,16 +43,15 @@ class State:
 
     @property
     def evaluated(self) -> dict[str, Tensor]:
-        """The weights that evaluations saw: the averaged ones, where there are any."""
+        """The weights that evaluators saw: the averaged ones, if there are any."""
         if self.ema_state is None:
             return self.model_state
         return weights_of(self.ema_state)
 
     def restore(self, model: nn.Module, optimizer: Any, average: Any | None, schedule: Any | None) -> None:
-        """Put everything but `progress` back where it came from.
+        """Load everything but `progress`.
 
-        Raises `CheckpointError` for another model, another optimiser, and where averaged weights or a schedule are on
-        one side only.
+        Raises `CheckpointError` for another model or optimiser, and if only one side has averaged weights or a schedule.
         """
         way = "resume with the recipe and the arguments that the run was started with"
         parts = (("averaged weights", average, self.ema_state), ("a schedule", schedule, self.scheduler))
@@ -51,7 +59,7 @@ class State:
             if (here is None) != (saved is None):
                 with_, without = ("this run", "the checkpoint") if saved is None else ("the checkpoint", "this run")
                 raise CheckpointError(f"{with_} has {what}, {without} has none; {way}")
-        wanted = [set(group) for group in optimizer.param_groups]
+        before = [set(group) for group in optimizer.param_groups]
         try:
             model.load_state_dict(shard_state(self.model_state, model.state_dict()))
             optimizer.load_state_dict(shard_optimizer_state(self.optimizer, optimizer))
@@ -60,11 +68,11 @@ class State:
             if schedule is not None and self.scheduler is not None:
                 schedule.load_state_dict(self.scheduler)
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            said = " ".join(str(error).split())
-            raise CheckpointError(f"the checkpoint is another model's or optimiser's: {said:.400}; {way}") from None
-        # torch takes another optimiser's state as it is, and fails only at the next step.
-        found = zip(wanted, optimizer.param_groups, strict=True)
-        lost = sorted({key for keys, group in found for key in keys - set(group)})
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"the checkpoint is another model's or optimiser's: {reason:.400}; {way}") from None
+        # torch accepts another optimiser's state, and fails only at the next step.
+        groups = zip(before, optimizer.param_groups, strict=True)
+        lost = sorted({key for keys, group in groups for key in keys - set(group)})
         if lost:
             raise CheckpointError(f"the checkpoint is another optimiser's: it has no {', '.join(lost)}; {way}")
 
@@ -78,12 +86,11 @@ def save_state(
     scheduler: Mapping[str, Any] | None,
     progress: Mapping[str, Any],
 ) -> None:
-    """Write a training state, whole or not at all.
+    """Write a training state atomically.
 
-    Everything is a tree of dicts and lists; its tensors become those of the file, the rest a JSON text in its metadata,
-    where a SHA-256 of the whole file stands too, so that a flipped byte is noticed. Functions in a scheduler's state are
-    left out: the recipe makes them anew. Raises `RunError` where the file cannot be written and `CheckpointError` for a
-    value that is neither tensor nor JSON.
+    Every argument is a tree of dicts and lists. Its tensors become the tensors of the file, and the rest a JSON text in the metadata,
+    beside a SHA-256 of the whole file. Functions in a scheduler's state are left out, because the recipe makes them anew. Raises
+    `RunError` if the file cannot be written, and `CheckpointError` for a value that is neither a tensor nor JSON.
     """
     tree = {
         "model_state": dict(model_state),
@@ -94,45 +101,86 @@ def save_state(
     }
     tensors: dict[str, Tensor] = {}
     skeleton = json.dumps(_take_apart(tree, tensors))
-    body = save(tensors, metadata={"format": FORMAT, "tree": skeleton, "sha256": UNSET})
-    digest = hashlib.sha256(body).hexdigest()
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(_with_digest(body, UNSET, digest))
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # the format aligns values to their size
+    header = _header(tensors, {"format": FORMAT, "tree": skeleton, "sha256": UNSET})
+    digest = hashlib.sha256(header)
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        file.write(header)
+        for tensor in tensors.values():
+            content = _bytes_of(tensor)
+            digest.update(content)
+            file.write(content)
+        file.seek(0)
+        file.write(_with_digest(header, UNSET, digest.hexdigest()))
 
 
 def load_state(path: str | Path) -> State:
-    """Read a training state; `CheckpointError` where it is missing, cut short, changed or something else."""
+    """Read a training state; raises `CheckpointError` if it is missing, cut short, changed or of another kind."""
     path = Path(path)
     way = "delete it and start again with --overwrite, or take another checkpoint"
     try:
-        body = path.read_bytes()
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            length = int.from_bytes(file.read(8), "little")
+            file.seek(0)
+            header = file.read(8 + length) if length < size else b""
+            metadata = json.loads(header[8:])["__metadata__"]
+            version, digest, skeleton = metadata["format"], metadata["sha256"], metadata["tree"]
+            if version != FORMAT:
+                raise CheckpointError(f"{path} is a training state of version {version!r:.40}, expected {FORMAT!r}; {way}")
+            checksum = hashlib.sha256(_with_digest(header, digest, UNSET))
+            for chunk in _chunks(file):
+                checksum.update(chunk)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
-    try:
-        metadata = json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])["__metadata__"]
-        version, digest, skeleton = metadata["format"], metadata["sha256"], metadata["tree"]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise CheckpointError(f"{path} is cut short, damaged or no training state; {way}") from None
-    if version != FORMAT:
-        raise CheckpointError(f"{path} is a training state of version {version!r:.40}, expected {FORMAT!r}; {way}")
-    if hashlib.sha256(_with_digest(body, digest, UNSET)).hexdigest() != digest:
-        raise CheckpointError(f"{path} is cut short or damaged: its checksum does not fit its {len(body)} bytes; {way}")
+    if checksum.hexdigest() != digest:
+        raise CheckpointError(f"{path} is cut short or damaged: its checksum does not fit its {size} bytes; {way}")
     try:
-        return State(**_put_together(json.loads(skeleton), load(body)))
+        with safe_open(path, framework="pt") as tensors:
+            names = tensors.keys()
+            read = {name: tensors.get_tensor(name).clone() for name in names}  # nothing depends on the file afterwards
+        return State(**_put_together(json.loads(skeleton), read))
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is no training state: {error}; {way}") from None
 
 
-def _with_digest(body: bytes, old: str, new: str) -> bytes:
-    """The file with another checksum in its header; quotes within the metadata's texts are escaped, so no other fits."""
-    return body.replace(f'"sha256":"{old}"'.encode(), f'"sha256":"{new}"'.encode(), 1)
+def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The header of a safetensors file: its length in 8 bytes, then JSON, padded to a multiple of 8."""
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    place = 0
+    for name, tensor in tensors.items():
+        end = place + tensor.numel() * tensor.element_size()
+        entries[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [place, end]}
+        place = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def _chunks(file: BinaryIO) -> Iterator[bytes]:
+    while chunk := file.read(CHUNK_BYTES):
+        yield chunk
+
+
+def _with_digest(header: bytes, old: str, new: str) -> bytes:
+    """The header with another checksum; quotes within the metadata's texts are escaped, so no other place fits."""
+    return header.replace(f'"sha256":"{old}"'.encode(), f'"sha256":"{new}"'.encode(), 1)
 
 
 def _take_apart(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """The tree with each tensor replaced by its number; dicts become lists of pairs, for JSON's keys are text alone."""
+    """The tree with each tensor replaced by its number; dicts become lists of pairs, because the keys of JSON are texts."""
     if isinstance(value, Tensor):
+        if value.dtype not in DTYPES:
+            raise CheckpointError(f"a training state holds no tensors of {value.dtype}; known: {', '.join(map(str, DTYPES))}")
         name = str(len(tensors))
-        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        tensors[name] = value
         return {"tensor": name}
     if isinstance(value, Mapping):
         return {"dict": [[_take_apart(k, tensors), _take_apart(v, tensors)] for k, v in value.items()]}

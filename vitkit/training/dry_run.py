@@ -1,10 +1,10 @@
-"""What `--dry-run` shows: every resolved value, and what the model is and costs, without training it."""
+"""The tables of `--dry-run`: every resolved value, and the size and cost of the model, without training it."""
 
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from rich.console import Group
@@ -14,41 +14,41 @@ from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitkit.training import memory_estimate
-
-if TYPE_CHECKING:
-    from vitkit.training.run import Run
+from vitkit.training.batches import check_batch, map_batch, samples_of
+from vitkit.training.session import Session
 
 
 def preview(
-    run: "Run", model: nn.Module, batches: Any, *, epochs: int, optimizer: Optimizer, ema: bool, devices: int | None
+    session: Session, model: nn.Module, batches: Any, *, epochs: int, optimizer: Optimizer, ema: bool, devices: int | None
 ) -> Group:
-    """Tables of arguments, settings and the model: parameters, tokens a view, FLOPs a sample (forward pass).
+    """Tables of the arguments, the settings and the model: parameters, tokens per view, FLOPs per sample (forward pass).
 
-    With `devices` a table of what a run on so many needs, too, see `vitkit.training.memory_estimate`.
+    With `devices` also a table of the needs of a run on that many devices, see `vitkit.training.memory_estimate`.
     """
-    batch = next(iter(batches.epoch(0, seed=run.seed) if hasattr(batches, "epoch") else batches))
-    samples = len(next(iter(batch.values())))
+    batch = next(iter(batches.epoch(0, seed=session.seed) if hasattr(batches, "epoch") else batches))
+    check_batch(batch)
+    samples = samples_of(batch)
     measured = min(samples, memory_estimate.MEASURED_ON)  # a large batch may not fit into the machine that plans for larger ones
-    few = {name: value[:measured].to(run.device) for name, value in batch.items()}
-    model = model.to(run.device)
+    few = map_batch(batch, lambda value: value[:measured].to(session.device))
+    model = model.to(session.device)
     counter = FlopCounterMode(display=False)
-    with _tokens(model) as tokens, torch.no_grad(), counter, run.accelerator.autocast():
+    with _tokens(model) as tokens, torch.no_grad(), counter, session.autocast():
         model(few)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     rows = {
-        "batch": ", ".join(f"{name} {tuple(value.shape)}" for name, value in batch.items()),
+        "batch": ", ".join(f"{name} {_shape(value)}" for name, value in batch.items()),
         "parameters": f"{parameters:,} ({trained:,} trained)",
         "tokens": ", ".join(f"{count} × {views * samples // measured} sequences" for count, views in tokens.items()) or "unknown",
         "FLOPs a sample": f"{counter.get_total_flops() / measured:,.0f} (forward; a training step is about three times that)",
-        "steps": f"{epochs} epochs × {run.steps(batches)} steps",
+        "steps": f"{epochs} epochs × {session.steps(batches)} steps",
     }
     tables = [
-        _table("arguments", run.arguments), _table("settings", run.settings() | {"out": str(run.directory)}),
+        _table("arguments", session.arguments), _table("settings", session.settings() | {"out": str(session.directory)}),
         _table("model", rows),
     ]  # fmt: skip
     if devices is not None:
-        needs = memory_estimate.measure(model, few, optimizer, ema=ema, autocast=run.accelerator.autocast)
+        needs = memory_estimate.measure(model, few, optimizer, ema=ema, autocast=session.autocast)
         planned = memory_estimate.rows(needs, devices=devices, batch_size=samples, steps=len(batches), epochs=epochs)
         tables.append(_table(f"on {devices} device{'s' if devices > 1 else ''}", planned))
     return Group(*tables)
@@ -56,35 +56,39 @@ def preview(
 
 @contextmanager
 def _tokens(model: nn.Module) -> Iterator[dict[int, int]]:
-    """Sequence lengths that backbones computed with during the block, and how many sequences had each; it is filled at its end.
+    """Sequence lengths that backbones compute with during the block, and the number of sequences of each; filled at its end.
 
-    A backbone's layers are looked at, not its output alone, which may be fewer tokens than went in: those of the layer with most.
+    Of each backbone the layer with the most tokens counts: its output may have fewer.
     """
     backbones = [m for m in model.modules() if hasattr(m, "embed_dim") and hasattr(m, "spec")]
     inner = {part for backbone in backbones for part in backbone.modules() if part is not backbone}
-    seen: list[dict[nn.Module, Counter[int]]] = []
+    counted: list[dict[nn.Module, Counter[int]]] = []
     handles = []
     for backbone in backbones:
         if backbone not in inner:
             layers: dict[nn.Module, Counter[int]] = {}
-            look = partial(_look, layers, cast(int, backbone.embed_dim))
-            handles += [layer.register_forward_hook(look) for layer in backbone.modules()]
-            seen.append(layers)
-    found: dict[int, int] = {}
+            count = partial(_count, layers, cast(int, backbone.embed_dim))
+            handles += [layer.register_forward_hook(count) for layer in backbone.modules()]
+            counted.append(layers)
+    lengths: dict[int, int] = {}
     try:
-        yield found
+        yield lengths
     finally:
         for handle in handles:
             handle.remove()
-        for layers in seen:
+        for layers in counted:
             most = max(layers.values(), key=lambda counts: sum(n * sequences for n, sequences in counts.items()), default=Counter())
             for length, sequences in most.items():
-                found[length] = found.get(length, 0) + sequences
+                lengths[length] = lengths.get(length, 0) + sequences
 
 
-def _look(layers: dict[nn.Module, Counter[int]], width: int, layer: nn.Module, inputs: Any, output: Any) -> None:
+def _count(layers: dict[nn.Module, Counter[int]], width: int, layer: nn.Module, inputs: Any, output: Any) -> None:
     if isinstance(output, Tensor) and output.ndim == 3 and output.shape[2] == width:
         layers.setdefault(layer, Counter())[output.shape[1]] += output.shape[0]
+
+
+def _shape(value: Any) -> str:
+    return " and ".join(str(tuple(part.shape)) for part in (value if isinstance(value, tuple | list) else [value]))
 
 
 def _table(title: str, rows: dict[str, Any]) -> Table:
@@ -92,3 +96,6 @@ def _table(title: str, rows: dict[str, Any]) -> Table:
     for name, value in rows.items():
         table.add_row(name, str(value))
     return table
+
+
+__all__ = ["preview"]

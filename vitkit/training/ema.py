@@ -1,45 +1,52 @@
-"""An exponential moving average of a model's weights, also of sharded ones."""
+"""An exponential moving average of a model's weights, also of sharded ones.
+
+The arithmetic is that of `torch.optim.swa_utils`. Its `AveragedModel` is not used: it copies the module, which FSDP2 refuses
+("FSDP does not support deepcopy"), it averages counters such as batch norm's `num_batches_tracked` as whole numbers, and it keeps a
+copy of everything in the module, buffers that are not saved included.
+"""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from vitkit.distributed.fsdp import local, shard_state
 
 
 class ModelEma:
-    """θ̄ ← d·θ̄ + (1 − d)·θ over what a model's `state_dict` holds; the first update takes θ as it is.
+    """θ̄ ← d·θ̄ + (1 − d)·θ over the tensors of a model's `state_dict`; the first update copies θ.
 
-    Tensors that hold no real numbers, counters say, are the model's latest. A sharded model's average is sharded likewise.
+    Integer tensors, such as counters, are the model's latest. The average of a sharded model is sharded in the same way.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay, self.updates = decay, 0
+        self.updates = 0
+        self._average = get_ema_multi_avg_fn(decay)
         self._values: dict[str, Tensor] = {name: value.detach().clone() for name, value in model.state_dict().items()}
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Once a step of the optimiser."""
+        """Add the model's weights to the average, once a step of the optimiser."""
         pairs = [(local(old), local(new.detach())) for old, new in zip(self._values.values(), model.state_dict().values(), strict=True)]
         smooth = [pair for pair in pairs if self.updates and pair[0].is_floating_point()]
         if smooth:
-            torch._foreach_lerp_([old for old, _ in smooth], [new for _, new in smooth], 1.0 - self.decay)
+            self._average([old for old, _ in smooth], [new for _, new in smooth], self.updates)
         for old, new in pairs:
             if not (self.updates and old.is_floating_point()):
                 old.copy_(new)
         self.updates += 1
 
     def weights(self) -> dict[str, Tensor]:
-        """What to load into a model."""
+        """The averaged weights, for `model.load_state_dict`."""
         return self._values
 
     def state_dict(self) -> dict[str, Any]:
-        """What to go on from."""
+        """The state for resuming, with the keys of `AveragedModel`."""
         return {"n_averaged": self.updates, **{f"module.{name}": value for name, value in self._values.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state; `KeyError` and `RuntimeError` where it is another model's."""
+        """Restore a state; raises `KeyError` or `RuntimeError` for a state of another model."""
         self.updates = int(state["n_averaged"])
         given = weights_of(state)
         if given.keys() != self._values.keys():
@@ -49,7 +56,7 @@ class ModelEma:
 
 
 def weights_of(state: dict[str, Any]) -> dict[str, Tensor]:
-    """The averaged weights in what `ModelEma.state_dict` gave, by the model's own names."""
+    """The averaged weights in the result of `ModelEma.state_dict`, by the model's names."""
     return {name.removeprefix("module."): value for name, value in state.items() if name != "n_averaged"}
 
 

@@ -10,12 +10,15 @@ Source: Gao et al., Scaling Deep Contrastive Learning Batch Size under Memory Li
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from vitkit.errors import UsageError
+from vitkit.training.batches import map_batch, samples_of
+from vitkit.validation import at_least
 
 
 class GradCacheable(nn.Module, ABC):
@@ -44,8 +47,7 @@ class GradCache(GradCacheable):
 
     def __init__(self, model: GradCacheable, chunk: int) -> None:
         super().__init__()
-        if chunk < 1:
-            raise UsageError(f"chunk is {chunk}; expected at least 1 sample")
+        at_least(1, chunk=chunk)
         if not isinstance(model, GradCacheable):
             raise UsageError(
                 f"{type(model).__name__} is not GradCacheable: a gradient cache needs a model that inherits from "
@@ -56,8 +58,8 @@ class GradCache(GradCacheable):
 
     def forward_features(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The model's features, computed chunk by chunk."""
-        parts = zip(*(values.split(self.chunk) for values in batch.values()), strict=True)
-        chunks = [dict(zip(batch, part, strict=True)) for part in parts]
+        starts = range(0, samples_of(batch), self.chunk)
+        chunks = [map_batch(batch, itemgetter(slice(start, start + self.chunk))) for start in starts]
         return _concatenate([recompute(self.model.forward_features, chunk, use_reentrant=False) for chunk in chunks])
 
     def compute_loss(self, features: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""A recipe, run: what `vitkit run` and `vitkit reproduce` do with it, however it ends."""
+"""Running a recipe: the common part of `vitkit run` and `vitkit reproduce`, however the recipe ends."""
 
 import contextlib
 from collections.abc import Mapping
@@ -8,46 +8,55 @@ from rich.console import Console
 
 from vitkit.distributed.watchdog import is_collective
 from vitkit.errors import UsageError, VitkitError
+from vitkit.training.recipe import Recipe
 from vitkit.training.run import DryRun, Run
-from vitkit.training.signals import ignore_termination
+from vitkit.training.session import Session
+from vitkit.training.signals import Signals, ignore_termination
 
 
-def execute(recipe: Any, run_arguments: Mapping[str, Any], arguments: Mapping[str, Any], console: Console) -> int:
-    """Run a recipe as `vitkit run` does; the exit code: 0, or 130 after Ctrl-C."""
-    run = Run(**run_arguments, name=recipe.name, recipe=recipe, arguments=arguments, console=console)
+def execute(recipe: Recipe, settings: Mapping[str, Any], flags: Mapping[str, Any], console: Console) -> int:
+    """Run a recipe with the runner's settings and the requested values of its flags.
+
+    Returns the exit code: 0, 130 after Ctrl-C, SIGTERM or SIGHUP, or 1 if another rank has failed.
+    """
+    run = Run(**settings, name=recipe.name, recipe=recipe, arguments=flags, console=console)
+    session = run.session
     try:
-        recipe.run(run, arguments)
+        with Signals():
+            recipe.run(run, flags)
     except DryRun:
         return 0
     except KeyboardInterrupt:
-        told = run.watchdog.failure(wait=1.0)
-        if told:  # the launcher stops a job's other ranks when one has failed
-            return _stopped_by_another(run, told)
-        run.say(f"stopped; {run.way_on()}")
+        reason = session.watchdog.failure(wait=1.0)
+        if reason:  # the launcher stops the other ranks of a job when one has failed
+            return _stop_with_another(session, reason)
+        session.say(f"stopped; {session.how_to_resume()}")
         run.finish("interrupted")
         return 130
     except UsageError as error:
-        run.watchdog.tell(error)
+        session.watchdog.tell(error)
+        run.save_after_error()
         run.discard()
         raise
     except BaseException as error:
-        if run.accelerator.num_processes > 1 and is_collective(error):
-            ignore_termination()  # the launcher's, which ends all ranks when one has died
-            told = run.watchdog.failure(wait=3.0) or "it said nothing, so it was killed or its machine is gone"
-            return _stopped_by_another(run, f"{told} ({' '.join(str(error).split()):.200})")
-        run.watchdog.tell(error)
-        run.note(f"failed: {type(error).__name__}: {error}")
-        with contextlib.suppress(VitkitError):  # the first error is the one to tell
+        if session.accelerator.num_processes > 1 and is_collective(error):
+            ignore_termination()  # the launcher ends all ranks when one has died
+            reason = session.watchdog.failure(wait=3.0) or "it said nothing, so it was killed or its machine is gone"
+            return _stop_with_another(session, f"{reason} ({' '.join(str(error).split()):.200})")
+        session.watchdog.tell(error)
+        session.note(f"failed: {type(error).__name__}: {error}")
+        with contextlib.suppress(VitkitError):  # the first error is the one to report
+            run.save_after_error()
             run.finish("failed")
         raise
     run.finish()
     return 0
 
 
-def _stopped_by_another(run: Run, told: str) -> int:
-    """End this rank's part of a job that cannot go on, at once: its launcher may not wait for a report."""
-    run.alarm(f"another rank has failed, so this one stops: {told}")
-    run.close()
+def _stop_with_another(session: Session, reason: str) -> int:
+    """End this rank at once after another has failed: its launcher may not wait for a report."""
+    session.alarm(f"another rank has failed, so this one stops: {reason}")
+    session.close()
     return 1
 
 

@@ -1,7 +1,7 @@
-"""What a run on many devices needs: measured on a few images here, and worked out from there for `--dry-run --devices N`.
+"""The needs of a run on many devices, for `--dry-run --devices N`: measured on a few images here, and calculated from there.
 
-The assumptions, all of them in `rows`: memory grows with the images of a device, beyond what a step keeps whatever their
-number; the global batch is divided evenly; FLOPs are those of matrix products and convolutions; nothing waits for the network.
+Assumptions, all shown in `rows`: memory grows linearly with the images of a device, plus a part that does not depend on them; the
+global batch is divided evenly; FLOPs are those of matrix products and convolutions; nothing waits for the network.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
+from vitkit.training.batches import map_batch, samples_of, tensors_of
+
 PEAK = 989e12
 """FLOP/s of one device: an H100 SXM in bf16, dense, as its data sheet says."""
 UTILISATION = 0.4
 """The share of the peak that training reaches: what well-tuned transformers of some hundred million parameters do."""
-MEASURED_ON = 8  # images: enough for the memory of one to be a difference, few enough for a laptop
+MEASURED_ON = 8
+"""Samples of the measured step: enough for a difference, few enough for a laptop."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Needs:
     gradient_bytes: int
     optimizer_bytes: int
     ema_bytes: int
-    layer_bytes: int  # the weights of the largest layer of a stack: what full sharding gathers at a time
+    layer_bytes: int  # the weights of the largest layer of a stack: full sharding gathers one at a time
     image_bytes: float
     fixed_bytes: float
     forward_flops: float
@@ -44,17 +47,17 @@ class Needs:
         return self.fixed_bytes + self.image_bytes * images
 
     def replicated_bytes(self, images: int, devices: int) -> float:
-        """A device's memory where each holds the whole model (DDP), with the buckets that gradients are summed in."""
+        """A device's memory if each holds the full model (DDP), with the buckets in which gradients are summed."""
         buckets = self.gradient_bytes if devices > 1 else 0
         return self.state_bytes + buckets + self.activation_bytes(images)
 
     def sharded_bytes(self, images: int, devices: int) -> float:
-        """A device's memory where each holds its part of everything, and two layers whole: one at work, one on its way."""
+        """A device's memory if each holds its part of everything and two full layers: one in use, one being gathered."""
         gathered = 2 * self.layer_bytes if devices > 1 else 0
         return self.state_bytes / devices + gathered + self.activation_bytes(images)
 
     def seconds(self, images: int, devices: int) -> float:
-        """So many images, forward and backward, on all devices at `UTILISATION` of `PEAK`."""
+        """Time of so many images, forward and backward, on all devices at `UTILISATION` of `PEAK`."""
         return images * (self.forward_flops + self.backward_flops) / (devices * PEAK * UTILISATION)
 
 
@@ -66,14 +69,14 @@ def measure(
     ema: bool,
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> Needs:
-    """Take one training step on at most eight samples of `batch`, and look at what it keeps; the weights change.
+    """Take one training step on at most eight samples of `batch`, and measure the tensors that it keeps; the weights change.
 
     Activations are what autograd saves for the backward pass, each storage once, without the weights and the batch itself. A
-    second forward pass on half of the samples tells what grows with their number from what does not. Gradients and the
-    optimiser's state are those that the step leaves behind, averaged weights a copy of weights and buffers.
+    second forward pass on half of the samples separates the part that grows with their number. Gradients and the optimiser's state are
+    those that the step leaves behind; averaged weights are a copy of weights and buffers.
     """
-    samples = min(MEASURED_ON, len(next(iter(batch.values()))))
-    few = {name: value[:samples].clone() for name, value in batch.items()}  # nothing of the batch but this is kept
+    samples = min(MEASURED_ON, samples_of(batch))
+    few = map_batch(batch, lambda value: value[:samples].clone())  # nothing else of the batch is kept
     model.train()
     forward, backward = FlopCounterMode(display=False), FlopCounterMode(display=False)
     with _saved(model, few) as saved, forward, autocast():
@@ -86,7 +89,7 @@ def measure(
     optimizer.step()
     image, fixed = most / samples, 0.0
     if samples >= 4:
-        half = {name: value[: samples // 2] for name, value in few.items()}
+        half = map_batch(few, lambda value: value[: samples // 2])
         with _saved(model, half) as saved, autocast():
             model(half)
         image = (most - saved.bytes) / (samples - samples // 2)
@@ -149,7 +152,7 @@ class _Saved:
 
 @contextmanager
 def _saved(model: nn.Module, batch: dict[str, Tensor]) -> Iterator[_Saved]:
-    known = (*model.parameters(), *model.buffers(), *batch.values())
+    known = (*model.parameters(), *model.buffers(), *tensors_of(batch))
     saved = _Saved({tensor.untyped_storage().data_ptr() for tensor in known})
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
         yield saved

@@ -1,10 +1,8 @@
-"""A run: a directory, a device and a log, and the loop that trains in between."""
+"""A run, as a recipe sees it: datasets, training, saving, and lines and figures for the report."""
 
 import contextlib
 import os
-import shlex
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -16,41 +14,45 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from vitkit import data
-from vitkit.contracts import ReportFigure
-from vitkit.distributed.collectives import broadcast_text
-from vitkit.distributed.watchdog import RankWatchdog
-from vitkit.errors import RunDirectoryError, UsageError, VitkitError, printable
-from vitkit.files import atomic_write, write_json
+from vitkit.contracts import Evaluator, ReportFigure, SplitName
+from vitkit.data.dataset import resolve, stand_in
+from vitkit.data.preprocess import Preprocessing
+from vitkit.errors import LINE_CHARACTERS, RunDirectoryError, UsageError, VitkitError, printable
 from vitkit.models import saving
 from vitkit.registry import Spec
-from vitkit.runs.directory import BEST, MODULES, TRACKERS, Claim, claim, read_summary, trackers_aside
-from vitkit.runs.history import History
-from vitkit.runs.summary import processor, versions
-from vitkit.training.accelerator import make_accelerator, resolve_device, resolve_precision, resolve_trackers, shards
+from vitkit.runs.directory import BEST, Claim, claim, read_summary
+from vitkit.training.accelerator import make_accelerator, resolve_device, resolve_precision, resolve_trackers
 from vitkit.training.checkpoint import load_state
 from vitkit.training.dry_run import preview
+from vitkit.training.epoch import Epoch
+from vitkit.training.flags import plain
 from vitkit.training.gradcache import GradCache
-from vitkit.training.loop import Epoch, Fit, check_arguments
-from vitkit.training.progress import Progress
-from vitkit.training.recipe import Recipe, plain
-from vitkit.validation import at_least
+from vitkit.training.loop import Fit, check_arguments
+from vitkit.training.monitor import Mode, check_monitor
+from vitkit.training.recipe import Recipe
+from vitkit.training.schedules import Schedule
+from vitkit.training.session import Session
 
 
 class DryRun(Exception):
-    """Raised where training would begin when `dry_run=True`: everything has been resolved and shown."""
+    """Raised instead of training when `dry_run=True`, after every value has been resolved and shown."""
 
 
 class Run:
-    """A run directory, a device setup and a log of metrics.
+    """One execution of a recipe, and the directory that it writes.
 
-    `out` is the directory (default `runs/<name>/<time>`), `seed` fixes every random choice, `device` is auto, cpu,
-    cuda or mps, `precision` is auto, fp32, bf16 or fp16 (auto: bf16 where the hardware computes in it, or what a run
-    that is resumed began with), `compile` is auto, on or off, `resume` goes on with the run in `out`, `overwrite` replaces it
-    once the first step is taken, `grad_accum` takes the gradient of so many batches together before a step, `report_to` names
-    accelerate's trackers beside the CSV files, `dry_run` shows what would be trained and, with `devices`, what so many devices
-    would need for it. Nothing is written before the first step, so that what is refused leaves the directory as it was.
-    Raises `UsageError` for a setting that this machine cannot give, `RunDirectoryError` for a directory in use.
+    - `out`: the directory (default `runs/<name>/<time>`).
+    - `seed`: fixes every random choice.
+    - `device`: auto, cpu, cuda or mps.
+    - `precision`: auto, fp32, bf16 or fp16. auto is bf16 if the hardware supports it; a resumed run keeps its precision.
+    - `compile`: auto, on or off.
+    - `resume`: resume the run in `out`. `overwrite`: replace it, once the first step is taken.
+    - `grad_accum`: number of batches whose gradients are added up before a step.
+    - `report_to`: accelerate's trackers beside the CSV files.
+    - `dry_run`: show the model instead of training it; with `devices` also the needs of a run on that many devices.
+
+    Nothing is written before the first step, so a refusal leaves the directory as it was. Raises `UsageError` for a setting that
+    this machine does not support and `RunDirectoryError` for a directory in use.
     """
 
     def __init__(
@@ -73,120 +75,100 @@ class Run:
         command: str = "",
         console: Console | None = None,
     ) -> None:
-        if grad_accum < 1:
-            raise UsageError(f"--grad-accum {grad_accum}: expected at least 1")
-        if devices is not None and not dry_run:
-            raise UsageError(
-                f"--devices {devices} says what a run on so many devices needs, and goes with --dry-run; to train on them: "
-                f"torchrun --nproc-per-node {devices} -m vitkit run ..."
-            )
-        if devices is not None and devices < 1:
-            raise UsageError(f"--devices {devices}: expected at least 1")
-        if not 0 <= seed < 2**63:
-            raise UsageError(f"--seed {seed}: expected a whole number from 0 to 2**63 - 1")
-        if resume and overwrite:
-            raise RunDirectoryError("--resume goes on with a run and --overwrite discards it; give one of the two")
-        self.name, self.seed, self.grad_accum, self.dry_run, self.compile = name, seed, grad_accum, dry_run, compile
-        self.arguments = {key: plain(value) for key, value in (arguments or {}).items()}
+        _check_settings(seed, grad_accum, resume, overwrite, dry_run, devices)
         reports = report_to if isinstance(report_to, str) else ",".join(report_to)
-        self._requested = {
-            **self.arguments, "seed": seed, "device": device, "precision": precision, "compile": compile,
-            "grad_accum": grad_accum, "report_to": reports,
-        }  # fmt: skip
-        self.command, self.recipe, self.devices = command, recipe, devices
-        self.console = console or Console(stderr=True, highlight=False)
-        self._trackers = resolve_trackers(reports.split(","))
+        trackers = resolve_trackers(reports.split(","))
         kind = resolve_device(device)
         resolve_precision(precision, kind)
-        self.directory = Path(out or "runs")
-        self._claim: Claim | None = None
-        if not dry_run and os.environ.get("RANK", "0") == "0":  # the others are told below; launchers set RANK
+        held: Claim | None = None
+        directory = Path(out or "runs")
+        if not dry_run and os.environ.get("RANK", "0") == "0":  # launchers set RANK; the session sends the others the directory
             source = recipe.source if recipe else None
-            self._claim = claim(Path(out) if out else None, name, recipe=source, resume=resume, overwrite=overwrite)
-            self.directory = self._claim.directory
+            held = claim(Path(out) if out else None, name, recipe=source, resume=resume, overwrite=overwrite)
+            directory = held.directory
         try:
-            self.resuming = resume and not dry_run
-            self._earlier = read_summary(self.directory) if resume else {}
-            if precision == "auto":
-                precision = str(self._earlier.get("settings", {}).get("precision", "auto"))
-            self.precision = resolve_precision(precision, kind)
-            self.accelerator = make_accelerator(kind, self.precision, self._trackers, self.directory)
+            self._earlier = read_summary(directory) if resume else {}
+            chosen = self._earlier.get("settings", {}).get("precision", "auto") if precision == "auto" else precision
+            chosen = resolve_precision(str(chosen), kind)
+            accelerator = make_accelerator(kind, chosen, trackers, directory)
         except BaseException:
-            if self._claim is not None:
-                self._claim.release()
+            if held is not None:
+                held.release()
             raise
-        self.device: torch.device = self.accelerator.device
-        self.sharded = shards(self.accelerator)
-        self.is_main = self.accelerator.is_main_process
-        self.directory = Path(broadcast_text(str(self.directory), device=self.device))
-        self.watchdog = RankWatchdog(self.alarm)
+        self.session = Session(
+            accelerator, directory=directory, claim=held, seed=seed, precision=chosen, grad_accum=grad_accum, compile=compile,
+            resuming=resume and not dry_run, name=name, command=command, modules=recipe.modules if recipe else None, console=console,
+        )  # fmt: skip
+        self.session.arguments = {key: plain(value) for key, value in (arguments or {}).items()}
+        self.session.requested = {
+            **self.session.arguments, "seed": seed, "device": device, "precision": precision, "compile": compile,
+            "grad_accum": grad_accum, "report_to": reports,
+        }  # fmt: skip
+        if self._earlier.get("status") == "running":
+            self.session.note("the run stopped here without a word: it was killed, or its machine is gone")
         torch.manual_seed(seed)
-        self.history = History()
-        self._dataset: dict[str, Any] = {}
+        self._dry_run, self._devices = dry_run, devices
         self._datasets: list[Any] = []
         self._classes: list[str] = []
         self._preprocessing: dict[str, Any] = {}
-        self._progress: Progress | None = None
-        self._fit: dict[str, Any] = {}
-        self._parameters = 0
-        self._begun = False
+        self._fit: Fit | None = None
+        self._saved = False
 
-    # -- what a recipe calls ------------------------------------------------------------------------------------
+    @property
+    def directory(self) -> Path:
+        """The run's directory."""
+        return cast(Path, self.session.directory)
+
+    @property
+    def seed(self) -> int:
+        return self.session.seed
+
+    @property
+    def device(self) -> torch.device:
+        return self.session.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on rank 0, which writes the run's files."""
+        return self.session.is_main
+
+    @property
+    def resuming(self) -> bool:
+        """True if the run resumes an earlier one."""
+        return self.session.resuming
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The values of the recipe's flags, for the summary."""
+        return self.session.arguments
 
     def dataset(self, name: str = "auto", *, default: str, **kwargs: Any) -> Any:
-        """The dataset of a recipe: `auto` is `default`, or else the embedded `digits` with a warning.
+        """A dataset by name; `auto` is `default`, or the embedded `digits` with a warning if that is not available.
 
-        A dataset named by hand never falls back. What was really used stands in the summary, the report and the
-        saved model. A run that goes on does so with the dataset that it began with. Raises `UnknownNameError`, `DatasetError`
-        and, where that dataset is not what it was, `RunDirectoryError`.
+        The first dataset of a run stands in the summary and the report. A resumed run uses the dataset that it began with.
+        Raises `UnknownNameError`, `DatasetError`, and `RunDirectoryError` if the images, labels or classes have changed.
         """
         earlier = ({} if self._datasets else self._earlier.get("dataset")) or {}
         earlier = earlier if earlier.get("asked") == name else {}
         wanted = earlier.get("fallback_for")
         if wanted:
-            found = data.stand_in(wanted, f"this run began without {wanted} and goes on without it", **kwargs)
-        else:  # once `auto` has been had there is no falling back
-            found = data.resolve(default if earlier and name == "auto" else name, default=default, **kwargs)
-        counts = {"train": len(found.train), "test": len(found.test)}
-        if earlier and counts != {split: earlier.get(split) for split in counts}:
-            before, now = (" + ".join(f"{of.get(split)} {split}" for split in counts) for of in (earlier, counts))
-            raise RunDirectoryError(
-                f"the run in {self.directory} began with {before} images of {earlier.get('name')}, and now there are {now} of "
-                f"{found.name}; put that dataset back to go on, or start another run with another --out"
-            )
-        digest = found.digest
-        if earlier.get("digest", digest) != digest:
-            raise RunDirectoryError(
-                f"the run in {self.directory} began with other labels or classes of {found.name} than there are now; put that "
-                f"dataset back to resume, or start another run with another --out"
-            )
-        if found.notice and self.is_main:
-            self.console.print("[bold yellow]WARNING[/]", Text(found.notice), soft_wrap=True)
-        self._datasets.append(found)
-        if len(self._datasets) > 1:  # a dataset to evaluate on
-            return found
-        self._dataset = {
-            "name": found.name, "asked": name, "fallback_for": found.fallback_for, "notice": found.notice,
-            "arguments": {key: plain(value) for key, value in kwargs.items()}, "digest": digest,
-            "classes": list(found.classes), **counts,
-            "source": found.source, "licence": found.licence, "hub_id": found.hub_id,
-        }  # fmt: skip
-        return found
+            dataset = stand_in(wanted, f"this run began without {wanted} and resumes without it", **kwargs)
+        else:  # a run that began with its own dataset never falls back
+            dataset = resolve(default if earlier and name == "auto" else name, default=default, **kwargs)
+        if dataset.notice and self.session.is_main:
+            self.session.console.print("[bold yellow]WARNING[/]", Text(printable(dataset.notice, LINE_CHARACTERS)), soft_wrap=True)
+        self._datasets.append(dataset)
+        if len(self._datasets) == 1:
+            self._record(dataset, name, kwargs, earlier)
+        return dataset
 
     def steps(self, batches: Any, epochs: int = 1) -> int:
-        """Optimiser steps in so many epochs, which is what a schedule counts: `grad_accum` batches make one, and so does
-        what is left of them at an epoch's end.
+        """Optimiser steps in so many epochs, the count of a schedule. `grad_accum` batches make one step, and so does the rest at an
+        epoch's end.
 
-        Raises `UsageError` for epochs below 1, `batches` without a length and those of which an epoch has none.
+        Raises `UsageError` for epochs below 1, `batches` without a length, and an epoch without batches.
         """
-        at_least(1, epochs=epochs)
-        try:
-            count = len(batches)
-        except TypeError:
-            raise UsageError("run.fit needs to know how many batches an epoch has: give it something with len()") from None
-        if count == 0:
-            raise UsageError("an epoch has no batches: the batch size is larger than the training set, or it is empty")
-        return epochs * -(-count // self.grad_accum)
+        return self.session.steps(batches, epochs)
 
     def fit(
         self,
@@ -198,67 +180,83 @@ class Run:
         schedule: LRScheduler | None = None,
         clip: float | None = None,
         ema: float | None = None,
+        weight_decay: Schedule | None = None,
         monitor: str | None = None,
-        mode: Literal["max", "min"] = "max",
+        mode: Mode | None = None,
         patience: int | None = None,
     ) -> Iterator[Epoch]:
-        """Train, yielding after each epoch; evaluate and `epoch.log(...)` in the loop's body, `break` to stop early.
+        """Train, yielding after each epoch: evaluate and `epoch.log(...)` in the loop's body, `break` to stop early.
 
-        `model(batch)` returns a dict with a scalar `loss` and its parts. `batches` is `split.batches(...)` or any
-        sized iterable of dicts of tensors. `schedule` is stepped once an optimiser step, `run.steps(batches, epochs)` times
-        in all, `clip` bounds the gradient's norm, `ema` is the decay of averaged weights, which the model holds while an epoch
-        is yielded and at the end.
-        With `monitor` the best checkpoint of that metric is kept, and `patience` evaluations without a better one end
-        the loop; a value that is not finite is no better one. The model ends with its last weights: `run.load_best(model)`
-        gives it the best ones. An epoch in which the body leaves by `break` is not compared.
+        - `model(batch)` returns a dict with a scalar tensor `loss` and its parts. Any of its modules may offer
+          `set_step(step, total)`, called before each forward pass, and `after_step(step, total)`, called after each step of the
+          optimiser; steps count from 0. The model may offer `uninformed(batch_size)`, see `contracts.Loss`.
+        - `batches`: `split.batches(...)`, or any sized iterable of dicts of tensors.
+        - `schedule` is stepped once an optimiser step, `run.steps(batches, epochs)` times in all.
+        - `clip` bounds the norm of the gradient.
+        - `ema` is the decay of averaged weights. The model holds them while an epoch is yielded and at the end.
+        - `weight_decay` sets the decay of the groups that have one, before each step; see `vitkit.training.schedules`.
+        - `monitor` keeps the best checkpoint of a metric on the validation split, and `patience` evaluations without a better one end
+          the loop. The direction is the metric's own; `mode` gives it for a number without a protocol (default "max"). A value that is
+          not finite is never better, and an epoch that is left by `break` is not compared. The model ends with its last weights;
+          `run.load_best(model)` loads the best ones.
 
-        With `grad_accum` k the gradient is that of k batches put together: exactly so where the loss is a mean over
-        samples (each batch counts by its samples), and where the model offers `embed(batch)` and `compute_loss(embedded)`,
-        see `vitkit.training.gradcache`, for a loss that compares samples. For others it is the mean of the batches' gradients.
+        With `grad_accum` k the gradient is that of k batches put together: exactly so for a loss that is a mean over samples, and for
+        a `GradCacheable` model. For others it is the mean of the batches' gradients, weighted by their samples.
 
-        A loss, a clipped gradient's norm or a weight that is not finite stops the run: `RunError` with the step and the
-        parts, within 50 batches. The losses, gradient norms and learning rates of the batches before it are written to
-        `log.txt`, and the last checkpoint is from before it. No batch is left out, and a finite loss never stops a run: of
-        a spike, more than 10 standard deviations above the median of the last 100 batches, `log.txt` has the same account,
-        and `clip` bounds its step. On several devices each of them stops.
+        A loss, a clipped gradient's norm or a weight that is not finite stops the run with `RunError`, within 50 batches. `log.txt` then
+        holds the losses, gradient norms and learning rates of the batches before, and the last checkpoint is from before. No batch is
+        skipped. A finite loss never stops a run: for a spike, more than 10 standard deviations above the median of the last 100
+        batches, `log.txt` holds the same account.
 
-        Launched for FSDP2 (`accelerate launch --use_fsdp --fsdp_version 2`) what is trained is a copy of `model` that is
-        sharded over the devices; `model` itself gets its weights, or their average, before an epoch is yielded and at the
-        end. Checkpoints hold whole weights, so that a run may go on with another number of devices.
+        Ranks: each calls it. Launched for FSDP2 (`accelerate launch --use_fsdp --fsdp_version 2`) a copy of `model` is sharded and
+        trained; `model` gets its weights, or their average, before an epoch is yielded and at the end. Checkpoints hold full weights,
+        so a run may resume on another number of devices.
 
-        Raises `UsageError` before the first step for a value out of range, what `steps` refuses, and a second fit of one run.
+        Raises `UsageError` before the first step for a value out of range, and for a second fit of one run.
         """
-        if self._fit:
+        if self._fit is not None:
             raise UsageError(
-                "this run has trained already, and has one run.fit: its rows, its checkpoint and what --resume goes on from are "
-                "of one training; for stages change what is trained in the loop's body, by epoch.number, or give the second "
-                "a recipe of its own that starts from vitkit.load(the first one's directory)"
+                "this run has trained already: its rows and its checkpoint are those of one run.fit. For stages change the training "
+                "in the loop's body, by epoch.number, or write a second recipe that starts from vitkit.load(DIRECTORY)"
             )
         self.steps(batches, epochs)
-        check_arguments(optimizer=optimizer, clip=clip, ema=ema, monitor=monitor, mode=mode, patience=patience)
-        self._parameters = sum(parameter.numel() for parameter in model.parameters())
+        check_arguments(model, optimizer=optimizer, schedule=schedule, clip=clip, ema=ema)
+        check_monitor(monitor, mode, patience)
+        self.session.parameters = sum(parameter.numel() for parameter in model.parameters())
         self._note_data(batches)
-        if self.dry_run:
-            shown = preview(
-                self, model, batches, epochs=epochs, optimizer=optimizer, ema=ema is not None, devices=self.devices
+        if self._dry_run:
+            tables = preview(
+                self.session, model, batches, epochs=epochs, optimizer=optimizer, ema=ema is not None, devices=self._devices
             )
-            self.console.print(shown)
+            self.session.console.print(tables)
             raise DryRun
-        fit = Fit(
-            self, model, batches, epochs=epochs, optimizer=optimizer, schedule=schedule, clip=clip, ema=ema,
-            monitor=monitor, mode=mode, patience=patience,
+        self._fit = Fit(
+            self.session, model, batches, epochs=epochs, optimizer=optimizer, schedule=schedule, clip=clip, ema=ema,
+            weight_decay=weight_decay, monitor=monitor, mode=mode, patience=patience,
         )  # fmt: skip
-        self._fit = fit.progress
-        return iter(fit)
+        return iter(self._fit)
+
+    def check(self, data: Any, *evaluators: Evaluator, split: SplitName = "test") -> list[Evaluator]:
+        """The evaluators that `data` suits, before the training: one whose `check(data, split)` raises is left out with a line."""
+        usable = []
+        for evaluator in evaluators:
+            try:
+                check = getattr(evaluator, "check", None)
+                if callable(check):
+                    check(data, split)
+                usable.append(evaluator)
+            except UsageError as error:
+                name = getattr(getattr(evaluator, "spec", None), "name", type(evaluator).__name__)
+                self.say(f"the evaluator {printable(name)} is left out: {printable(error)}")
+        return usable
 
     def load_best(self, model: nn.Module) -> int:
-        """After the loop, put into the `model` that `fit` was given the weights that scored best in `monitor`, as they were
-        evaluated: averaged ones with `ema`. The epoch they are of.
+        """After the loop, load the weights that were best in `monitor` into the `model` of `fit`; returns their epoch.
 
-        Without it the model keeps its last weights. Ranks: all of them call it, and see the run's directory. Raises
-        `UsageError` where no best checkpoint was kept, or where it is another model's.
+        They are the weights that were evaluated: averaged ones with `ema`. Ranks: each calls it, and sees the run's directory.
+        Raises `UsageError` if no best checkpoint was kept, or for another model.
         """
-        self.accelerator.wait_for_everyone()  # rank 0 may still be writing it
+        self.session.accelerator.wait_for_everyone()  # rank 0 may still be writing it
         path = self.directory / BEST
         if not path.exists():
             raise UsageError(
@@ -268,17 +266,9 @@ class Run:
         try:
             model.load_state_dict(state.evaluated)
         except RuntimeError as error:
-            said = " ".join(str(error).split())
-            raise UsageError(f"{path} is another model's: {said:.400}; give load_best the model that run.fit was given") from None
+            reason = " ".join(str(error).split())
+            raise UsageError(f"{path} is another model's: {reason:.400}; give load_best the model that run.fit was given") from None
         return int(state.progress["fit"]["best_epoch"])
-
-    def _note_data(self, batches: Any) -> None:
-        """Keep the classes and the preprocessing of the data that is trained on, for `save`."""
-        preprocessing = getattr(batches, "preprocessing", None)
-        if isinstance(preprocessing, data.Preprocessing):
-            self._preprocessing = preprocessing.to_json()
-        for source in (batches, getattr(batches, "split", None), getattr(batches, "dataset", None)):  # a DataLoader has a dataset
-            self._classes = self._classes or list(getattr(source, "classes", ()))
 
     def save(self, model: nn.Module | None = None, **modules: nn.Module) -> Path:
         """Write `model.safetensors` and `config.json`.
@@ -289,225 +279,118 @@ class Run:
         """
         if model is not None:
             modules = {**_registered_parts(model), **modules}
-        if self._fit and not (self._classes and self._preprocessing):
+        if self._fit is not None and not (self._classes and self._preprocessing):
             self.say("the batches name no classes or no preprocessing: the saved model takes preprocessed images alone")
-        self._open()
-        if self.is_main:
+        self.session.open()
+        dataset = self.session.dataset
+        if self.session.is_main:
             saving.save(
                 self.directory,
-                {name: self.accelerator.unwrap_model(module) for name, module in modules.items()},
+                {name: self.session.accelerator.unwrap_model(module) for name, module in modules.items()},
                 preprocessing=self._preprocessing,
                 classes=self._classes or (list(self._datasets[0].classes) if len(self._datasets) == 1 else []),
                 arguments=self.arguments,
                 extra={
-                    "recipe": self.name, "dataset": self._dataset.get("name"), "seed": self.seed,
-                    "data": {key: self._dataset[key] for key in ("asked", "arguments", "digest") if key in self._dataset},
+                    "recipe": self.session.name, "dataset": dataset.get("name"), "seed": self.seed,
+                    "data": {key: dataset[key] for key in ("asked", "arguments", "digest") if key in dataset},
                 },
             )  # fmt: skip
+        self._saved = True
         return self.directory
 
     def resolved(self, **arguments: Any) -> None:
-        """Arguments as the recipe resolved them: what a preset or the dataset decided, for the record.
-
-        They are shown; what was asked for is kept beside them, and is what `--resume` and `vitkit reproduce` go by.
-        """
-        self.arguments |= {name: plain(value) for name, value in arguments.items()}
+        """Record resolved values of flags."""
+        self.session.arguments |= {name: plain(value) for name, value in arguments.items()}
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The run's precision, for evaluating in it."""
-        return self.accelerator.autocast()
+        """The run's precision, as a context."""
+        return self.session.autocast()
 
     def reference(self, label: str, **lines: float) -> None:
-        """Horizontal lines for the report's plots: `run.reference("seed document", linear_top1=0.95)`."""
-        self.history.references.setdefault(label, {}).update({name: float(value) for name, value in lines.items()})
+        """Horizontal lines for the report's plots: `run.reference("published", linear_top1=0.95)`."""
+        self.session.history.references.setdefault(label, {}).update({name: float(value) for name, value in lines.items()})
 
     def figure(self, name: str, figure: ReportFigure) -> None:
-        """A figure for the report: a confusion matrix, a map of embeddings, an attention sheet, a sheet of images."""
-        self.history.figures[name] = figure
+        """A figure for the report: a confusion matrix, a map of embeddings, attention maps or a sheet of images."""
+        self.session.history.figures[name] = figure
 
     def say(self, text: str) -> None:
-        """One line to the terminal and to `log.txt`."""
-        if not self.is_main:
-            return
-        if self._progress is not None:
-            self._progress.line(text)
-        else:
-            self.console.print(text, markup=False, soft_wrap=True)
-        self.note(text)
-
-    def note(self, text: str) -> None:
-        """One line to `log.txt` alone."""
-        if self._claim is not None:
-            self._claim.note(text)
-
-    def way_on(self) -> str:
-        """How a run that was stopped goes on."""
-        if not self.resuming and self._claim is not None and self._claim.keeps_earlier:
-            return f"no step was taken, and {self.directory} holds the earlier run as it was"
-        command = f"{self.command} --out {shlex.quote(str(self.directory))} --resume"
-        if "RANK" not in os.environ:
-            return f"go on with: {command}"
-        return f"go on with the launcher and its own flags in front, as before: torchrun ... -m {command}"
-
-    def alarm(self, text: str) -> None:
-        """What ends this rank, and how to go on, to its terminal and to `log.txt`; the summary says that the run failed."""
-        text = f"{text}; {self.way_on()}"
-        print(f"rank {self.accelerator.process_index}: {text}", file=sys.stderr, flush=True)
-        self.note(text)
-        with contextlib.suppress(VitkitError):
-            self._write_summary("failed")
+        """Print one line to the terminal and write it to `log.txt`."""
+        self.session.say(text)
 
     def finish(self, status: Literal["finished", "interrupted", "failed"] = "finished") -> None:
-        """Write the summary and the report, and let the directory go. Called for a recipe by `vitkit run`."""
-        self.watchdog.close()
-        if self._claim is not None and (status == "finished" or not self._claim.keeps_earlier):
-            self._open()
-            self._copy_modules()
-            summary = self._summary(status)
-            reported = bool(self.history.losses) and self._survives("the report could not be written", lambda: self._report(summary))
-            write_json(self.directory / "summary.json", summary)  # the last file: a run that says it has finished has all
-            if self.history.losses and status == "finished":
-                self.say(self.history.closing_line() + (f"\nreport: {self.directory / 'report.html'}" if reported else ""))
-        self._track(lambda: self.accelerator.end_training())
-        self.close()
-
-    def _report(self, summary: Mapping[str, Any]) -> None:
-        from vitkit.report import write_report  # matplotlib takes a second to import, and only this needs it
-
-        write_report(self.directory, self.history.figures, summary)
-
-    def _track(self, call: Callable[[], Any]) -> None:
-        """Call trackers, where there are any; after an error the run continues without them."""
-        if self.accelerator.trackers and not self._survives("the trackers failed, and the run continues without them", call):
-            self.accelerator.trackers = []
-
-    def _survives(self, failure: str, call: Callable[[], Any]) -> bool:
-        """Call something that a run can do without; an error costs a line, never the model, the summary or the tables."""
-        try:
-            call()
-            return True
-        except Exception as error:
-            self.say(f"{failure}: {type(error).__name__}: {printable(error)}")
-            return False
+        """Write the summary and the report, and release the directory. `vitkit run` calls it for a recipe."""
+        self.session.finish(status)
 
     def discard(self) -> None:
-        """Leave the directory of a run that was refused before its first step as it was; one that has trained is finished."""
-        if self._claim is not None and self._claim.opened:
-            self.finish("failed")
+        """Leave the directory of a run that was refused before its first step as it was; a run that has trained is marked as failed."""
+        if self.session.claim is not None and self.session.claim.opened:
+            self.session.finish("failed")
         else:
-            self.close()
+            self.session.close()
 
     def close(self) -> None:
-        """Let the directory go to another process; where nothing was written it is as it was found."""
-        self.watchdog.close()
-        if self._claim is not None:
-            self._claim.release()
+        """Release the directory; if nothing was written it is as it was before the run."""
+        self.session.close()
 
-    # -- what the loop calls ------------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def progress(self, epochs: int, steps: int) -> Iterator[None]:
-        """The progress bar, on the main process alone, as long as the loop runs."""
-        if not self.is_main:
-            yield
+    def save_after_error(self) -> None:
+        """If all epochs were trained and an error came before `save`, save the model's registered parts all the same."""
+        fit = self._fit
+        if self._saved or fit is None or fit.progress["epoch"] + fit.progress["trained"] < fit.epochs:
             return
-        with Progress(epochs, steps, self.console) as self._progress:
-            try:
-                yield
-            finally:
-                self._progress, _ = None, self._progress
+        with contextlib.suppress(VitkitError):
+            self.save(fit.module)
+            self.say("all epochs were trained before the error, so the model was saved")
 
-    def show(self, fit: Mapping[str, Any], rate: float) -> None:
-        """Bring the progress bar up to date."""
-        if self._progress is not None:
-            count = max(fit["count"], 1)
-            parts = {name: total / count for name, total in fit["sums"].items()}
-            self._progress.step(fit["epoch"] + 1, fit["batch"], parts, rate)
-
-    def begin(self) -> None:
-        """The first step has been taken: trackers start, and the directory becomes this run's. Later calls do nothing."""
-        if self._begun or self.dry_run:
-            return
-        self._begun, started = True, bool(self._trackers)
-        if started:
-            replaces = self._claim is not None and self._claim.replaces
-            with trackers_aside(self.directory) if replaces else contextlib.nullcontext():
-                config = {name: value for name, value in self.arguments.items() if value is not None}
-                self.accelerator.init_trackers(self.name, config=config)
-        self._open(keep=(TRACKERS,) if started else ())
-
-    def log_losses(self, epoch: Epoch, *, lr: float, fit: Mapping[str, Any]) -> None:
-        """Write an epoch's row of `losses.csv`, a line of the log, and what trackers want."""
-        self.begin()  # one that was stopped after its last step takes no other
-        row = {"epoch": epoch.number, "step": epoch.step, **epoch.losses, "lr": lr}
-        row["images_per_second"] = round(fit["images"] / max(fit["train_seconds"], 1e-9), 1)
-        row["seconds"] = round(self.history.seconds, 2)
-        self.history.add_losses(row)
-        parts = " | ".join(f"{name} {value:.4f}" for name, value in epoch.losses.items())
-        self.say(f"epoch {epoch.number}/{epoch.epochs} | {parts} | {row['images_per_second']:.0f} images/s")
-        if self.is_main:
-            self.history.write_losses(self.directory)
-        self._track(lambda: self.accelerator.log({**epoch.losses, "lr": lr}, step=epoch.step))
-
-    def log_metrics(self, epoch: Epoch) -> None:
-        """Write an evaluated epoch's row of `metrics.csv`."""
-        row = {"epoch": epoch.number, "step": epoch.step, "loss": epoch.losses.get("loss"), **epoch.logged}
-        self.history.add_metrics(row)
-        self.say("  " + " | ".join(f"{name} {value:.4f}" for name, value in epoch.logged.items()))
-        if self.is_main:
-            self.history.write_metrics(self.directory)
-        self._write_summary("running")
-        self._track(lambda: self.accelerator.log(epoch.logged, step=epoch.step))
-
-    def settings(self) -> dict[str, Any]:
-        """What the runner resolved: device, precision, compile, seed, gradient accumulation, processes."""
-        return {
-            "device": str(self.device), "precision": self.precision, "compile": self.compile, "seed": self.seed,
-            "grad_accum": self.grad_accum, "processes": self.accelerator.num_processes,
-            "parallel": "fsdp" if self.sharded else "ddp" if self.accelerator.num_processes > 1 else "none",
-            "threads": torch.get_num_threads(),
+    def _record(self, dataset: Any, asked: str, arguments: Mapping[str, Any], earlier: Mapping[str, Any]) -> None:
+        """Keep the facts of the dataset for the summary; on resuming refuse another one."""
+        counts = {"train": len(dataset.train), "test": len(dataset.test)}
+        digest = dataset.digest
+        way = "put that dataset back to resume, or start another run with another --out"
+        if earlier and counts != {split: earlier.get(split) for split in counts}:
+            before, now = (" + ".join(f"{of.get(split)} {split}" for split in counts) for of in (earlier, counts))
+            raise RunDirectoryError(
+                f"the run in {self.directory} began with {before} images of {earlier.get('name')}, and now there are {now} of "
+                f"{dataset.name}; {way}"
+            )
+        if earlier.get("digest", digest) != digest:
+            raise RunDirectoryError(
+                f"the run in {self.directory} began with other images, labels or classes of {dataset.name} than there are now; {way}"
+            )
+        self.session.dataset = {
+            "name": dataset.name, "asked": asked, "fallback_for": dataset.fallback_for, "notice": dataset.notice,
+            "arguments": {key: plain(value) for key, value in arguments.items()}, "digest": digest,
+            "classes": list(dataset.classes), **counts, "val": len(dataset.val), "val_note": dataset.val_note,
+            "source": dataset.source, "licence": dataset.licence, "hub_id": dataset.hub_id,
         }  # fmt: skip
 
-    def _open(self, keep: tuple[str, ...] = ()) -> None:
-        if self._claim is not None and not self._claim.opened:
-            self._claim.open(self._summary("running"), keep=keep)
-            self._copy_modules()
+    def _note_data(self, batches: Any) -> None:
+        """Keep the classes and the preprocessing of the data that is trained on, for `save`."""
+        preprocessing = getattr(batches, "preprocessing", None)
+        if isinstance(preprocessing, Preprocessing):
+            self._preprocessing = preprocessing.to_json()
+        for source in (batches, getattr(batches, "split", None), getattr(batches, "dataset", None)):  # a DataLoader has a dataset
+            self._classes = self._classes or list(getattr(source, "classes", ()))
 
-    def _copy_modules(self) -> None:
-        """Write the modules that the recipe has imported from its folder beside the copy of the recipe."""
-        if self.recipe is not None:
-            self.recipe.modules.note()
-            for relative, source in self.recipe.modules.sources.items():
-                path = self.directory / MODULES / relative
-                if not path.exists():
-                    with atomic_write(path) as temporary:
-                        temporary.write_bytes(source)
 
-    def _write_summary(self, status: str) -> None:
-        if self._claim is not None and not self._claim.keeps_earlier:
-            self._open()
-            write_json(self.directory / "summary.json", self._summary(status))
-
-    def _summary(self, status: str) -> dict[str, Any]:
-        return {
-            "recipe": self.name,
-            "status": status,
-            "dataset": self._dataset,
-            "seed": self.seed,
-            "arguments": self.arguments,
-            "requested": self._requested,
-            "settings": self.settings(),
-            **self.history.summary(),
-            "parameters": self._parameters,
-            "steps": self._fit.get("step", 0),
-            "versions": versions(),
-            "machine": f"{processor()}, {os.cpu_count()} cores",
-            "command": self.command,
-        }
+def _check_settings(seed: int, grad_accum: int, resume: bool, overwrite: bool, dry_run: bool, devices: int | None) -> None:
+    if grad_accum < 1:
+        raise UsageError(f"--grad-accum {grad_accum}: expected at least 1")
+    if devices is not None and not dry_run:
+        raise UsageError(
+            f"--devices {devices} estimates the needs of a run on so many devices, and goes with --dry-run; to train on them: "
+            f"torchrun --nproc-per-node {devices} -m vitkit run ..."
+        )
+    if devices is not None and devices < 1:
+        raise UsageError(f"--devices {devices}: expected at least 1")
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"--seed {seed}: expected a whole number from 0 to 2**63 - 1")
+    if resume and overwrite:
+        raise RunDirectoryError("--resume continues a run and --overwrite discards it; give one of the two")
 
 
 def _registered_parts(model: nn.Module) -> dict[str, nn.Module]:
-    """The parts of a model that a registry built, by the names of their attributes; losses without parameters left out."""
+    """The parts of a model that a registry built, by the names of their attributes, without losses that have no parameters."""
     if isinstance(model, GradCache):
         model = model.model
     parts = {name: part for name, part in model.named_children() if isinstance(getattr(part, "spec", None), Spec)}

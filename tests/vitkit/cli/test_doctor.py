@@ -37,7 +37,10 @@ def test_doctor_warns_of_known_holes_and_is_not_broken_by_them(shell, monkeypatc
 
 @pytest.mark.parametrize(
     ("limit", "text"),
-    [("avx2", "AVX2, no bf16 unit: --precision auto is fp32"), ("none", "no vector unit for products: --precision auto is fp32")],
+    [
+        ("avx2", "AVX2 for matrix products, no bf16 unit: --precision auto is fp32"),
+        ("sse41", "no vector unit for matrix products, no bf16 unit: --precision auto is fp32"),
+    ],
 )
 def test_doctor_names_the_processors_unit_and_the_precision_that_follows(shell, monkeypatch, limit, text):
     monkeypatch.setenv("VITKIT_CPU_ISA", limit)

@@ -36,6 +36,7 @@ class Line(nn.Module):
 def main(run: Run, epochs: Annotated[int, "passes"] = 2, lr: float = 0.1, multimodal: bool = True,
          kind: Literal["a", "b"] = "a", sizes: list[int] = [1], fail: bool = False, stop: bool = False):
     """Fit it."""
+    run.say("a name \\x1b[2Jfrom [b]elsewhere[/]\\nsecond")
     if fail:
         raise ValueError("inside [the] recipe")
     model = Line()
@@ -89,6 +90,9 @@ def test_a_recipe_runs_and_leaves_a_run_behind(vitkit, tmp_path):
     done = vitkit("run", "line.py", "--epochs", "3", "--no-multimodal", "--sizes", "3", "--sizes", "4", "--out", "here")
     assert done.returncode == 0, done.stderr
     assert "epoch 3/3 | loss" in done.stderr
+    line = "a name \\x1b[2Jfrom [b]elsewhere[/] second\n"
+    assert line in done.stderr
+    assert line in (tmp_path / "here" / "log.txt").read_text()
     summary = json.loads((tmp_path / "here" / "summary.json").read_text())
     assert summary["arguments"] == {
         "epochs": 3, "lr": 0.1, "multimodal": False, "kind": "a", "sizes": [3, 4], "fail": False,
@@ -132,7 +136,7 @@ def test_dry_run_on_devices_shows_what_a_run_on_so_many_needs(vitkit):
         (["run", "line.py", "--kind", "c"], 2, "'c' is not one of 'a', 'b'"),
         (["run", "line.py", "--epochs", "0"], 2, "epochs is 0; expected at least 1"),
         (["run", "line.py", "--lr", "nan"], 2, "lr is nan; expected a finite learning rate"),
-        (["run", "line.py", "--devices", "8"], 2, "--devices 8 says what a run on so many devices needs, and goes with --dry-run"),
+        (["run", "line.py", "--devices", "8"], 2, "--devices 8 estimates the needs of a run on so many devices, and goes with --dry-run"),
         (["run", "line.py", "--dry-run", "--devices", "0"], 2, "--devices 0: expected at least 1"),
         (["run", "line.py", "--device", "cuda"], 2, "--device cuda: this machine has cpu"),
         (["run", "line.py", "--lr", "1e30"], 1, "the loss is not finite at epoch"),
@@ -178,7 +182,7 @@ def test_resuming_takes_the_flags_that_the_run_was_started_with(vitkit, tmp_path
 def test_ctrl_c_prints_the_command_that_goes_on(vitkit, tmp_path):
     stopped = vitkit("run", "line.py", "--epochs", "4", "--stop", "--out", "here")
     assert stopped.returncode == 130
-    assert "stopped; go on with: vitkit run line.py --epochs 4 --stop --out here --resume" in stopped.stderr
+    assert "stopped; resume with: vitkit run line.py --epochs 4 --stop --out here --resume" in stopped.stderr
     assert json.loads((tmp_path / "here" / "summary.json").read_text())["status"] == "interrupted"
     resumed = vitkit("run", "line.py", "--out", "here", "--resume")
     assert resumed.returncode == 0, resumed.stderr

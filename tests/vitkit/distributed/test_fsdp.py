@@ -78,7 +78,7 @@ def train(out: Path, *, optimizer: str, grad_accum: int, resume: bool = False, e
         epoch.log(seen=seen[-1], loss_again=epoch.losses["loss"])
     run.save(head=model.head)
     if run.is_main:  # the report is left out: drawing it takes longer than the run
-        kept = {"seen": seen, "weights": model.state_dict(), "settings": run.settings(), "autocast": Spread.autocast}
+        kept = {"seen": seen, "weights": model.state_dict(), "settings": run.session.settings(), "autocast": Spread.autocast}
         torch.save(kept, out / "found.pt")
     run.close()
 

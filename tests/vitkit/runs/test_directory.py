@@ -235,7 +235,7 @@ def test_a_run_that_fell_back_to_digits_goes_on_with_them(vitkit, tmp_path, shel
     shelf["mnist"] = replace(digits, name="mnist", train=digits.train.stratified_subset(500))
     on = vitkit("run", "tiny.py", "--out", "a", "--resume")
     assert on.returncode == 0, on.stderr
-    assert "this run began without mnist and goes on without it: training on scikit-learn's digits instead" in on.stderr
+    assert "this run began without mnist and resumes without it: training on scikit-learn's digits instead" in on.stderr
     whole, cut = summary_of(tmp_path / "whole"), summary_of(tmp_path / "a")
     assert (cut["dataset"]["name"], cut["dataset"]["fallback_for"]) == ("digits", "mnist")
     assert cut["final"] == whole["final"]
@@ -251,7 +251,7 @@ def test_a_run_never_goes_on_with_other_images(vitkit, tmp_path, shelf):
     assert fewer.returncode == 2
     assert (
         f"the run in a began with {len(digits.train)} train + {len(digits.test)} test images of mnist, and now there are 500 train "
-        f"+ {len(digits.test)} test of mnist; put that dataset back to go on, or start another run with another --out"
+        f"+ {len(digits.test)} test of mnist; put that dataset back to resume, or start another run with another --out"
     ) in fewer.stderr
     assert contents(tmp_path / "a") == before
     shelf.clear()
@@ -262,7 +262,7 @@ def test_a_run_never_goes_on_with_other_images(vitkit, tmp_path, shelf):
 
 
 def way_on(printed):
-    return shlex.split(re.search(r"go on with: vitkit (.*)", printed)[1])
+    return shlex.split(re.search(r"resume with: vitkit (.*)", printed)[1])
 
 
 def test_the_command_that_goes_on_is_accepted_as_it_is_printed(vitkit, tmp_path):
@@ -295,8 +295,8 @@ def test_a_reproduction_that_is_stopped_goes_on(vitkit, tmp_path):
 def test_under_a_launcher_the_command_says_so(tmp_path, monkeypatch):
     run = Run(tmp_path / "a b", device="cpu", command="vitkit run tiny.py")
     monkeypatch.setenv("RANK", "0")
-    said = "go on with the launcher and its own flags in front, as before: torchrun ... -m vitkit run tiny.py --out "
-    assert run.way_on() == f"{said}'{tmp_path}/a b' --resume"
+    said = "resume with the same launcher and its flags in front: torchrun ... -m vitkit run tiny.py --out "
+    assert run.session.how_to_resume() == f"{said}'{tmp_path}/a b' --resume"
     run.close()
 
 
@@ -305,7 +305,7 @@ def test_under_a_launcher_the_command_says_so(tmp_path, monkeypatch):
     [
         (("--resume",), "new/deep holds no run to resume; leave out --resume to start one there"),
         (("--report-to", "tensorbord"), "--report-to tensorbord: no such tracker"),
-        (("--dry-run", "--resume", "--overwrite"), "--resume goes on with a run and --overwrite discards it; give one of the two"),
+        (("--dry-run", "--resume", "--overwrite"), "--resume continues a run and --overwrite discards it; give one of the two"),
     ],
 )
 def test_a_refusal_leaves_no_directory_behind(vitkit, tmp_path, flags, text):

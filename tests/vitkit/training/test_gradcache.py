@@ -74,7 +74,7 @@ def test_without_gradients_features_are_computed_once(monkeypatch):
 def test_what_a_gradient_cache_needs():
     assert isinstance(Comparing(), GradCacheable)
     assert isinstance(GradCache(Comparing(), 2), GradCacheable)
-    with pytest.raises(UsageError, match="chunk is 0; expected at least 1 sample"):
+    with pytest.raises(UsageError, match="chunk is 0; expected at least 1"):
         GradCache(Comparing(), 0)
     with pytest.raises(UsageError, match="Linear is not GradCacheable: a gradient cache needs a model that inherits from"):
         GradCache(nn.Linear(1, 1), 2)

@@ -231,7 +231,7 @@ def test_a_metric_that_no_longer_improves_ends_the_loop(tmp_path):
 def test_a_loss_that_is_not_finite_names_step_parts_and_the_last_good_checkpoint(tmp_path):
     with pytest.raises(RunError, match=r"not finite at epoch 2, batch 3: loss nan, .*last.safetensors"):
         train(tmp_path / "run", poison_at=8)
-    with pytest.raises(RunError, match="no checkpoint was saved before; what led there is in .*log.txt; try a lower"):
+    with pytest.raises(RunError, match="no checkpoint was saved before; the batches before it are in .*log.txt; try a lower"):
         train(tmp_path / "other", poison_at=1)
 
 
@@ -282,7 +282,7 @@ class Marked(Points):
 def test_weights_that_are_not_finite_are_never_saved(tmp_path, clip, said):
     run = Run(tmp_path / "run", device="cpu", precision="fp32")
     model = Root()
-    with pytest.raises(RunError, match=f"{said}; the last good checkpoint is .*last.safetensors; what led there"):
+    with pytest.raises(RunError, match=f"{said}; the last good checkpoint is .*last.safetensors; the batches before it are in"):
         list(run.fit(model, Marked(), epochs=3, optimizer=torch.optim.SGD(model.parameters(), lr=1e-3), clip=clip))
     run.close()
     kept = load_state(tmp_path / "run" / LAST)
@@ -415,7 +415,7 @@ def test_what_led_to_a_spike_stands_in_the_log_and_the_run_goes_on(tmp_path):
     assert epochs == [1, 2]
     log = (tmp_path / "run" / "log.txt").read_text()
     assert log.count("the loss spikes at") == 2  # once an epoch, and nowhere else
-    assert "the loss spikes at epoch 1, batch 61: 50, the median before it was 1.03; what led there:" in log
-    led = log.split("what led there:\n")[1].splitlines()[:20]
+    assert "the loss spikes at epoch 1, batch 61: 50, the median before it was 1.03; the batches before it:" in log
+    led = log.split("the batches before it:\n")[1].splitlines()[:20]
     assert led[0].strip().startswith("epoch 1, batch 42: loss 1.06")
     assert led[-1].strip() == "epoch 1, batch 61: loss 50, lr 0.5"

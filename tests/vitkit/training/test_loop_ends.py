@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vitkit import Run
 from vitkit.errors import UsageError
-from vitkit.training.loop import _Loader
+from vitkit.training.batches import LoaderBatches
 from vitkit.training.run import DryRun
 
 
@@ -66,7 +66,7 @@ def test_a_schedule_of_nothing_is_told_by_what_is_missing(tmp_path):
         run.steps(points(), 0)
     with pytest.raises(UsageError, match="an epoch has no batches: the batch size is larger than the training set"):
         run.steps([])
-    with pytest.raises(UsageError, match=r"give it something with len\(\)"):
+    with pytest.raises(UsageError, match=r"give it batches with len\(\)"):
         run.steps(iter(points()))
     run.discard()
 
@@ -77,7 +77,7 @@ def test_a_second_fit_of_a_run_is_refused_and_the_first_ones_rows_stay(tmp_path)
         run.fit(model, points(), epochs=0, optimizer=sgd(model))
     for epoch in run.fit(model, points(), epochs=3, optimizer=sgd(model)):
         epoch.log(top1=0.1 * epoch.number)
-    with pytest.raises(UsageError, match="has trained already, and has one run.fit: .* in the loop's body, by epoch.number"):
+    with pytest.raises(UsageError, match="has trained already: .* one run.fit. For stages change the training in the loop's body"):
         run.fit(model, points(), epochs=2, optimizer=sgd(model))
     run.close()
     for name in ("losses.csv", "metrics.csv"):
@@ -128,7 +128,7 @@ def test_the_best_weights_can_be_had_as_they_were_evaluated(tmp_path, ema):
         ({"ema": 0.0}, "ema is 0.0; expected a decay between 0 and 1"),
         ({"ema": 1.0}, "ema is 1.0; expected a decay between 0 and 1"),
         ({"clip": -1.0}, "clip is -1.0; expected a positive gradient norm"),
-        ({"mode": "best"}, "mode is 'best'; expected 'max' or 'min'"),
+        ({"mode": "best"}, "mode is 'best'; expected 'max', 'min' or None"),
         ({"epochs": 0}, "epochs is 0; expected at least 1"),
     ],
 )
@@ -174,7 +174,7 @@ def test_a_plain_loader_that_draws_from_global_generators_goes_on_bit_for_bit(tm
 def test_a_plain_loader_entered_anywhere_gives_what_it_would_have_given(workers):
     def batches(start):
         loader = DataLoader(Noisy(), batch_size=4, shuffle=True, num_workers=workers)
-        return [batch["images"] for batch in _Loader(loader).epoch(1, seed=3, start=start)]
+        return [batch["images"] for batch in LoaderBatches(loader).epoch(1, seed=3, start=start)]
 
     whole = batches(0)
     assert len(whole) == 6
@@ -189,5 +189,5 @@ def test_a_plain_loader_leaves_the_global_generators_where_they_were():
     torch.manual_seed(5)
     random.seed(5)
     np.random.seed(5)
-    list(_Loader(DataLoader(Noisy(), batch_size=4)).epoch(0))
+    list(LoaderBatches(DataLoader(Noisy(), batch_size=4)).epoch(0))
     assert (torch.rand(1), random.random(), np.random.rand()) == expected

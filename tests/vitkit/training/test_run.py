@@ -134,3 +134,102 @@ def test_evaluate_shares_features_uses_the_runs_precision_and_logs(tmp_path):
     assert validation == {"val_one": float(len(data.train))}
     assert validation.protocols["val_one"].split == "val"
     assert epoch.logged == {**scores, **validation}
+
+
+class Refusing:
+    """An evaluator whose conditions the data does not meet."""
+
+    def check(self, dataset, split="test"):
+        raise UsageError("10 shots need ten images of each class")
+
+    def __call__(self, model, dataset, split="test"):
+        raise UsageError("10 shots need ten images of each class")
+
+
+def small():
+    return build("digits").resized(8).train.stratified_subset(64).batches(32)
+
+
+def test_an_evaluator_whose_conditions_are_not_met_is_left_out_with_a_line(run):
+    model, data = Classifier(), build("digits").resized(8)
+    assert run.check(data, Refusing(), len) == [len]
+    for epoch in fit(run, model, small()):
+        scores = epoch.evaluate(model, data, Refusing(), lambda model, data: Scores({"one": 1.0}))
+        assert scores == {"one": 1.0}
+        assert epoch.evaluate(model, data, Refusing()) == {}
+    run.save(model)
+    run.finish()
+    log = (run.directory / "log.txt").read_text()
+    assert log.count("the evaluator Refusing is left out: 10 shots need ten images of each class") == 3
+    assert json.loads((run.directory / "summary.json").read_text())["status"] == "finished"
+
+
+FAILING = """
+import torch
+from vitkit import Run, heads
+class Classifier(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = heads.build("linear", in_dim=64, out_dim=10)
+    def forward(self, batch):
+        return {"loss": torch.nn.functional.cross_entropy(self.head(batch["images"].flatten(1)), batch["labels"])}
+def main(run: Run, fails: int = 2):
+    data, model = run.dataset("digits", default="digits"), Classifier()
+    batches = data.train.stratified_subset(64).batches(32)
+    for epoch in run.fit(model, batches, epochs=2, optimizer=torch.optim.SGD(model.parameters(), 0.1)):
+        if epoch.number == fails:
+            raise ArithmeticError("in the evaluation")
+    run.save(model)
+"""
+
+
+@pytest.mark.parametrize(("fails", "saved"), [(1, False), (2, True)])
+def test_an_error_after_the_last_step_does_not_lose_the_model(shell, tmp_path, fails, saved):
+    (tmp_path / "failing.py").write_text(FAILING)
+    done = shell("run", "failing.py", "--out", "run", "--fails", str(fails), "--device", "cpu")
+    assert done.returncode == 1
+    assert "ArithmeticError: in the evaluation" in done.stderr
+    assert (tmp_path / "run" / "model.safetensors").exists() is saved
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"
+
+
+def test_a_run_that_was_killed_is_noted_when_it_resumes(run, tmp_path):
+    for _ in fit(run, Classifier(), small(), epochs=2):
+        break
+    run.close()  # as a kill leaves it: the status is "running"
+    resumed = Run(run.directory, device="cpu", precision="fp32", resume=True)
+    resumed.close()
+    assert "the run stopped here without a word: it was killed, or its machine is gone" in (run.directory / "log.txt").read_text()
+
+
+def test_the_first_rank_that_notices_the_death_of_rank_0_writes_for_it(run, tmp_path, monkeypatch):
+    for _ in fit(run, Classifier(), small(), epochs=2):
+        break
+    other = run.session
+    claim, other.claim, other.is_main = other.claim, None, False
+    monkeypatch.setattr(type(other.accelerator), "process_index", 1)
+    other.alarm("rank 0 lives")
+    assert "rank 0 lives" not in (run.directory / "log.txt").read_text()  # its lock is held
+    claim.release()
+    other.alarm("another rank has failed, so this one stops")
+    assert "rank 1: another rank has failed, so this one stops; resume with:" in (run.directory / "log.txt").read_text()
+    assert json.loads((run.directory / "summary.json").read_text())["status"] == "failed"
+
+
+def test_the_scale_of_fp16_is_in_the_checkpoint(tmp_path):
+    def scaled(resume):
+        run = Run(tmp_path / "run", device="cpu", precision="fp32", resume=resume)
+        run.session.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=128.0, growth_interval=3)
+        return run
+
+    run = scaled(resume=False)
+    for _ in fit(run, Classifier(), small(), epochs=4):
+        if run.session.steps_taken == 4:
+            break
+    scale = run.session.accelerator.scaler.state_dict()
+    run.close()
+    resumed = scaled(resume=True)
+    next(fit(resumed, Classifier(), small(), epochs=4))
+    resumed.close()
+    assert scale["scale"] == 256.0
+    assert resumed.session.accelerator.scaler.state_dict() == scale

@@ -1,0 +1,61 @@
+"""One epoch that has been trained, as `run.fit` yields it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from vitkit.contracts import Evaluator, Scores, SplitName
+from vitkit.errors import UsageError, printable
+from vitkit.models.features import feature_cache
+from vitkit.runs.history import check_metric_names
+from vitkit.training.session import Session
+from vitkit.validation import at_least
+
+
+class Epoch:
+    """One trained epoch: `number` counts from 1, `step` is the number of steps so far, `losses` are the epoch's mean loss and parts."""
+
+    def __init__(self, session: Session, number: int, epochs: int, step: int, losses: dict[str, float]) -> None:
+        self._session = session
+        self.number, self.epochs, self.step, self.losses = number, epochs, step, losses
+        self.logged: dict[str, float] = {}
+
+    def due(self, every: int) -> bool:
+        """True every `every` epochs and after the last one. Raises `UsageError` for `every` below 1."""
+        at_least(1, eval_every=every)
+        return self.number % every == 0 or self.number == self.epochs
+
+    def log(self, *scores: Mapping[str, float], **values: float) -> None:
+        """Write metrics into this epoch's row of `metrics.csv`; `Scores` also bring protocols and figures.
+
+        Raises `UsageError` for the name of a column that the runner writes.
+        """
+        check_metric_names(name for score in (*scores, values) for name in score)
+        for score in scores:
+            self.logged |= {name: float(value) for name, value in score.items()}
+            if isinstance(score, Scores):
+                self._session.history.add_scores(score)
+        self.logged |= {name: float(value) for name, value in values.items()}
+        self._session.log_metrics({"epoch": self.number, "step": self.step, "loss": self.losses.get("loss")}, self.logged)
+
+    def evaluate(self, model: nn.Module, data: Any, *evaluators: Evaluator, split: SplitName = "test") -> Scores:
+        """Call evaluators on a split of `data`, log their scores and return them joined.
+
+        They compute in the run's precision, and features of the same images are computed once for all of them. An evaluator whose
+        conditions the data does not meet (it raises `UsageError`) is left out with a line, so that the training is not lost.
+        """
+        scores = Scores()
+        with self._session.autocast(), feature_cache():
+            for evaluator in evaluators:
+                try:
+                    scores |= evaluator(model, data) if split == "test" else evaluator(model, data, split=split)
+                except UsageError as error:
+                    name = getattr(getattr(evaluator, "spec", None), "name", type(evaluator).__name__)
+                    self._session.say(f"the evaluator {printable(name)} is left out: {printable(error)}")
+        if scores:
+            self.log(scores)
+        return scores
+
+
+__all__ = ["Epoch"]
