@@ -68,30 +68,39 @@ def sample(
 def crop_resize(images: Tensor, matrices: Tensor, size: tuple[int, int]) -> Tensor:
     """Crops `(b·v c *size)` of images `(b c h w)`, v of each in a row, resized with antialiasing: torchvision's `resized_crop`.
 
-    `matrices` `(b·v 3 3)` send output to input coordinates, both in [−1, 1], and only stretch, mirror and move. Each output pixel is a
-    mean of the crop's pixels, weighted by a triangle that is one output pixel wide, and at least one input pixel.
+    `matrices` `(b·v 3 3)` send output to input coordinates, both in [−1, 1], and only shrink, mirror and move within the image. Each
+    output pixel is a mean of the crop's pixels, weighted by a triangle that is two output pixels wide, and at least two input pixels.
     """
-    count, height, width = len(images), *images.shape[2:]
-    down = _triangles(matrices[:, 1, 1], matrices[:, 1, 2], height, size[0])
-    across = _triangles(matrices[:, 0, 0], matrices[:, 0, 2], width, size[1])
-    views = len(matrices) // max(count, 1)
+    count, channels, height, width = images.shape
+    crops = len(matrices)
+    if not crops:
+        return images.new_empty((0, channels, *size))
     with torch.autocast(images.device.type, enabled=False):
-        rows = down.reshape(count, 1, views * size[0], height) @ images  # (b c v·h' w)
-        rows = rows.unflatten(2, (views, size[0])).transpose(1, 2).flatten(0, 1)  # (b·v c h' w)
-        return (rows.flatten(1, 2) @ across.mT).unflatten(1, (images.shape[1], size[0]))
+        # Down the rows as sums of a few whole rows, which skips the pixels between; along them as a product with a matrix.
+        taps, weights = _triangles(matrices[:, 1, 1], matrices[:, 1, 2], height, size[0])
+        first = torch.arange(count, device=images.device).repeat_interleave(crops // count) * height
+        table = images.transpose(1, 2).reshape(count * height, channels * width)
+        bags = (taps + first[:, None, None]).flatten(0, 1)  # (b·v·h' k)
+        rows = F.embedding_bag(bags, table, per_sample_weights=weights.flatten(0, 1), mode="sum")
+        taps, weights = _triangles(matrices[:, 0, 0], matrices[:, 0, 2], width, size[1])
+        across = weights.new_zeros(crops, size[1], width).scatter_add_(2, taps, weights)
+        resized = rows.view(crops, size[0] * channels, width) @ across.mT
+        return resized.view(crops, size[0], channels, size[1]).transpose(1, 2).contiguous()
 
 
-def _triangles(stretch: Tensor, shift: Tensor, length: int, size: int) -> Tensor:
-    """`(n size length)`: the weights of `length` input pixels in each of `size` output pixels along one side."""
-    pixels = torch.arange(length, device=stretch.device) + 0.5
-    centres = (stretch[:, None] * ((torch.arange(size, device=stretch.device) * 2 + 1) / size - 1) + shift[:, None] + 1) * (length / 2)
+def _triangles(stretch: Tensor, shift: Tensor, length: int, size: int) -> tuple[Tensor, Tensor]:
+    """Along one side of `length` pixels: the input pixels `(n size k)` of each of `size` output pixels, and their weights."""
+    output = (torch.arange(size, device=stretch.device) * 2 + 1) / size - 1
+    centres = (stretch[:, None] * output + shift[:, None] + 1) * (length / 2)  # (n size), in input pixels from the edge
     step = (stretch.abs() * (length / size)).clamp(min=1)[:, None, None]  # input pixels in an output pixel
-    weights = (1 - (pixels - centres[..., None]).abs() / step).clamp_(min=0)
+    count = 2 * math.ceil(max(length / size, 1.0)) + 1  # as many as a crop of the full side needs
+    taps = (centres[..., None] - step).floor() + torch.arange(count, device=stretch.device)
+    weights = (1 - (taps + 0.5 - centres[..., None]).abs() / step).clamp_(min=0)
     low, high = ((shift + side * stretch.abs() + 1)[:, None, None] * (length / 2) for side in (-1, 1))
     # Pixels of which a part lies in the crop; a thousandth of a pixel is a rounding error.
-    inside = (pixels + 0.5 > low + 1e-3) & (pixels - 0.5 < high - 1e-3)
-    weights = weights * inside
-    return weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-12)
+    weights = weights * ((taps + 1 > low + 1e-3) & (taps < high - 1e-3))
+    weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-12)
+    return taps.clamp(0, length - 1).long(), weights
 
 
 def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:

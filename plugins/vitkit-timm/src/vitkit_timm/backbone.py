@@ -120,9 +120,7 @@ def prepared(dataset: ImageDataset, backbone: TimmBackbone) -> ImageDataset:
             f"{dataset.name} has {dataset.shape[0]} channels, the backbone takes {backbone.in_chans}; build it with "
             f"in_chans={dataset.shape[0]}"
         )
-    splits = (replace(split, preprocessing=backbone.preparation) for split in (dataset.train, dataset.test))
-    train, test = splits
-    return replace(dataset, train=train, test=test)
+    return dataset.with_preprocessing(backbone.preparation)
 
 
 def _check_name(model: str) -> None:
