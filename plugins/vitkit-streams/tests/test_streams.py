@@ -180,7 +180,7 @@ def test_pictures_that_cannot_be_decoded_are_left_out_and_named(damaged):
     assert "pixels" in skipped[1]
     assert "cannot identify image file" in skipped[2]
     assert "b'no picture'" not in skipped[2]
-    with pytest.raises(DatasetError, match="train-000099.tar: .* asked for by its number and cannot be left out"):
+    with pytest.raises(DatasetError, match="train-000099.tar: .* requested by its number and cannot be left out"):
         data.train.images.index_select(0, torch.arange(80, 84))
 
 
