@@ -31,7 +31,7 @@ class TextTransformer(nn.Module):
     positions, `depth` pre-norm blocks without a causal mask, a last layer norm; texts of one length go through the blocks
     together, so that padding takes no part. `encode_text(list of str)` gives the mean over a text's tokens `(b d)`.
 
-    Words are told apart by `words_of`. `embed_dim`, `context_length` (the most words of a text) and `vocabulary` are
+    `words_of` splits texts into words. `embed_dim`, `context_length` (the most words of a text) and `vocabulary` are
     attributes. Weights are drawn from Normal(0, 0.02) by torch's global generator. Raises `UsageError` for an empty or
     repeating vocabulary, dimensions that do not fit, ids outside the vocabulary, and texts that are empty, longer than
     `context_length`, or hold no known word.
@@ -143,7 +143,7 @@ class TextTransformer(nn.Module):
     def _numbers(self, text: str) -> list[int]:
         words = words_of(text)
         if not words:
-            raise UsageError(f"the caption {text!r:.80} holds no word; give some text")
+            raise UsageError(f"the caption {text!r:.80} has no word; give some text")
         if len(words) > self.context_length:
             raise UsageError(
                 f"the caption {_shortened(text)!r} has {len(words)} words; this text encoder reads {self.context_length} at most: "
@@ -152,7 +152,7 @@ class TextTransformer(nn.Module):
         numbers = [self._ids.get(word, UNKNOWN) for word in words]
         if all(number == UNKNOWN for number in numbers):
             raise UsageError(
-                f"the caption {text!r:.80} holds no word that this text encoder knows; its {len(self.vocabulary)} words are "
+                f"the caption {text!r:.80} has no word of this text encoder's vocabulary; its {len(self.vocabulary)} words are "
                 f"{', '.join(self.vocabulary[:12])}, ..."
             )
         return numbers

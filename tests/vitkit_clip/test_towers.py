@@ -165,12 +165,12 @@ def test_it_is_rebuilt_from_its_vocabulary(text: TextTransformer) -> None:
 @pytest.mark.parametrize(
     ("use", "message"),
     [
-        (lambda t: t.encode_text([""]), "the caption '' holds no word; give some text"),
-        (lambda t: t.encode_text(["…, !"]), "the caption '…, !' holds no word"),
+        (lambda t: t.encode_text([""]), "the caption '' has no word; give some text"),
+        (lambda t: t.encode_text(["…, !"]), "the caption '…, !' has no word"),
         (lambda t: t.encode_text(["cat " * 21]), "has 21 words; this text encoder reads 20 at most: shorten it"),
         (
             lambda t: t.encode_text(["zebra"]),
-            "holds no word that this text encoder knows; its 11 words are and, ant, cat",
+            "has no word of this text encoder's vocabulary; its 11 words are and, ant, cat",
         ),
         (
             lambda t: t.encode_text("cat"),
