@@ -94,7 +94,7 @@ class TextTransformer(nn.Module):
         return {"vocabulary": vocabulary, "embed_dim": 16, "depth": 1, "context_length": 5}, {"ids": ids}
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Ids int64 `(b l)`, each row's padding at its end → tokens `(b l d)` behind the last norm."""
+        """Ids int64 `(b l)`, each row's padding at its end → tokens `(b l d)` after the last norm."""
         if ids.ndim != 2 or ids.dtype != torch.int64 or not 1 <= ids.shape[1] <= self.context_length:
             raise UsageError(
                 f"ids are {ids.dtype} {tuple(ids.shape)}; expected int64 (texts, 1 to {self.context_length} words)"
@@ -107,17 +107,17 @@ class TextTransformer(nn.Module):
         if bool(((ids[:, :-1] == PAD) & (ids[:, 1:] != PAD)).any()):
             raise UsageError(f"padding, id {PAD}, stands before a word; it belongs at the end of a row")
         lengths = (ids != PAD).sum(dim=1)
-        found, rows = [], []
+        parts, rows = [], []
         for length in lengths.unique().tolist():
             chosen = (lengths == length).nonzero().squeeze(1)
             tokens = self.token_embed(ids[chosen, :length]) + self.positions[:length]  # (b_length length d)
             tokens = self.blocks(tokens) if length else tokens
             tokens = self.norm(tokens.to(self.norm.weight.dtype))  # blocks may leave them in autocast's
-            found.append(nn.functional.pad(tokens, (0, 0, 0, ids.shape[1] - length)))
+            parts.append(nn.functional.pad(tokens, (0, 0, 0, ids.shape[1] - length)))
             rows.append(chosen)
-        if not found:
+        if not parts:
             return ids.new_zeros((*ids.shape, self.embed_dim), dtype=self.positions.dtype)
-        return torch.cat(found)[torch.cat(rows).argsort()]
+        return torch.cat(parts)[torch.cat(rows).argsort()]
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Texts → the mean over each one's tokens `(b d)`."""
