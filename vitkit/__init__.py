@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from vitkit.contracts import Scores
     from vitkit.hub.client import load
     from vitkit.models.model import Model
+    from vitkit.models.weights import load_weights
     from vitkit.training.recipe import parse_arguments
     from vitkit.training.run import Run
 
@@ -21,6 +22,7 @@ _LAZY = {
     "Run": "vitkit.training.run",
     "load": "vitkit.hub.client",
     "Model": "vitkit.models.model",
+    "load_weights": "vitkit.models.weights",
     "Scores": "vitkit.contracts",
     "parse_arguments": "vitkit.training.recipe",
 }
@@ -45,6 +47,7 @@ __all__ = [
     "evaluators",
     "heads",
     "load",
+    "load_weights",
     "losses",
     "parse_arguments",
 ]

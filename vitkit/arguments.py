@@ -39,6 +39,11 @@ _REMOTE = re.compile(r"pretrained|download|remote")
 _FILE = re.compile(r"(^|_)(path|paths|file|files|filename|dir|directory|folder|root|url|uri|repo|repo_id|cache|fd)$")
 
 
+def names_resource(name: str) -> bool:
+    """Whether the name of an argument says that its value names weights, a file or an address, which a saved model must not do."""
+    return bool(_REMOTE.search(name) or _FILE.search(name))
+
+
 def signature_of(name: str, factory: Callable[..., Any]) -> str:
     """`name(in_dim: int, hidden: int = 512)`, as messages and `vitkit show` print it."""
     try:

@@ -95,7 +95,7 @@ def check_output(
         raise UsageError(f"{option} {printable(path)} exists already; choose another name, or give --overwrite")
     if path.is_symlink() or not is_ours(path):
         raise UsageError(
-            f"{option} {printable(path)} is not {kind}, so --overwrite does not replace it; choose another name"
+            f"{option} {printable(path)} exists and is not {kind}, so it is not replaced; choose another name"
         )
 
 

@@ -53,8 +53,9 @@ def search(
             "the caption is empty; give some text, such as 'the photo on the left is ...', or an image's path"
         )
     import vitkit
+    from vitkit.files import check_output
     from vitkit.models import read_picture
-    from vitkit.report import write_sheet
+    from vitkit.report import is_sheet, write_sheet
     from vitkit_clip.retrieval import check_towers, half_of
     from vitkit_clip.search import as_pair, find_by_caption, find_by_image
 
@@ -62,6 +63,7 @@ def search(
     image = read_picture(query) if _is_image(query) else None
     if image is not None and path.exists() and path.samefile(query):
         raise UsageError(f"--out {path} is the image that is searched for; give another name")
+    check_output(path, overwrite=True, is_ours=is_sheet, kind="an image that vitkit drew", option="--out")
     model = vitkit.load(run)
     check_towers(model)
     half = half_of(model)

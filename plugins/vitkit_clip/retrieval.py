@@ -86,17 +86,17 @@ class PairRetrieval:
     def vitkit_example(samples: int) -> tuple[dict[str, Any], dict[str, Any]]:
         model = nn.Module()
         model.backbone = backbones.build(
-            "vit", img_size=(8, 16), patch_size=4, in_chans=1, embed_dim=16, depth=1, num_heads=1
+            "vitkit:vit", img_size=(8, 16), patch_size=4, in_chans=1, embed_dim=16, depth=1, num_heads=1
         )
         names = [str(number) for number in range(100)]
         model.text = backbones.build(
-            "text_transformer",
+            "vitkit:text_transformer",
             vocabulary=vocabulary_of([*captions(["x", "y"]), *names, "class"]),
             embed_dim=16,
             depth=1,
         )
-        model.projector = heads.build("linear", in_dim=16, out_dim=8)
-        model.text_projector = heads.build("linear", in_dim=16, out_dim=8)
+        model.projector = heads.build("vitkit:linear", in_dim=16, out_dim=8)
+        model.text_projector = heads.build("vitkit:linear", in_dim=16, out_dim=8)
         return {"count": samples, "batch_size": 8}, {"model": model}
 
     def check(self, dataset: Any, split: SplitName = "test") -> None:

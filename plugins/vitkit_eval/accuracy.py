@@ -33,8 +33,8 @@ class Accuracy:
 
     @staticmethod
     def vitkit_example(samples: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        model = backbones.build("vit", img_size=8, patch_size=4, in_chans=1, embed_dim=16, depth=1, num_heads=1)
-        model.classifier = heads.build("linear", in_dim=16, out_dim=3)
+        model = backbones.build("vitkit:vit", img_size=8, patch_size=4, in_chans=1, embed_dim=16, depth=1, num_heads=1)
+        model.classifier = heads.build("vitkit:linear", in_dim=16, out_dim=3)
         return {}, {"model": model}
 
     def check(self, dataset: Any, split: SplitName = "test") -> None:

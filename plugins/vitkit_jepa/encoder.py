@@ -43,7 +43,7 @@ class MultimodalViT(nn.Module):
         if num_classes < 1:
             raise UsageError(f"num_classes is {num_classes}, expected at least 1")
         self.vit = backbones.build(
-            "vit", img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim,
+            "vitkit:vit", img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim,
             depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio, dropout=dropout, drop_path=drop_path,
             pool=pool, positions=positions, registers=registers, checkpoint=checkpoint,
         )  # fmt: skip

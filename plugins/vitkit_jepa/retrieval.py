@@ -59,9 +59,9 @@ class LabelRetrieval:
     def vitkit_example(samples: int) -> tuple[dict[str, Any], dict[str, Any]]:
         model = torch.nn.Module()
         model.backbone = backbones.build(
-            "multimodal_vit", num_classes=3, img_size=8, embed_dim=16, depth=1, num_heads=1, dropout=0.1
+            "vitkit:multimodal_vit", num_classes=3, img_size=8, embed_dim=16, depth=1, num_heads=1, dropout=0.1
         )
-        model.projector = heads.build("mlp", in_dim=16, out_dim=8, norm="batch")
+        model.projector = heads.build("vitkit:mlp", in_dim=16, out_dim=8, norm="batch")
         return {}, {"model": model}
 
     def check(self, dataset: Any, split: SplitName = "test") -> None:

@@ -150,6 +150,10 @@ def _check_output(path: Path) -> None:
     """Refused before any work is done."""
     if path.suffix.lower() != ".png":
         raise UsageError(f"--out {path}: the file is a PNG; give a name that ends in .png")
+    from vitkit.files import check_output
+    from vitkit.report import is_sheet
+
+    check_output(path, overwrite=True, is_ours=is_sheet, kind="an image that vitkit drew", option="--out")
 
 
 def _write(path: Path, sheet: "Sheet", line: str) -> None:

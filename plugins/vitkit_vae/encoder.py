@@ -56,7 +56,7 @@ class VAEEncoder(nn.Module):
         if not self.depths or not all(1 <= number <= depth for number in self.depths):
             raise UsageError(f"depths are {list(self.depths)}, expected numbers of blocks in 1 … {depth}")
         self.vit = backbones.build(
-            "vit", img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth,
+            "vitkit:vit", img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth,
             num_heads=num_heads, mlp_ratio=mlp_ratio, dropout=dropout, drop_path=drop_path, pool=pool,
             positions=positions, registers=registers, checkpoint=checkpoint, stem=stem,
         )  # fmt: skip

@@ -25,14 +25,14 @@ class Evaluation:
         transfer_to: str | None = None,
         transfer_features: Literal["patches", "embedding"] = "patches",
     ) -> None:
-        self.knn = evaluators.build("knn", train_size=train_size)
-        self.accuracy, self.reconstruction = evaluators.build("accuracy"), evaluators.build("reconstruction")
+        self.knn = evaluators.build("vitkit:knn", train_size=train_size)
+        self.accuracy, self.reconstruction = evaluators.build("vitkit:accuracy"), evaluators.build("vitkit:reconstruction")
         self.at_last = [
-            evaluators.build("few_shot", train_size=train_size),
-            evaluators.build("active_units"),
-            evaluators.build("silhouette", test_size=2000),
+            evaluators.build("vitkit:few_shot", train_size=train_size),
+            evaluators.build("vitkit:active_units"),
+            evaluators.build("vitkit:silhouette", test_size=2000),
         ]
-        self.transfer = evaluators.build("transfer", dataset=transfer_to, train_size=train_size) if transfer_to else None
+        self.transfer = evaluators.build("vitkit:transfer", dataset=transfer_to, train_size=train_size) if transfer_to else None
         self.patches = transfer_features == "patches"
 
     def __call__(self, model: Any, data: Any, *, last: bool) -> list[Scores]:

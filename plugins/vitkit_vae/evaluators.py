@@ -125,9 +125,9 @@ class ActiveUnits:
 def _small_model() -> nn.Module:
     model = nn.Module()
     model.backbone = backbones.build(
-        "vae_encoder", img_size=8, in_chans=1, embed_dim=16, depth=1, num_heads=1, latent_dim=4, dropout=0.1
+        "vitkit:vae_encoder", img_size=8, in_chans=1, embed_dim=16, depth=1, num_heads=1, latent_dim=4, dropout=0.1
     )
-    model.decoder = heads.build("conv_decoder", in_dim=4, out_dim=1, img_size=8)
+    model.decoder = heads.build("vitkit:conv_decoder", in_dim=4, out_dim=1, img_size=8)
     return model
 
 

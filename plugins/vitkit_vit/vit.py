@@ -303,8 +303,8 @@ def _image_size(img_size: int | Sequence[int], patch_size: int) -> tuple[int, in
 
 def _check_heads(embed_dim: int, num_heads: int) -> None:
     if embed_dim % num_heads:
-        divisors = [heads for heads in range(1, embed_dim + 1) if embed_dim % heads == 0]
-        near = min(divisors, key=lambda heads: abs(heads - num_heads))
+        around = (heads for step in range(num_heads) for heads in (num_heads - step, num_heads + step))
+        near = next(heads for heads in around if embed_dim % heads == 0)  # 1 at the latest
         raise UsageError(
             f"num_heads={num_heads} does not divide embed_dim={embed_dim}; take num_heads={near} or "
             f"embed_dim={max(round(embed_dim / num_heads), 1) * num_heads}"

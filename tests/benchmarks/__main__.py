@@ -21,7 +21,7 @@ from vitkit.runs import processor
 
 from .timing import Options, Row
 
-SYSTEMS = ("jepa", "clip", "vae", "triplets", "evaluation", "data_path", "start")
+SYSTEMS = ("jepa", "clip", "vae", "triplets", "evaluation", "data_path", "start", "recipes")
 COLUMNS = (
     "system", "what", "vitkit", "× as documented", "× tuned by hand", "of the ceiling", "wanted", "beside",
 )  # fmt: skip

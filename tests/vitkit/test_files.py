@@ -157,11 +157,11 @@ def test_an_output_file_is_replaced_only_on_request_and_only_if_it_is_ours(tmp_p
         check_output(path, overwrite=False, **ours)
     check_output(path, overwrite=True, **ours)
     path.write_text("a letter")
-    with pytest.raises(UsageError, match=r"-o .*out.json is not a file of scores, so --overwrite does not replace it"):
+    with pytest.raises(UsageError, match=r"-o .*out.json exists and is not a file of scores, so it is not replaced"):
         check_output(path, overwrite=True, **ours)
     with pytest.raises(UsageError, match="is a directory; expected the name of a file of scores"):
         check_output(tmp_path, overwrite=True, **ours)
     path.write_text("scores")
     (tmp_path / "link").symlink_to(path)
-    with pytest.raises(UsageError, match="--overwrite does not replace it"):
+    with pytest.raises(UsageError, match="so it is not replaced"):
         check_output(tmp_path / "link", overwrite=True, **ours)

@@ -207,9 +207,24 @@ def test_output_that_cannot_be_written_is_refused_and_leaves_nothing_behind(save
     with pytest.raises(RunError, match=r"cannot write .*file/grid\.png: "):
         run("sample", directory, "-o", tmp_path / "file" / "grid.png")
     (tmp_path / "folder.png").mkdir()
-    with pytest.raises(RunError, match=r"cannot write .*folder\.png: Is a directory"):
+    with pytest.raises(UsageError, match=r"--out .*folder\.png is a directory; expected the name of an image that vitkit drew"):
         run("sample", directory, "-o", tmp_path / "folder.png")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png", "run"]
+
+
+def test_a_photo_is_never_replaced_and_an_earlier_sheet_is(saved, tmp_path):
+    directory, photo = saved(), tmp_path / "samples.png"
+    Image.new("RGB", (12, 6), (9, 90, 200)).save(photo)
+    before = photo.read_bytes()
+    for command in (["sample", directory], ["reconstruct", directory], ["interpolate", directory, 0, 1]):
+        with pytest.raises(UsageError, match=r"--out .*samples\.png exists and is not an image that vitkit drew, so it is not replaced"):
+            run(*command, "-o", photo)
+    assert photo.read_bytes() == before
+    photo.unlink()
+    run("sample", directory, "-o", photo, "--count", 2)
+    first = photo.read_bytes()
+    run("sample", directory, "-o", photo, "--count", 3)
+    assert photo.read_bytes() != first
 
 
 @pytest.mark.parametrize("count", [0, 1025])

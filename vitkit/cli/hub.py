@@ -19,13 +19,16 @@ def push(
     create_pr: Annotated[bool, typer.Option("--create-pr", help="open a pull request instead")] = False,
     message: Annotated[str | None, typer.Option(help="the commit's message")] = None,
     license: Annotated[str, typer.Option(help="the licence of the weights, as the Hub writes it")] = "apache-2.0",
+    allow_secrets: Annotated[
+        bool, typer.Option("--allow-secrets", help="publish files that seem to hold a token or a password")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show the files and the model card; no network")] = False,
 ) -> None:
     """Publish a run on the Hugging Face Hub: model, recipe, metrics, plots and a model card written from the run."""
     from vitkit.hub import client
 
     if dry_run:
-        plan = client.plan(run, name, licence=license)
+        plan = client.plan(run, name, licence=license, allow_secrets=allow_secrets)
         sizes = {**plan.files, "README.md": len(plan.card.encode())}
         for file, size in sizes.items():
             out.print(f"{size:>14,}  {printable(file)}")
@@ -34,8 +37,9 @@ def push(
             out.print(printable(line, 10_000))
         return
     pushed = client.push(
-        run, name, private=private, revision=revision, create_pr=create_pr, message=message, licence=license
-    )
+        run, name, private=private, revision=revision, create_pr=create_pr, message=message, licence=license,
+        allow_secrets=allow_secrets,
+    )  # fmt: skip
     if pushed.card_kept:
         out.print("README.md of the repository was edited by hand, so it stays; delete it there to get a new one")
     out.print(f"{'nothing has changed' if pushed.unchanged else 'pushed'}: {printable(pushed.url)}")

@@ -112,6 +112,7 @@ def predict(
 def evaluate(
     model: ModelName,
     dataset: Annotated[str, typer.Option(help="a dataset's name")],
+    split: Annotated[Literal["train", "val", "test"], typer.Option(help="the split to measure on")] = "test",
     evaluator: Annotated[list[str] | None, typer.Option(help="a registered evaluator (default: all that suit the model)")] = None,
     arg: Annotated[
         list[str] | None, typer.Option(metavar="[EVALUATOR.]K=V", help="an argument, for one evaluator or for each")
@@ -142,7 +143,7 @@ def evaluate(
         try:
             torch.manual_seed(0)
             with torch.autocast(place.type, torch.bfloat16, enabled=resolved == "bf16"):
-                scores = loaded.evaluate(measure, images)
+                scores = loaded.evaluate(measure, images, split)
         except VitkitError as error:
             if evaluator:
                 raise
@@ -157,7 +158,8 @@ def evaluate(
         specs = {name: measure.spec.to_json() for name, measure in built.items() if name not in unsuitable}
         weights = loaded.config["weights"]["sha256"]
         write_json(output, {
-            "model": model, "weights": weights, "dataset": dataset, "precision": resolved, "evaluators": specs, "scores": rows,
+            "model": model, "weights": weights, "dataset": dataset, "split": split, "precision": resolved, "evaluators": specs,
+            "scores": rows,
         })  # fmt: skip
     _print_scores(rows, f"{model} on {dataset}, {resolved}")
     for name, why in unsuitable.items():

@@ -99,8 +99,11 @@ class ImageDataset:
         return self.with_preprocessing(replace(self.train.preprocessing, shape=(self.shape[0], img_size, img_size)))
 
     def with_preprocessing(self, preprocessing: Preprocessing) -> "ImageDataset":
-        """The same images delivered as a trained model needs them; `UsageError` where it takes another number of channels."""
-        if preprocessing.shape[0] != self.shape[0]:
+        """The same images delivered as a trained model needs them.
+
+        Grey and RGB images are converted into each other as `Preprocessing.pixels` says; `UsageError` for other numbers of channels.
+        """
+        if {preprocessing.shape[0], self.shape[0]} not in ({self.shape[0]}, {1, 3}):
             raise UsageError(f"images of {self.name} have {self.shape[0]} channels; expected {preprocessing.shape[0]}")
         splits = {name: replace(getattr(self, name), preprocessing=preprocessing) for name in ("train", "val", "test")}
         return replace(self, **splits)

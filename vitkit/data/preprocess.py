@@ -28,8 +28,13 @@ class Preprocessing:
     fit: Literal["pad", "resize"] = "resize"
 
     def pixels(self, images: Tensor) -> Tensor:
-        """uint8 `(n c h w)` → float32 in [0, 1] of this size."""
-        images = images.float().div_(255)
+        """uint8 `(n c h w)` → float32 in [0, 1] of this size.
+
+        Grey images are repeated where RGB ones are expected, and RGB ones become luma (ITU-R BT.601) where grey ones are.
+        """
+        if {images.shape[1], self.shape[0]} == {1, 3}:
+            images = images.expand(-1, 3, -1, -1) if self.shape[0] == 3 else grey(images.float()).round()
+        images = images.float().div_(255) if images.dtype == torch.uint8 else images.div_(255)
         height, width = self.shape[1:]
         down, across = height - images.shape[2], width - images.shape[3]
         if not down and not across:
@@ -71,9 +76,8 @@ def preprocess(images: Tensor | Sequence[Image.Image], preprocessing: Preprocess
     """
     channels = preprocessing.shape[0]
     if isinstance(images, Tensor):
-        if images.dtype == torch.uint8 and images.ndim == 4 and {images.shape[1], channels} == {1, 3}:
-            images = images.expand(-1, 3, -1, -1) if channels == 3 else grey(images.float()).round().byte()
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != channels:
+        convertible = images.ndim == 4 and {images.shape[1], channels} in ({channels}, {1, 3})
+        if images.dtype != torch.uint8 or not convertible:
             raise UsageError(f"images are {images.dtype} {tuple(images.shape)}; expected uint8 (n, {channels}, h, w)")
         return preprocessing.normalise(preprocessing.pixels(images))
     if isinstance(images, Image.Image) or not images or not all(isinstance(one, Image.Image) for one in images):

@@ -1,18 +1,23 @@
-"""Which files go from a run to its Hub repository and back, and how large they may be."""
+"""The files that go from a run to its Hub repository and back, and their largest sizes."""
 
 import re
 import shutil
+import struct
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
+from uuid import uuid4
 
+from vitkit.data.decode import ImageReadError, read_image
 from vitkit.errors import CheckpointError, HubError, RunError, UsageError
 from vitkit.files import explain
+from vitkit.hub.secrets import describe_secrets, find_secrets
 from vitkit.models.saving import CONFIG, WEIGHTS, check
 from vitkit.models.untrusted import JSON_BYTES, read_json
+from vitkit.runs.directory import MODULES
 
 MIB = 2**20
 CARD, RECIPE, SUMMARY = "README.md", "recipe.py", "summary.json"
-MOST_BYTES = {
+MAX_BYTES = {
     WEIGHTS: 16 * 2**30,
     CONFIG: JSON_BYTES,
     SUMMARY: JSON_BYTES,
@@ -21,47 +26,58 @@ MOST_BYTES = {
     "losses.csv": 64 * MIB,
     CARD: 4 * MIB,
 }
-"""The files of a repository that are fetched, and the most bytes each may have; `plots/*.png` besides."""
-PLOT, PLOT_BYTES, MOST_PLOTS = re.compile(r"plots/[\w-]{1,80}\.png"), 16 * MIB, 200
-TEXTS = (".py", ".json", ".csv")
-TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
+"""The files of a repository that are downloaded, and the most bytes of each; plots and the recipe's modules are added."""
+PLOT, PLOT_BYTES = re.compile(r"plots/[\w-]{1,80}\.png"), 16 * MIB
+MODULE, MODULE_BYTES = re.compile(rf"{MODULES}/(\w{{1,80}}/){{0,4}}\w{{1,80}}\.py"), MIB
+MAX_MORE_FILES = 200
+"""Plots and modules of a repository."""
+PNG, MAX_PNG_PIXELS = b"\x89PNG\r\n\x1a\n", 64 * 10**6
 
 
-def most_bytes(name: str) -> int | None:
-    """How large a file of this name may be; None for a name that no run's repository has."""
-    return PLOT_BYTES if PLOT.fullmatch(name) else MOST_BYTES.get(name)
+def max_bytes(name: str) -> int | None:
+    """The largest size of a file of this name; None for a name that no run's repository has."""
+    more = PLOT_BYTES if PLOT.fullmatch(name) else MODULE_BYTES if MODULE.fullmatch(name) else None
+    return MAX_BYTES.get(name, more)
 
 
-def of_run(run: Path) -> dict[str, int]:
-    """The files of a run that are published, with their sizes; checkpoints, logs and what is not a run's stay behind.
+def of_run(run: Path, *, allow_secrets: bool = False) -> dict[str, int]:
+    """The files of a run that are published, with their sizes in bytes; checkpoints, logs and other files are not among them.
 
-    Raises `UsageError` for a directory without a run, `HubError` for a file that is a link, too large, or holds what
-    looks like a token.
+    Raises `UsageError` for a directory without a run, `HubError` for a file that is a link, too large, or, without
+    `allow_secrets`, holds what looks like a token or a password.
     """
     if not (run / SUMMARY).exists():
         raise UsageError(f"no run at {run}: it holds no {SUMMARY}; give the directory of a run, such as runs/jepa")
-    names = [*(set(MOST_BYTES) - {CARD}), *(f"plots/{path.name}" for path in (run / "plots").glob("*.png"))]
+    more = [*(run / "plots").glob("*.png"), *(run / MODULES).rglob("*.py")]
+    names = [*(set(MAX_BYTES) - {CARD}), *(path.relative_to(run).as_posix() for path in more)]
     sizes = {}
     for name in sorted(names):
-        path, most = run / name, most_bytes(name)
-        if path.is_symlink() or path.parent.is_symlink():
+        path, most = run / name, max_bytes(name)
+        if any(part.is_symlink() for part in (path, *path.parents) if part.is_relative_to(run) and part != run):
             raise HubError(f"{path} is a link; only a run's own files are published: put a copy in its place")
         if most is None or not path.exists():
             continue
         sizes[name] = path.stat().st_size
         if sizes[name] > most:
             raise HubError(f"{path} has {sizes[name]:,} bytes; {most:,} at most are published")
-        if path.suffix in TEXTS and TOKEN.search(path.read_bytes()):
-            raise HubError(
-                f"{path} holds what looks like an access token; take it out (and revoke it) before publishing"
-            )
+        if not allow_secrets:
+            secrets = find_secrets(_header(path) if name == WEIGHTS else path.read_bytes())
+            if secrets:
+                raise HubError(describe_secrets(path, secrets))
     return sizes
 
 
-def to_fetch(repo: str, listing: Mapping[str, int]) -> list[str]:
-    """The names in a repository's listing that are fetched; others are left where they are.
+def _header(path: Path) -> bytes:
+    """The header of a safetensors file, with its metadata."""
+    with path.open("rb") as file:
+        size = file.read(8)
+        return file.read(min(struct.unpack("<Q", size)[0], JSON_BYTES)) if len(size) == 8 else b""
 
-    Raises `HubError` for a repository that holds no model, names a file outside of itself, or one that is too large.
+
+def to_fetch(repo: str, listing: Mapping[str, int]) -> list[str]:
+    """The names in a repository's listing that are downloaded; the other files are left out.
+
+    Raises `HubError` for a repository without a model, with a name outside of it, or with a file that is too large.
     """
     for name in listing:
         parts = PurePosixPath(name.replace("\\", "/")).parts
@@ -70,48 +86,77 @@ def to_fetch(repo: str, listing: Mapping[str, int]) -> list[str]:
     lacks = [name for name in (CONFIG, WEIGHTS) if name not in listing]
     if lacks:
         raise HubError(f"{repo} holds no {' and no '.join(lacks)}: it is no model that vitkit has saved")
-    names = [name for name in sorted(listing) if most_bytes(name) is not None]
+    names = [name for name in sorted(listing) if max_bytes(name) is not None]
     for name in names:
-        most = most_bytes(name) or 0
+        most = max_bytes(name) or 0
         if listing[name] > most:
             raise HubError(f"{repo}: {name} has {listing[name]:,} bytes; {most:,} at most are fetched")
-    if len(names) > len(MOST_BYTES) + MOST_PLOTS:
-        raise HubError(f"{repo} has {len(names)} files; a run has at most {len(MOST_BYTES) + MOST_PLOTS}")
+    if len(names) > len(MAX_BYTES) + MAX_MORE_FILES:
+        raise HubError(f"{repo} has {len(names)} files; a run has at most {len(MAX_BYTES) + MAX_MORE_FILES}")
     return names
 
 
 def check_fetched(repo: str, folder: Path) -> None:
-    """That what was fetched is a whole model with the records of a run; `HubError` says what is not."""
+    """Raise `HubError` unless a folder holds a complete model, readable records and plots that are PNG images."""
     try:
         check(folder)
         if (folder / SUMMARY).exists():
             read_json(folder / SUMMARY)
-    except CheckpointError as error:
-        raise HubError(f"{repo} is refused: {error}") from None
+        for path in sorted((folder / "plots").glob("*")):
+            _check_png(path)
+    except (CheckpointError, ImageReadError) as error:
+        message = str(error).replace(f"{folder}/", "")
+        raise HubError(f"{repo} is refused: {message}") from None
+
+
+def _check_png(path: Path) -> None:
+    with path.open("rb") as file:
+        start = file.read(24)
+    if len(start) < 24 or not start.startswith(PNG):
+        raise ImageReadError(f"{path} is no PNG image")
+    width, height = struct.unpack(">II", start[16:24])
+    if width * height > MAX_PNG_PIXELS:
+        raise ImageReadError(f"{path} has {width}×{height} pixels; a plot has at most {MAX_PNG_PIXELS:,}")
+    try:
+        read_image(path)
+    except ImageReadError as error:
+        raise ImageReadError(f"{path} is no PNG image: {error}") from None
 
 
 def require_free(out: Path) -> None:
-    """Raise `UsageError` where something other than an empty directory is there."""
+    """Raise `UsageError` unless `out` is free or an empty directory."""
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise UsageError(f"{out} is there already; choose another directory with -o, or remove it")
 
 
-def copy_into(folder: Path, names: list[str], out: Path) -> None:
-    """Copy fetched files into a directory that is not there yet: all of them, or none; `RunError` where it cannot be."""
-    partial = out.with_name(f".{out.name}.partial")
+def copy_into(repo: str, folder: Path, sizes: Mapping[str, int], out: Path) -> None:
+    """Copy downloaded files of these sizes into a new directory: all of them, checked there, or none.
+
+    They are copied into a directory of this call's own beside `out`, which is then renamed. Of two calls at the same time one
+    succeeds. Raises `HubError` for files that are no complete run, `UsageError` where `out` is taken meanwhile, `RunError` where
+    it cannot be written.
+    """
+    partial = out.with_name(f".{out.name}.{uuid4().hex}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)  # refuses a link that somebody has put there
-        for name in names:
-            (partial / name).parent.mkdir(exist_ok=True)
+        partial.mkdir(parents=True)
+        for name, size in sizes.items():
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / name, partial / name)
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
+            copied = (partial / name).stat().st_size
+            if copied != size:
+                raise HubError(f"{repo}: {name} has {copied:,} bytes, expected {size:,}: it was cut short; pull it again")
+        check_fetched(repo, partial)
+        require_free(out)
+        try:
+            partial.rename(out)
+        except OSError:
+            require_free(out)
+            out.rmdir()  # an empty directory, which some systems do not replace
+            partial.rename(out)
     except OSError as error:
         raise RunError(explain(out, error)) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-__all__ = ["CARD", "check_fetched", "copy_into", "most_bytes", "of_run", "require_free", "to_fetch"]
+__all__ = ["CARD", "copy_into", "max_bytes", "of_run", "require_free", "to_fetch"]

@@ -1,15 +1,21 @@
-"""The model card of a run: what a visitor of its Hub repository reads, written from what the run recorded."""
+"""The model card of a run, which a visitor of its Hub repository reads: `card.md.j2`, filled with the records of the run."""
 
 import ast
 import hashlib
+import html
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCardData
+from jinja2 import Environment, StrictUndefined
+
 from vitkit.report.formatting import as_float, format_constant, format_duration, format_number, split_topk, title_of
-from vitkit.report.record import read_record
+from vitkit.report.record import Record, read_record
 
 TASKS = {
     "text": "zero-shot-image-classification",
@@ -17,239 +23,124 @@ TASKS = {
     "classifier": "image-classification",
     "backbone": "image-feature-extraction",
 }
-"""The Hub's name of what a model can do, by the modules that it was saved with; the first that is there counts."""
-MOST_CLASSES = 20
-TRAINING = ("losses", "pace", "statistic_")
+"""The Hub's name of a model's task, by the modules that it was saved with; the first one present counts."""
+MAX_LISTED_CLASSES = 20
+LAST_PLOTS = ("losses", "pace", "statistic_")
 SEAL = "<!-- Written by vitkit push, which writes it anew as long as nothing above this line is edited. sha256:{} -->"
 SEALED = re.compile(r"(?s)(.*\n)<!-- Written by vitkit push[^\n]* sha256:([0-9a-f]{64}) -->\s*")
 
 
-class Card:
-    """What a run's card says: `metadata` for its front matter, `results` for its model index, `body` in Markdown.
+def write_card(run: Path, repo: str, config: Mapping[str, Any], plots: Sequence[str], licence: str) -> str:
+    """The card of a run, with front matter and seal.
 
-    `repo` is the repository's id, `config` the saved model's, `plots` the names of the pictures beside the card,
-    `licence` that of the weights, as the Hub writes it.
+    `repo` is the repository's id, `config` the saved model's, `plots` the names of the images beside the card, `licence` that of
+    the weights, as the Hub writes it.
     """
-
-    def __init__(self, run: Path, repo: str, config: Mapping[str, Any], plots: Sequence[str], licence: str) -> None:
-        self.record, self.repo, self.config, self.plots = read_record(run), repo, config, plots
-        self.recipe = run / "recipe.py"
-        self.data = self.record.part("dataset")
-        self.task = next((task for name, task in TASKS.items() if name in config["modules"]), None)
-        self.metrics = {n: value for n, value in self.record.final.items() if n != "loss" and value == value}
-        self.metadata: dict[str, Any] = {
-            "library_name": "vitkit",
-            "license": licence,
-            "pipeline_tag": self.task,
-            "tags": ["vitkit", "representation-learning", self.record.name, *_names(config)],
-            "datasets": [self.data["hub_id"]] if self.data.get("hub_id") else None,
-            "metrics": sorted({_kind(name) for name in self.metrics}) or None,
-        }
-
-    @property
-    def results(self) -> list[dict[str, Any]]:
-        """One entry a metric of the last evaluation, with the fields of the Hub's `EvalResult`."""
-        if not self.data.get("name"):
-            return []
-        return [
-            {
-                "task_type": self.task or "other",
-                "dataset_type": self.data.get("hub_id") or self.data["name"],
-                "dataset_name": self.data["name"],
-                "dataset_split": self.record.protocol(name).get("split"),
-                "metric_type": _kind(name),
-                "metric_name": title_of(name),
-                "metric_value": round(value, 6),
-                "metric_args": {
-                    k: v for k, v in self.record.protocol(name).items() if k != "split" and v not in ("", None)
-                },
-            }
-            for name, value in self.metrics.items()
-        ]
-
-    @property
-    def body(self) -> str:
-        """The card below its front matter."""
-        sections = {
-            "": [f"# {self.repo.rpartition('/')[2]}", *self._warnings(), *self._what()],
-            "Use it": self._use(),
-            "Results": self._results(),
-            "How it was trained": self._training(),
-            "Pictures": self._pictures(),
-            "Limits": self._limits(),
-            "Files": self._files(),
-        }
-        parts = ([f"## {title}", *lines] if title else lines for title, lines in sections.items() if lines)
-        return "\n\n".join(line for lines in parts for line in lines) + "\n"
-
-    def _warnings(self) -> list[str]:
-        said = []
-        if self.data.get("fallback_for"):
-            asked, used = self.data["fallback_for"], self.data.get("name")
-            said.append(
-                f"> [!WARNING]\n> **This is not a model of {asked}.** {asked} could not be had when it was trained: "
-                f"it saw **{used}** instead, and every number below is of {used}."
-            )
-        status = self.record.summary.get("status")
-        if status != "finished":
-            said.append(
-                f"> [!WARNING]\n> **Its training did not end** (status: {status}). The numbers are of its last evaluation."
-            )
-        return said
-
-    def _what(self) -> list[str]:
-        used = [f"{name} `{data['name']}`" for name, data in self.config["modules"].items()]
-        size = as_float(self.record.summary.get("parameters"))
-        facts = f"A vision-transformer model trained with `{self.record.name}`" + (
-            f" on {self.data['name']}" if self.data.get("name") else ""
-        )
-        facts += f": {', '.join(used)}" + (f"; {int(size):,} parameters." if size > 0 else ".")
-        classes = [str(name) for name in self.config.get("classes") or []]
-        listed = ", ".join(classes) if len(classes) <= MOST_CLASSES else ""
-        said = [f"{len(classes)} classes{': ' if listed else ', named in `config.json`'}{listed}."] if classes else []
-        return [*_docstring(self.recipe), facts, *said]
-
-    def _use(self) -> list[str]:
-        encodes = "backbone" in self.config["modules"]
-        shape = self.config["preprocessing"].get("shape") or ("c", "h", "w")
-        needs = sorted({(d["distribution"], d.get("version")) for d in self.config["modules"].values()})
-        install = shlex.join(f"{name}=={version}" if version else name for name, version in needs)
-        use = "features = model.encode_image(model.preprocess(images))  # (n, d)" if encodes else "print(model)"
-        code = f'```python\nimport vitkit\n\nmodel = vitkit.load("{self.repo}")\n{use}\n```'
-        images = (
-            f"`images` are Pillow images, or uint8 of shape (n, {shape[0]}, h, w); they are brought to "
-            f"{shape[1]}×{shape[2]} pixels and normalised as in training. "
-            if encodes and self.config["preprocessing"]
-            else ""
-        )
-        return [
-            code,
-            f"{images}It was saved with `{install}`. Loading runs no code from this repository: the modules are built "
-            f"from registered names and `config.json`, the weights are read from safetensors.",
-        ]
-
-    def _results(self) -> list[str]:
-        if not self.metrics:
-            return []
-        record = self.record
-        labels = list(dict.fromkeys(label for name in self.metrics for label, _ in record.references(name)))
-        rows = []
-        for name, value in self.metrics.items():
-            error = record.standard_error(name)
-            lines = dict(record.references(name))
-            told = f"**{format_number(value)}**" + (f" ± {error:.2g}" if error is not None else "")
-            against = [format_constant(lines.get(label)) for label in labels]
-            rows.append([title_of(name), told, format_constant(record.chance(name)), *against, _protocol(record.protocol(name))])
-        table = _table(["metric", "value", "chance", *labels, "how it was measured"], rows)
-        notes = f"Of the last evaluation{self._where()}, not of the best one. ± is one standard error over the samples."
-        if labels:
-            notes += f" For reference, not measured here: {', '.join(labels)}"
-            asked = self.data.get("fallback_for")
-            notes += f", of {asked} and not to be compared with the others." if asked else "."
-        return [table, notes]
-
-    def _where(self) -> str:
-        epochs = as_float(self.record.summary.get("epochs"))
-        return f" (epoch {int(epochs)})" if epochs >= 1 else ""
-
-    def _training(self) -> list[str]:
-        summary, settings = self.record.summary, self.record.part("settings")
-        command = _command(str(summary.get("command") or ""))
-        counts = [f"{int(self.data[s]):,} {s}" for s in ("train", "test") if as_float(self.data.get(s)) >= 0]
-        seconds, speed = as_float(summary.get("seconds")), as_float(summary.get("images_per_second"))
-        machine = [str(summary[key]) for key in ("machine",) if summary.get(key)]
-        machine += [f"{key} {settings[key]}" for key in ("device", "precision", "processes") if settings.get(key)]
-        versions = [f"{name} {version}" for name, version in self.record.part("versions").items() if version]
-        facts = {
-            "command": f"`{command}`" if command else "",
-            "seed": str(summary.get("seed", "")),
-            "dataset": f"{self.data.get('name')} ({' + '.join(counts)} images)" if counts else "",
-            "hardware": ", ".join(machine),
-            "time": format_duration(seconds) + (f", {speed:,.0f} images/s in training" if speed > 0 else "")
-            if seconds > 0
-            else "",
-            "versions": ", ".join(versions),
-        }
-        rows = [[name, told] for name, told in facts.items() if told]
-        arguments = [[f"`{name}`", f"`{value}`"] for name, value in self.record.part("arguments").items()]
-        more = f"<details><summary>All arguments</summary>\n\n{_table(['argument', 'value'], arguments)}\n\n</details>"
-        return [_table(["", ""], rows), *([more] if arguments else [])] if rows else []
-
-    def _pictures(self) -> list[str]:
-        names = sorted(self.plots, key=lambda name: (Path(name).stem.startswith(TRAINING), name))
-        cells = [f"![{title_of(Path(name).stem)}]({name})" for name in names]
-        titles = [title_of(Path(name).stem) for name in names]
-        pairs = [(titles[place : place + 2], cells[place : place + 2]) for place in range(0, len(cells), 2)]
-        return [_table([*title, ""][:2], [[*cell, ""][:2]]) for title, cell in pairs]
-
-    def _limits(self) -> list[str]:
-        data, said = self.data, []
-        if data.get("fallback_for"):
-            said.append(
-                f"It was trained on {data.get('name')} in place of {data['fallback_for']}, which could not be had."
-            )
-        if data.get("name"):
-            what = f"Its numbers are of {data['name']} alone" if self.metrics else "No evaluation of it was recorded"
-            said.append(
-                f"{what}; how it does on other images has not been measured."
-                + (f" Source of the data: {data['source']}." if data.get("source") else "")
-                + (f" Licence of the data: {data['licence']}." if data.get("licence") else "")
-            )
-        said.append("One run with one seed: how much the numbers move from seed to seed is not known from it.")
-        return ["\n".join(f"- {line}" for line in said)]
-
-    def _files(self) -> list[str]:
-        recipe = (
-            "- `recipe.py`: the recipe that was run, as text. It is code: read it before you run it.\n"
-            if self.recipe.is_file()
-            else ""
-        )
-        return [
-            "- `model.safetensors`, `config.json`: the model\n"
-            f"{recipe}"
-            "- `summary.json`, `metrics.csv`, `losses.csv`, `plots/`: what the run recorded\n\n"
-            f"`vitkit pull {self.repo}` fetches them all."
-        ]
+    record = read_record(run)
+    summary, data, modules = record.summary, record.part("dataset"), config["modules"]
+    metrics = {name: value for name, value in record.final.items() if name != "loss" and value == value}
+    references = list(dict.fromkeys(label for name in metrics for label, _ in record.references(name)))
+    packages = sorted({(part["distribution"], part.get("version")) for part in modules.values()})
+    text = _environment().from_string(resources.files("vitkit.hub").joinpath("card.md.j2").read_text("utf-8")).render(
+        metadata=_metadata(record, repo, config, metrics, licence).to_yaml(),
+        name=repo.rpartition("/")[2], repo=repo, data=data, status=str(summary.get("status")), recipe=record.name,
+        docstring=_docstring(run / "recipe.py"), has_recipe=(run / "recipe.py").is_file(), modules=modules,
+        parameters=int(max(0.0, as_float(summary.get("parameters")))) if summary.get("parameters") else 0,
+        classes=[str(name) for name in config.get("classes") or []], max_classes=MAX_LISTED_CLASSES,
+        encodes="backbone" in modules, shape=config["preprocessing"].get("shape"),
+        packages=shlex.join(f"{name}=={version}" if version else name for name, version in packages),
+        references=references, results=[_result(record, name, value, references) for name, value in metrics.items()],
+        epochs=int(as_float(summary["epochs"])) if as_float(summary.get("epochs")) >= 1 else 0,
+        facts=_facts(record), arguments=record.part("arguments"),
+        plots=sorted(plots, key=lambda name: (Path(name).stem.startswith(LAST_PLOTS), name)),
+    )  # fmt: skip
+    return sealed(text)
 
 
 def sealed(text: str) -> str:
-    """The card with a last line that tells whether anybody has edited it since."""
+    """A card with a last line that shows whether somebody has edited the card since."""
     text = text.rstrip() + "\n\n"
     return f"{text}{SEAL.format(_digest(text))}\n"
 
 
 def is_unedited(text: str) -> bool:
-    """Whether a card was written here and stands as it was written; line ends and space at the end do not count."""
-    found = SEALED.fullmatch(text.replace("\r\n", "\n"))
-    return found is not None and _digest(found[1]) == found[2]
+    """Whether a card was written by `sealed` and not edited since; line ends and space at the end do not count."""
+    match = SEALED.fullmatch(text.replace("\r\n", "\n"))
+    return match is not None and _digest(match[1]) == match[2]
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _metadata(
+    record: Record, repo: str, config: Mapping[str, Any], metrics: Mapping[str, float], licence: str
+) -> ModelCardData:
+    """The front matter, with an `EvalResult` for each metric of the last evaluation."""
+    data, modules = record.part("dataset"), config["modules"]
+    others = {part["distribution"] for part in modules.values()} - {"vitkit"}
+    names = [*dict.fromkeys(part["name"] for part in modules.values()), *sorted(others)]
+    task = next((task for name, task in TASKS.items() if name in modules), None)
+    results = [
+        EvalResult(
+            task_type=task or "other",
+            dataset_type=data.get("hub_id") or data["name"],
+            dataset_name=data["name"],
+            dataset_split=record.protocol(name).get("split"),
+            metric_type=_hub_metric(name),
+            metric_name=title_of(name),
+            metric_value=round(value, 6),
+            metric_args={k: v for k, v in record.protocol(name).items() if k != "split" and v not in ("", None)},
+        )
+        for name, value in metrics.items()
+        if data.get("name")
+    ]
+    return ModelCardData(
+        library_name="vitkit",
+        license=licence,
+        pipeline_tag=task,
+        tags=["vitkit", "representation-learning", record.name, *names],
+        datasets=[data["hub_id"]] if data.get("hub_id") else None,
+        metrics=sorted({_hub_metric(name) for name in metrics}) or None,
+        eval_results=results or None,
+        model_name=repo.rpartition("/")[2] if results else None,
+    )
 
 
-def _names(config: Mapping[str, Any]) -> list[str]:
-    modules = config["modules"].values()
-    others = {data["distribution"] for data in modules} - {"vitkit"}
-    return [*dict.fromkeys(data["name"] for data in modules), *sorted(others)]
+def _result(record: Record, name: str, value: float, references: Sequence[str]) -> list[str]:
+    """The cells of a metric's row."""
+    error, lines = record.standard_error(name), dict(record.references(name))
+    number = f"**{format_number(value)}**" + (f" ± {error:.2g}" if error is not None else "")
+    constants = [format_constant(lines.get(label)) for label in references]
+    return [title_of(name), number, format_constant(record.chance(name)), *constants, _protocol(record.protocol(name))]
 
 
-def _kind(metric: str) -> str:
-    """The Hub's name of a metric: a top-k is an accuracy, others keep theirs."""
-    return "accuracy" if split_topk(metric) else metric
+def _facts(record: Record) -> dict[str, str]:
+    """Facts of the training, by name; those that were not recorded are left out."""
+    summary, settings, data = record.summary, record.part("settings"), record.part("dataset")
+    counts = [f"{int(data[split]):,} {split}" for split in ("train", "val", "test") if as_float(data.get(split)) >= 1]
+    seconds, speed = as_float(summary.get("seconds")), as_float(summary.get("images_per_second"))
+    machine = [str(summary["machine"])] if summary.get("machine") else []
+    machine += [f"{key} {settings[key]}" for key in ("device", "precision", "processes") if settings.get(key)]
+    time = f"{format_duration(seconds)}{f', {speed:,.0f} images/s in training' if speed > 0 else ''}" if seconds > 0 else ""
+    facts = {
+        "command": _code(_command(str(summary["command"]))) if summary.get("command") else "",
+        "seed": str(summary.get("seed", "")),
+        "dataset": f"{data.get('name')} ({' + '.join(counts)} images)" if counts else "",
+        "hardware": ", ".join(machine),
+        "time": time,
+        "versions": ", ".join(f"{name} {version}" for name, version in record.part("versions").items() if version),
+    }
+    return {name: value for name, value in facts.items() if value}
 
 
 def _protocol(protocol: Mapping[str, Any]) -> str:
-    pieces = [f"frozen {protocol['frozen']}"] if protocol.get("frozen") else []
+    parts = [f"frozen {protocol['frozen']}"] if protocol.get("frozen") else []
     if as_float(protocol.get("samples")) >= 0:
-        pieces.append(f"{int(protocol['samples']):,} {protocol.get('split') or ''} samples".replace("  ", " "))
+        parts.append(f"{int(protocol['samples']):,} {protocol.get('split') or ''} samples".replace("  ", " "))
     if protocol.get("note"):
-        pieces.append(str(protocol["note"]))
-    return "; ".join(pieces) or "not said"
+        parts.append(str(protocol["note"]))
+    return "; ".join(parts) or "not recorded"
 
 
 def _command(command: str) -> str:
-    """The command with the recipe's copy in place of its path, which is nobody else's."""
+    """The command with `recipe.py` in place of the recipe's path on the machine that it ran on."""
     try:
         words = shlex.split(command)
     except ValueError:
@@ -257,22 +148,43 @@ def _command(command: str) -> str:
     return shlex.join("recipe.py" if word.endswith(".py") and place == 2 else word for place, word in enumerate(words))
 
 
-def _docstring(recipe: Path) -> list[str]:
-    """The recipe's own words about itself; it is parsed, never run."""
+def _docstring(recipe: Path) -> str:
+    """The docstring of a recipe; the recipe is parsed, never run."""
     try:
-        return [ast.get_docstring(ast.parse(recipe.read_text(encoding="utf-8"))) or ""]
+        return ast.get_docstring(ast.parse(recipe.read_text(encoding="utf-8"))) or ""
     except (OSError, ValueError, SyntaxError, RecursionError, MemoryError):
-        return []
+        return ""
 
 
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    head = [_cell(cell) for cell in head]
-    lines = [head, ["---"] * len(head), *([_cell(cell) for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def _hub_metric(metric: str) -> str:
+    """The Hub's name of a metric: a top-k is an accuracy, others keep theirs."""
+    return "accuracy" if split_topk(metric) else metric
 
 
-def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-__all__ = ["Card", "is_unedited", "sealed"]
+@cache
+def _environment() -> Environment:
+    """Markdown has no autoescape: every recorded value goes through `text` or `code`."""
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined)
+    environment.filters |= {"text": _text, "code": _code, "stem": lambda name: Path(name).stem, "title_of": title_of}
+    return environment
+
+
+def _text(value: Any) -> str:
+    """A value on one line, with HTML, links and the borders of table cells escaped."""
+    line = html.escape(" ".join(str(value).split()), quote=False)
+    return re.sub(r"([|\[\]`])", r"\\\1", line)
+
+
+def _code(value: Any) -> str:
+    """A value on one line as a code span; a bar is escaped, for it ends a table cell also in code."""
+    line = " ".join(str(value).split()).replace("|", "\\|")
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
+    padding = " " if line.startswith("`") or line.endswith("`") or not line else ""
+    return f"{fence}{padding}{line}{padding}{fence}"
+
+
+__all__ = ["is_unedited", "sealed", "write_card"]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vitkit.contracts import Scores, SplitName
 from vitkit.data.preprocess import Preprocessing, preprocess
 from vitkit.errors import UsageError
+from vitkit.models.classes import with_class_order
 from vitkit.models.export import Export, export
 from vitkit.models.features import device_of, encode_image
 from vitkit.models.image_sources import prepared
@@ -69,13 +70,18 @@ class Model(nn.Module):
         return [one for batch in batches for one in predict(self, batch.to(device), labels=labels, top=top)]
 
     def evaluate(self, evaluator: Any, dataset: Any, split: SplitName = "test") -> Scores:
-        """An evaluator's scores on a dataset, whose images are preprocessed as this model's training images were.
+        """An evaluator's scores on a split of a dataset, as this model sees the dataset.
 
-        Raises `UsageError` as the evaluator does, and for images with another number of channels.
+        Its images are preprocessed as the training images were: grey ones are repeated for a model of RGB images, RGB ones become
+        luma for a model of grey ones. Where its classes have the names of the model's in another order, labels follow the model's
+        order. Raises `UsageError` as the evaluator does, and for other numbers of channels.
         """
         if self.preprocessing and hasattr(dataset, "with_preprocessing"):
             dataset = dataset.with_preprocessing(Preprocessing.from_json(self.preprocessing))
-        scores: Scores = evaluator(self, dataset)
+        if self.classes:
+            dataset = with_class_order(dataset, self.classes)
+        arguments = () if split == "test" else (split,)
+        scores: Scores = evaluator(self, dataset, *arguments)
         return scores
 
     def export(self, out: str | Path, *, overwrite: bool = False) -> Export:

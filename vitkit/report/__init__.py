@@ -12,6 +12,6 @@ finally:
         os.environ["MPLBACKEND"] = _backend
 
 from vitkit.report.report import write_report  # noqa: E402
-from vitkit.report.sheet import write_sheet  # noqa: E402
+from vitkit.report.sheet import is_sheet, write_sheet  # noqa: E402
 
-__all__ = ["write_report", "write_sheet"]
+__all__ = ["is_sheet", "write_report", "write_sheet"]

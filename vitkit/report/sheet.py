@@ -13,6 +13,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from vitkit.files import atomic_write
 from vitkit.report.formatting import title_of
@@ -28,6 +29,8 @@ GAP = 8
 FONT, LINE = 14, 18
 """Height of letters and of lines in pixels."""
 CAPTION_LINES = 5
+SOFTWARE = "vitkit sheet"
+"""The text in a PNG file that says that `write_sheet` wrote it."""
 MAX_IMAGES = 128
 """Number of images that a report shows of one sheet."""
 
@@ -50,9 +53,19 @@ def write_sheet(path: str | Path, given: "Sheet") -> None:
 
     Raises `ValueError` if its arrays do not fit together and `RunError` if the file cannot be written.
     """
-    image = Image.fromarray(sheet_pixels(given))
+    image, info = Image.fromarray(sheet_pixels(given)), PngInfo()
+    info.add_text("Software", SOFTWARE)
     with atomic_write(path) as temporary:
-        image.save(temporary, format="PNG")
+        image.save(temporary, format="PNG", pnginfo=info)
+
+
+def is_sheet(path: str | Path) -> bool:
+    """Whether a file is a PNG that `write_sheet` wrote, so that a command may replace it."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return image.info.get("Software") == SOFTWARE
+    except (OSError, ValueError):
+        return False
 
 
 def sheet_pixels(given: "Sheet") -> np.ndarray:

@@ -1,20 +1,16 @@
 """What a component tells about itself: its docstring, its Spec, and arguments that may open files or addresses."""
 
 import inspect
-import re
 
 from torch import nn
 
-from vitkit.errors import ConformanceError
+from vitkit.arguments import check_architecture, names_resource
+from vitkit.errors import ArgumentsError, ConformanceError
 from vitkit.testing.cases import Case
 
+LARGEST = 2**20
+"""Largest number that `vitkit.load` accepts for a small model."""
 _LIBRARIES = ("builtins", "torch", "abc", "typing")
-DANGEROUS_WORDS = (
-    "path", "file", "filename", "dir", "directory", "folder", "root", "url", "uri", "repo", "hub", "cache", "pretrained", "checkpoint",
-    "weights", "cfg", "config", "token", "command", "code",
-)  # fmt: skip
-
-
 def check_docstring(case: Case) -> str:
     """A docstring; remarks where its first sentence, required arguments, shapes or the ranks of a loss are missing."""
     text = inspect.getdoc(case.factory) or ""
@@ -52,16 +48,20 @@ def check_spec(case: Case) -> str:
 
 
 def check_arguments_of_strangers(case: Case) -> str:
-    """For information: arguments whose names speak of files, addresses or weights; a saved model from a stranger must not set them."""
-    dangerous = [name for name in inspect.signature(case.factory).parameters if is_dangerous(name)]
-    if dangerous and case.kind != "dataset":  # a dataset is built by its user, never from a saved model
+    """For information: arguments that name weights, files or addresses, and arguments that a saved model could not be loaded with.
+
+    A stranger chooses the arguments in a saved model. `vitkit.load` refuses those that are not architecture, see `vitkit.arguments`.
+    """
+    if case.kind in ("dataset", "evaluator"):
+        return "never built from a saved model"
+    resources = [name for name in inspect.signature(case.factory).parameters if names_resource(name)]
+    if resources:
         case.notes.append(
-            f"{case} takes {', '.join(dangerous)}: whoever saves a model chooses its arguments, so a component must not open, download or "
-            f"run anything because of them"
+            f"{case} takes {', '.join(resources)}: vitkit.load refuses to set them, since a stranger chooses the arguments in a saved model"
         )
-    return ", ".join(dangerous) or "none opens files or addresses by name"
-
-
-def is_dangerous(name: str) -> bool:
-    """Whether a word of an argument's name speaks of files, addresses or weights."""
-    return any(word in DANGEROUS_WORDS for word in re.split(r"_|(?<=[a-z])(?=[A-Z])", name.lower()))
+    try:
+        check_architecture(str(case), case.factory, case.kwargs, LARGEST)
+    except ArgumentsError as error:
+        case.notes.append(f"a model that is saved with this example cannot be loaded: {error}")
+        return "not loadable"
+    return f"refused on load: {', '.join(resources)}" if resources else "architecture only"

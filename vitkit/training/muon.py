@@ -127,16 +127,34 @@ def orthogonalise_all(
 
 
 def orthogonalise(x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """The Newton–Schulz iteration X ← a·X + (b·A + c·A²)·X, A = X·Xᵀ, from X / ‖X‖: matrices `(k m n)`, m ≤ n.
+    """The Newton–Schulz iteration X ← P·X, P = a + b·A + c·A², A = X·Xᵀ, from X / ‖X‖: matrices `(k m n)`, m ≤ n.
 
-    Singular values end between 0.7 and 1.2 with the usual coefficients and five steps.
+    Singular values end between 0.7 and 1.2 with the usual coefficients and five steps. Of wide matrices in fp32 only the small
+    A `(k m m)` is iterated, A ← P·A·P, and the product of all P is applied at the end: a third fewer operations. Rounding grows
+    by a² a step there, to 1e-4 after five of them; bf16 is too coarse for it.
     """
     a, b, c = coefficients
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x
+    gram = x @ x.mT
+    if x.dtype != torch.float32 or x.shape[2] < 2 * x.shape[1] or not 0 < steps <= 5:
+        for step in range(steps):
+            gram = x @ x.mT if step else gram
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        return x
+    p = product = _polynomial(gram, coefficients)
+    for _step in range(steps - 1):
+        gram = p @ (gram @ p)
+        p = _polynomial(gram, coefficients)
+        product = p @ product
+    return product @ x
+
+
+def _polynomial(gram: Tensor, coefficients: tuple[float, float, float]) -> Tensor:
+    """a + b·A + c·A² of matrices A `(k m m)`."""
+    a, b, c = coefficients
+    p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    p.diagonal(dim1=1, dim2=2).add_(a)
+    return p
 
 
 __all__ = ["Muon", "orthogonalise", "orthogonalise_all"]

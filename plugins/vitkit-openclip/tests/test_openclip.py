@@ -12,7 +12,7 @@ import torch
 
 import vitkit
 from vitkit import backbones
-from vitkit.errors import UnknownNameError, UsageError, VitkitError
+from vitkit.errors import CheckpointError, UnknownNameError, UsageError, VitkitError
 from vitkit.models import save
 from vitkit_openclip import OpenCLIPText
 
@@ -161,3 +161,25 @@ def test_what_open_clip_does_not_have_is_named(arguments, kind, message):
 def test_ids_of_another_kind_are_refused(tiny):
     with pytest.raises(UsageError, match=r"ids are torch.float32 \(2, 3\); expected int64 \(texts, 1 to 40 tokens\)"):
         OpenCLIPText(model=tiny, pretrained=None)(torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"pretrained": "openai"}, "pretrained is 'openai'; a saved model must not name weights, files or addresses"),
+        ({"pretrained": "/etc/passwd"}, "pretrained is '/etc/passwd'; a saved model must not name"),
+        ({"model": "hf-hub:me/evil"}, "model is 'hf-hub:me/evil'; a saved model gives a component only its architecture"),
+        ({"model": "local-dir:/tmp"}, "model is 'local-dir:/tmp'; a saved model gives"),
+        ({"text_cfg": {"hf_model_name": "me/evil"}}, "its key 'hf_model_name' is not declared as architecture; expected context"),
+        ({"text_cfg": {"layers": "me/evil"}}, "layers is 'me/evil', expected int"),
+    ],
+)
+def test_a_saved_tower_names_no_weights_no_folder_and_no_repository(tmp_path, kwargs, message):
+    small = {"pretrained": None, "text_cfg": {"layers": 1, "width": 32, "heads": 2}}
+    save(tmp_path, {"text": backbones.build("openclip_text", **small)}, preprocessing={}, classes=[], arguments={})
+    vitkit.load(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["modules"]["text"]["kwargs"] |= kwargs
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=message):
+        vitkit.load(tmp_path)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import vitkit
 from vitkit import backbones, datasets
-from vitkit.errors import UnknownNameError, UsageError, VitkitError
+from vitkit.errors import CheckpointError, UnknownNameError, UsageError, VitkitError
 from vitkit.models import save
 from vitkit.registry import Spec
 from vitkit_timm import TimmBackbone, prepared
@@ -130,12 +130,52 @@ def test_pretrained_weights_are_loaded_once_and_saved_with_the_model(cache, tmp_
     assert torch.equal(vitkit.load(tmp_path / "saved").backbone(x), backbone(x))
 
 
+READING = ["regnetx_002", "convnext_atto", "swin_tiny_patch4_window7_224", "efficientnet_lite0", "xcit_nano_12_p16_224"]
+
+
+@pytest.mark.parametrize("model", READING)
+def test_models_that_read_values_while_they_are_built_are_saved_and_loaded(tmp_path, model):
+    backbone = backbones.build(f"timm/{model}", in_chans=1).eval()
+    save(tmp_path, {"backbone": backbone}, preprocessing={}, classes=[], arguments={})
+    loaded = vitkit.load(tmp_path).backbone
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in backbone.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"pretrained": True}, "pretrained is True; a saved model must not name weights, files or addresses"),
+        ({"checkpoint_path": "x.pth"}, "checkpoint_path is 'x.pth'; a saved model must not name"),
+        ({"pretrained_cfg": {"url": "http://x"}}, "pretrained_cfg is .*; a saved model must not name"),
+        ({"cache_dir": "/tmp"}, "cache_dir is '/tmp'; a saved model must not name"),
+        ({"global_pool": "../x"}, "global_pool is '../x'; a saved model gives a component only its architecture"),
+        ({"block_args": {"path": 1}}, "block_args is .*; expected numbers, flags, lists of these"),
+    ],
+)
+def test_a_saved_model_sets_only_numbers_flags_and_names_of_layers(tmp_path, kwargs, message):
+    build = {"global_pool": "avg", "act_layer": "relu", "depth": 1, "qkv_bias": False, "drop_path_rate": 0.1, "img_size": 32}
+    save(tmp_path, {"backbone": backbones.build("timm/test_vit", **build)}, preprocessing={}, classes=[], arguments={})
+    vitkit.load(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["modules"]["backbone"]["kwargs"] |= kwargs
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=message):
+        vitkit.load(tmp_path)
+
+
+def test_a_spec_never_names_weights():
+    backbone = TimmBackbone("test_vit")
+    given = {"pretrained": True, "pretrained_cfg": {}, "cache_dir": "x", "depth": 1}
+    backbone.spec = Spec("backbone", "timm/test_vit", "vitkit-timm", given)
+    assert backbone.spec.kwargs == {"depth": 1}
+
+
 def test_images_are_prepared_as_the_weights_expect():
     backbone = TimmBackbone("test_vit", img_size=32, in_chans=1)
     data = prepared(datasets.build("digits"), backbone)
-    assert data.shape == (1, 32, 32)
+    assert data.shape == data.val.preprocessing.shape == data.test.preprocessing.shape == (1, 32, 32)
     assert data.mean == (pytest.approx(sum(backbone.model.pretrained_cfg["mean"]) / 3),)
-    assert TimmBackbone("test_vit").preparation.mean == tuple(backbone.model.pretrained_cfg["mean"])
+    assert TimmBackbone("test_vit").preprocessing.mean == tuple(backbone.model.pretrained_cfg["mean"])
 
 
 def test_the_readmes_example_runs():

@@ -89,6 +89,13 @@ def test_eval_prints_values_with_their_protocol_and_writes_them(vitkit, tmp_path
     assert set(json.loads((tmp_path / "scores.json").read_text())["scores"]) == {"knn_top1"}
 
 
+def test_eval_measures_on_the_split_that_is_asked_for(vitkit, tmp_path):
+    done = vitkit("eval", "features", "--dataset", "digits", "--evaluator", "knn", "--split", "val", "-o", "val.json")
+    assert done.returncode == 0, done.stderr
+    written = json.loads((tmp_path / "val.json").read_text())
+    assert {name: row["split"] for name, row in written["scores"].items()} == {"val_knn_top1": "val"}
+
+
 def test_eval_without_a_name_asks_every_evaluator_and_says_which_do_not_suit(vitkit, install, monkeypatch):
     from vitkit.registry import evaluators
 
@@ -125,11 +132,11 @@ def test_export_says_what_goes_in_and_comes_out(vitkit, tmp_path):
         (["eval", "features", "--dataset", "digits", "-o", "features/config.json"], "exists already; choose another name, or give"),
         (
             ["eval", "features", "--dataset", "digits", "-o", "features/config.json", "--overwrite"],
-            "-o features/config.json is not a JSON file of scores, so --overwrite does not replace it",
+            "-o features/config.json exists and is not a JSON file of scores, so it is not replaced",
         ),
         (
             ["embed", "features", "pictures", "-o", "features/model.safetensors", "--overwrite"],
-            "-o features/model.safetensors is not a .safetensors file of features, so --overwrite does not replace it",
+            "-o features/model.safetensors exists and is not a .safetensors file of features, so it is not replaced",
         ),
         (["predict", "nowhere", "pictures"], "no model at nowhere"),
         (["predict", "classifier", "nothing.png"], "no picture at nothing.png"),

@@ -3,12 +3,13 @@
 import json
 import os
 import pickle
+import threading
 from pathlib import Path
 
 import pytest
 
 import vitkit
-from vitkit.errors import CheckpointError, HubError, VitkitError
+from vitkit.errors import CheckpointError, HubError, UsageError, VitkitError
 from vitkit.hub import client
 from vitkit.models.saving import check
 
@@ -108,6 +109,68 @@ def test_what_is_not_a_file_of_a_run_stays_where_it_is(hub_server, model_run, tm
     where, left = client.pull("you/more", tmp_path / "out")
     assert left == sorted(others)
     assert not any((where / name).exists() for name in others)
+
+
+def test_a_plot_that_is_no_png_image_is_refused(evil, hub_server):
+    bomb = b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4) + b"IHDR" + (100_000).to_bytes(4) * 2 + bytes(9)
+    for content, message in (
+        (pickle.dumps(Bomb()), "plots/evil.png is no PNG image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n(/etc/passwd) run", "plots/evil.png is no PNG image"),
+        (b"\x89PNG\r\n\x1a\n" + b"x" * 100, "plots/evil.png (has|is no PNG image)"),
+        (bomb, "plots/evil.png has 100000×100000 pixels; a plot has at most 64,000,000"),
+    ):
+        evil(f"you/evil is refused: {message}", **{"plots/evil__png": content})
+
+
+def test_a_repository_cannot_be_named_by_a_missing_directory_where_its_prefix_is_asked_for(hub_server, model_run, tmp_path, monkeypatch):
+    client.push(model_run, "tiny")
+    monkeypatch.chdir(tmp_path)
+    Path("me/tiny").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="me/tiny holds no config.json"):
+        vitkit.load("me/tiny")  # a directory goes before a repository of its name
+    assert vitkit.load("hf://me/tiny").classes == ["a", "b"]
+    assert client.pull("hf://me/tiny", "copy")[0] == Path("copy")
+    for name in ("hf://tiny", "hf://me/tiny/more", "hf://../tiny", "hf:///etc", "hf://me/tiny\x1b[2J"):
+        with pytest.raises(UsageError, match="is no name of a Hub repository"):
+            vitkit.load(name)
+
+
+def test_two_pulls_into_one_directory_leave_one_complete_copy(hub_server, model_run, tmp_path):
+    client.push(model_run, "tiny")
+    hub_server.put("you/other", hub_server.files("me/tiny") | {"recipe.py": b"# another recipe"})
+    outcomes: list[object] = []
+    barrier = threading.Barrier(6)
+
+    def pull(repo: str) -> None:
+        barrier.wait()
+        try:
+            outcomes.append(client.pull(repo, tmp_path / "out"))
+        except VitkitError as error:
+            outcomes.append(error)
+
+    threads = [threading.Thread(target=pull, args=(repo,)) for repo in ("me/tiny", "you/other") * 3]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(isinstance(outcome, tuple) for outcome in outcomes) == 1
+    assert all("is there already" in str(outcome) for outcome in outcomes if not isinstance(outcome, tuple))
+    copy = {path.relative_to(tmp_path / "out").as_posix(): path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    sources = [hub_server.files(repo) for repo in ("me/tiny", "you/other")]
+    assert any(copy == {name: content for name, content in source.items() if name != ".gitattributes"} for source in sources)
+    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".partial")] == []
+
+
+def test_a_file_that_is_cut_while_it_is_copied_is_never_reported_as_done(hub_server, model_run, tmp_path, monkeypatch):
+    client.push(model_run, "tiny")
+
+    def cut(source: Path, target: Path) -> None:
+        target.write_bytes(Path(source).read_bytes()[:-1])
+
+    monkeypatch.setattr("shutil.copyfile", cut)
+    with pytest.raises(HubError, match=r"me/tiny: \S+ has .* bytes, expected .*: it was cut short; pull it again"):
+        client.pull("me/tiny", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_repositories_without_a_model(hub_server, model_run, tmp_path):

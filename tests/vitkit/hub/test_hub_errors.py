@@ -1,5 +1,6 @@
 """What goes wrong between a run and the Hub: each message says the way out, and no token is in it."""
 
+import json
 import os
 from pathlib import Path
 
@@ -132,6 +133,49 @@ def test_directories_that_hold_no_run_or_no_model(tmp_path, model_run):
     (model_run / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"holds no config.json: no model was saved there, or its run has not ended"):
         client.push(model_run, "tiny")
+
+
+SECRETS = [
+    ("hf_" + "Aa1" * 12, "a Hugging Face token"),
+    ("ghp_" + "A1b2" * 9, "a GitHub token"),
+    ("github_pat_" + "a1_B" * 10, "a GitHub token"),
+    ("sk-proj-" + "ab1C" * 10, "an OpenAI or Anthropic key"),
+    ("AKIA" + "IOSF0DNN7EXAMPLE", "an AWS key"),
+    ("xoxb-" + "123456789012-abcdef", "a Slack token"),
+    ("AIza" + "Sy0_-" * 7, "a Google key"),
+    ("Authorization: Bearer abcdefgh1234", "credentials of a request"),
+    ('{"Authorization": "Basic YWJjOmRlZg=="}', "credentials of a request"),
+    ("https://me:pa55word@host.org/data", "credentials in an address"),
+    ("https://0123456789abcdefghij0@github.com/me/x", "credentials in an address"),
+    ("s3://b/x?X-Amz-Signature=0123456789abcdef", "a token in an address"),
+    ("-----BEGIN OPENSSH PRIVATE KEY-----", "a private key"),
+    ("password = 'correct-horse-battery'", "a password or key"),
+    ("vitkit run x.py --wandb-api-key 0123456789abcdef", "a password or key of a command"),
+]
+HARMLESS = [
+    "https://host:8080/x", "token_embed = nn.Embedding(10, 3)", "tokens = 'cls patches registers'", "me@example.org",
+    "--extra-tokens 5", "sk-learn-a-name-that-is-rather-long", "hf_hub_download(repo_id, filename)", "max_tokens: 4096",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "kind"), SECRETS, ids=[kind for _, kind in SECRETS])
+@pytest.mark.parametrize("file", ["recipe.py", "summary.json", "metrics.csv"])
+def test_secrets_of_every_kind_are_not_published_and_not_repeated(hub_server, model_run, file, text, kind):
+    if file == "summary.json":
+        summary = json.loads((model_run / file).read_text())
+        (model_run / file).write_text(json.dumps({**summary, "note": text.replace('"', "'")}, indent=1))
+    else:
+        (model_run / file).write_text(f"first line\n{text}\n")
+    with pytest.raises(HubError, match=rf"{file} holds what looks like .*; take it out .*: line \d+, {kind}, .*allow_secrets") as caught:
+        client.push(model_run, "tiny")
+    assert text[8:] not in str(caught.value)
+    assert not hub_server.requests
+    assert client.plan(model_run, "tiny", allow_secrets=True).files[file]
+
+
+def test_text_that_only_resembles_a_secret_is_published(model_run):
+    (model_run / "metrics.csv").write_text("\n".join(HARMLESS))
+    assert client.plan(model_run, "tiny").files["metrics.csv"]
 
 
 def test_a_link_a_file_too_large_and_a_token_in_a_file_are_not_published(model_run, tmp_path):

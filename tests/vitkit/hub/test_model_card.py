@@ -1,12 +1,13 @@
 """The model card: what it says of a run, and that the Hub's own parser reads it."""
 
 import json
+import re
 
 import pytest
 from huggingface_hub import ModelCard
 
 from vitkit.hub import client
-from vitkit.hub.model_card import is_unedited, sealed
+from vitkit.hub.model_card import is_unedited, sealed, write_card
 
 
 def card_of(run, **summary):
@@ -112,13 +113,24 @@ def test_a_bar_in_a_note_does_not_break_the_table(model_run):
     ],
 )
 def test_the_task_follows_from_what_was_saved(model_run, modules, task):
-    from vitkit.hub.model_card import Card
-
     spec = {"kind": "head", "name": "x", "distribution": "vitkit", "version": "1"}
     config = {"modules": dict.fromkeys(modules, spec), "preprocessing": {}}
-    card = Card(model_run, "me/tiny", config, [], "mit")
-    assert card.metadata["pipeline_tag"] == task
-    assert ("encode_image" in card.body) == ("backbone" in modules)
+    card = write_card(model_run, "me/tiny", config, [], "mit")
+    assert ModelCard(card).data.pipeline_tag == task
+    assert ("encode_image" in card) == ("backbone" in modules)
+
+
+def test_names_of_other_people_are_text_and_never_markup(model_run):
+    evil = "<img src=x onerror=alert(1)>|[click](javascript:x)`"
+    run = dataset(model_run, name=evil, source=evil)
+    card = card_of(model_run, dataset=run, arguments={"name": evil}, command=f"vitkit run x.py --name {evil!r}", machine=evil)
+    body = card.split("\n---\n", 1)[1]
+    outside_code = re.sub(r"(`+).+?\1(?!`)", "", body.replace("\\`", ""))
+    assert "<img" not in outside_code
+    assert "[click]" not in outside_code.replace("\\[click\\]", "")
+    table = [line for line in body.splitlines() if line.startswith("| dataset |")]
+    assert len(re.findall(r"(?<!\\)\|", table[0])) == 3
+    assert ModelCard(card).data.eval_results[0].dataset_name == evil
 
 
 def test_a_seal_stands_until_somebody_edits():

@@ -233,14 +233,14 @@ def test_a_file_that_somebody_put_among_the_pieces_stays(model, pictures, stoppe
 def test_neither_the_model_nor_any_other_file_is_overwritten(model, pictures, tmp_path):
     weights = tmp_path / "model" / "model.safetensors"
     before = weights.read_bytes()
-    with pytest.raises(UsageError, match=r"is not a .safetensors file of features, so --overwrite does not replace it"):
+    with pytest.raises(UsageError, match=r"exists and is not a .safetensors file of features, so it is not replaced"):
         embed(model, find_source([str(pictures)]), weights, overwrite=True)
     assert weights.read_bytes() == before
     (tmp_path / "link.safetensors").symlink_to(weights)
-    with pytest.raises(UsageError, match="--overwrite does not replace it"):
+    with pytest.raises(UsageError, match="so it is not replaced"):
         embed(model, find_source([str(pictures)]), tmp_path / "link.safetensors", overwrite=True)
     (tmp_path / "text.safetensors").write_text("a letter")
-    with pytest.raises(UsageError, match="--overwrite does not replace it"):
+    with pytest.raises(UsageError, match="so it is not replaced"):
         embed(model, find_source([str(pictures)]), tmp_path / "text.safetensors", overwrite=True)
 
 

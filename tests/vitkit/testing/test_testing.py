@@ -446,10 +446,13 @@ def test_arguments_that_may_open_files_or_addresses_are_named() -> None:
 
     (result,) = examine(Case("head", "loader", head, {"in_dim": 3, "out_dim": 2}), ["arguments"])
     assert result.problem == ""
-    assert result.seen == "checkpoint_path, pretrained, cache_dir"
-    assert "head 'loader' takes checkpoint_path, pretrained, cache_dir: whoever saves a model chooses its arguments" in result.notes[0]
+    assert result.seen == "refused on load: checkpoint_path, pretrained, cache_dir"
+    assert "head 'loader' takes checkpoint_path, pretrained, cache_dir: vitkit.load refuses to set them" in result.notes[0]
     (result,) = examine(Case("head", "plain", Good, {"in_dim": 3, "out_dim": 2}), ["arguments"])
-    assert result.notes == ()
+    assert (result.seen, result.notes) == ("architecture only", ())
+    (result,) = examine(Case("head", "plain", head, {"in_dim": 3, "out_dim": 2, "cache_dir": "x"}), ["arguments"])
+    assert result.seen == "not loadable"
+    assert "a model that is saved with this example cannot be loaded: head 'plain': cache_dir is 'x'" in result.notes[1]
 
 
 def test_an_image_may_be_unlabelled_and_a_class_has_one_name() -> None:
@@ -480,7 +483,7 @@ def test_an_example_of_another_form_is_refused() -> None:
 @pytest.mark.parametrize(("words", "code", "text"), [
     (["mlp", "--arg", "norm=batch"], 0, "every check passes"),
     (["mlp", "--arg", "norm=bach"], 2, "head 'mlp': norm is 'bach', expected Literal['layer', 'batch', 'none']"),
-    (["linear", "--arg", "in_dim=0"], 2, "in_dim is 0, expected a whole number of at least 1"),
+    (["linear", "--arg", "in_dim=0"], 2, "in_dim is 0; expected at least 1"),
     (["mlp", "--arg", "norm"], 2, "an argument is NAME=VALUE"),
     (["linear", "--kind", "losses"], 2, "nothing installed is called 'linear'"),
 ])  # fmt: skip

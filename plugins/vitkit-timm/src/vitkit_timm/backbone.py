@@ -27,7 +27,7 @@ class TimmBackbone(nn.Module):
     - `in_chans`: channels; pretrained filters are summed or repeated to fit.
     - further arguments go to timm's `create_model`.
 
-    `preparation` is how the weights expect images to be sized and normalised. A Spec never names pretrained weights: a saved
+    `preprocessing` is the size and normalisation of images that the weights expect. A Spec never names pretrained weights: a saved
     model holds its own, and loading it must not download. So a saved model may set timm's arguments that are numbers or flags,
     and the names of its layers and of its pooling, but no others. Raises `UnknownNameError` for a model that timm does not have,
     `UsageError` for arguments that it does not take and for images of another shape, `VitkitError` for weights that are not
@@ -55,7 +55,7 @@ class TimmBackbone(nn.Module):
         self.embed_dim: int = self.model.num_features
         self.widens: bool = getattr(self.model, "head_hidden_size", None) not in (None, self.embed_dim)
         mean, std = (_fitted(config.get(name) or default, in_chans) for name, default in _MOMENTS.items())
-        self.preparation = Preprocessing((in_chans, *size), mean, std, "resize")
+        self.preprocessing = Preprocessing((in_chans, *size), mean, std, "resize")
 
     @staticmethod
     def vitkit_example(samples: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -111,7 +111,7 @@ _MOMENTS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 def prepared(dataset: ImageDataset, backbone: TimmBackbone) -> ImageDataset:
-    """The dataset with images sized and normalised as the backbone's weights expect.
+    """The dataset with images resized and normalised as the backbone's weights expect.
 
     Raises `UsageError` where their numbers of channels differ.
     """
@@ -120,9 +120,7 @@ def prepared(dataset: ImageDataset, backbone: TimmBackbone) -> ImageDataset:
             f"{dataset.name} has {dataset.shape[0]} channels, the backbone takes {backbone.in_chans}; build it with "
             f"in_chans={dataset.shape[0]}"
         )
-    splits = (replace(split, preprocessing=backbone.preparation) for split in (dataset.train, dataset.test))
-    train, test = splits
-    return replace(dataset, train=train, test=test)
+    return dataset.with_preprocessing(backbone.preprocessing)
 
 
 def _check_name(model: str) -> None:
