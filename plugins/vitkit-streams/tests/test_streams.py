@@ -326,7 +326,7 @@ def test_paths_in_rows_that_lead_out_of_the_data_set_are_named_and_not_opened(pi
 
 
 FLAGS = ("--eval-every", "2", "--device", "cpu", "--precision", "fp32", "--batch-size", "64", "--img-size", "16",
-         "--patch-size", "4", "--emb-dim", "16", "--depth", "1", "--num-heads", "2", "--eval-size", "100")  # fmt: skip
+         "--patch-size", "4", "--emb-dim", "16", "--depth", "1", "--num-heads", "2", "--eval-size", "150")  # fmt: skip
 
 
 @pytest.mark.slow
