@@ -282,7 +282,7 @@ def _check_path(path: Path) -> None:
     if not path.is_file():
         raise RecipeError(f"no recipe at {path}{_beside(path.parent)}")
     if path.suffix != ".py":
-        raise RecipeError(f"{path} is no Python file; a recipe is a .py file with a main(run, ...)")
+        raise RecipeError(f"{path} is not a Python file; a recipe is a .py file with a main(run, ...)")
 
 
 def _beside(folder: Path) -> str:
