@@ -2,6 +2,8 @@
 
     python -m tests.benchmarks [jepa clip vae triplets evaluation data_path start] [--quick] [--no-compile] [--rounds 5] [--threads 1]
 
+    python -m tests.benchmarks time-to-accuracy [mnist cifar10]
+
 needs `pip install -e '.[bench]'`. In each row vitkit, the peer as its documentation shows it, the same peer tuned by hand and
 the ceiling take turns in one process: a machine's better and worse minutes fall on all, and their ratios hardly move. Cells
 of peers say how many times as fast vitkit is, the median over rounds with the least and the largest. The ceiling is what
@@ -13,6 +15,7 @@ import argparse
 import datetime
 import importlib
 import os
+import sys
 from dataclasses import astuple
 
 import torch
@@ -45,6 +48,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="small batches and two rounds: whether it works, not how fast")
     parser.add_argument("--no-compile", action="store_true", help="peers tuned by hand without torch.compile")
+    if sys.argv[1:2] == ["time-to-accuracy"]:
+        from .time_to_accuracy import main as time_to_accuracy
+
+        return time_to_accuracy(sys.argv[2:])
     given = parser.parse_args()
     unknown = [name for name in given.systems if name not in SYSTEMS]
     if unknown:

@@ -193,6 +193,14 @@ def test_yes_does_not_cover_code_of_the_hub(vitkit, published, tmp_path):
     assert not (tmp_path / "second").exists()
 
 
+def test_yes_does_not_cover_code_that_was_pulled_from_the_hub(vitkit, published, tmp_path):
+    assert vitkit("pull", "stranger/linear", "-o", "pulled").returncode == 0
+    answer = vitkit("reproduce", "pulled", "--yes", "--out", "second")
+    assert answer.returncode == 2
+    assert "give --trust-remote-code (--yes does not cover it)" in answer.stderr
+    assert not (tmp_path / "second").exists()
+
+
 def test_code_of_the_hub_runs_after_its_own_flag(vitkit, published, tmp_path):
     answer = vitkit("reproduce", "hf://stranger/linear", "--trust-remote-code", "--out", "second")
     assert answer.returncode == 0, answer.stderr

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vitkit.contracts import LazyImages
 from vitkit.data.decode import SUFFIXES, ImageReadError, read_image
 from vitkit.data.image_files import class_order, list_images
 from vitkit.data.image_folder import folder_labels
@@ -110,11 +111,11 @@ class Files:
 
 
 class DatasetSplit:
-    """One split of a dataset: its stored pixels, or lazy images, preprocessed for the model."""
+    """One split of a dataset: its stored pixels, preprocessed for the model."""
 
     def __init__(self, dataset: Any, split: str) -> None:
         self.dataset, self.split = dataset, split
-        self.images: Any = getattr(dataset, split).images
+        self.images: Tensor | LazyImages = getattr(dataset, split).images
         self.labels: Tensor | None = getattr(dataset, split).labels
         self.classes: list[str] = list(dataset.classes)
         self.left_out: list[str] = []
@@ -130,20 +131,23 @@ class DatasetSplit:
         return {"dataset": self.dataset.name, "split": self.split, "classes": self.classes}
 
     def fingerprint(self) -> str:
-        """A digest of the name, the labels and about a thousand of the images."""
+        """A digest of the name, the labels and, unless they are lazy, about a thousand of the images."""
         digest = hashlib.sha256(repr((self.dataset.name, self.split, tuple(self.images.shape))).encode())
         if self.labels is not None:
             digest.update(self.labels.numpy().tobytes())
-        rows = torch.arange(0, len(self), len(self) // FINGERPRINT_IMAGES + 1)
-        digest.update(self.images.index_select(0, rows).numpy().tobytes())
+        if isinstance(self.images, Tensor):
+            digest.update(self.images[:: len(self) // FINGERPRINT_IMAGES + 1].numpy().tobytes())
         return digest.hexdigest()
 
     def batches(self, model: Preprocessed, starts: Sequence[int], size: int) -> Iterator[Batch]:
-        """Batches of `size` images, one from each of `starts`."""
-        for start in starts:
-            stop = min(start + size, len(self))
-            rows = torch.arange(start, stop)
-            yield Batch(start, stop, model.preprocess(self.images.index_select(0, rows)), rows.tolist(), {})
+        """Batches of `size` images, one from each of `starts`; a lazy image that cannot be read is among its problems."""
+        shares = [torch.arange(start, min(start + size, len(self))) for start in starts]
+        images = self.images
+        parts = ((images.index_select(0, rows), rows) for rows in shares) if isinstance(images, Tensor) else images.read(shares)
+        for share, (pixels, kept) in zip(shares, parts, strict=True):
+            rows = kept.tolist()
+            problems = dict.fromkeys(sorted({*share.tolist()} - {*rows}), "it cannot be read")
+            yield Batch(int(share[0]), int(share[-1]) + 1, model.preprocess(pixels) if rows else None, rows, problems)
 
 
 def prepared(model: Preprocessed, images: Any, batch_size: int) -> Iterator[Tensor]:

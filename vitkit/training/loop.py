@@ -33,6 +33,7 @@ from vitkit.training.epoch import Epoch
 from vitkit.training.gradcache import Accumulated, GradCacheable
 from vitkit.training.loss_log import LossLog, check_parts
 from vitkit.training.monitor import Mode, Monitor
+from vitkit.training.processor import precision_note
 from vitkit.training.schedules import Schedule
 from vitkit.training.session import Session
 from vitkit.training.signals import Interrupted, Signals
@@ -120,8 +121,9 @@ class Fit:
             text = f"not compiled: {reason}" if session.compile == "on" else ""
         else:
             text = compile_for(self.trained, session.compile, device=session.device.type, steps=self.total_steps)
-        if text:
-            session.say(text)
+        for line in (text, precision_note(session.precision, session.device.type)):
+            if line:
+                session.say(line)
 
     def _make_epoch(self) -> Epoch:
         """The epoch that has been trained, with its row of losses written."""

@@ -72,7 +72,7 @@ def test_without_a_terminal_a_line_is_printed_every_half_minute(clock):
         for batch in range(1, 101):
             clock.now += 1.0
             bar.step(1, batch, PARTS, 3123.4)
-    lines = out.file.getvalue().splitlines()
+    lines = [line for line in out.file.getvalue().splitlines() if line.startswith("epoch")]
     assert len(lines) == 3
     assert lines[0] == (
         "epoch 1/2 | batch 30/100 | loss 0.1235 invariance 0.0123 [sigreg] 1.2500 | 3,123 images/s "
@@ -96,3 +96,25 @@ def test_the_bar_is_taken_away_when_training_fails():
     with pytest.raises(ValueError, match="inside"), Progress(4, 50, out):
         raise ValueError("inside")
     assert out.file.getvalue().count("\x1b[?25h") == 1  # the cursor is shown again
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_after_the_first_minute_one_line_says_how_long_the_run_takes(clock, terminal):
+    out = console(terminal)
+    with Progress(10, 100, out) as bar:
+        bar.step(1, 1, PARTS, 100.0)
+        clock.now += 59.0
+        bar.step(1, 60, PARTS, 100.0)
+        assert "another" not in seen(out)
+        clock.now += 1.0
+        bar.step(1, 61, PARTS, 100.0)  # 60 batches a minute: 939 are left
+        clock.now += 100.0
+        bar.step(2, 61, PARTS, 100.0)
+    assert seen(out).count("at this rate the run takes another 15 min 39 s") == 1
+    assert seen(out).count("at this rate") == 1
+
+
+def test_durations_have_their_two_largest_units():
+    assert [progress.duration(seconds) for seconds in (0.4, 59.6, 3599, 3600, 90061)] == [
+        "0 s", "1 min 0 s", "59 min 59 s", "1 h 0 min", "25 h 1 min",
+    ]  # fmt: skip
