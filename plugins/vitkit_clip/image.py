@@ -90,7 +90,7 @@ class PairViT(nn.Module):
         return {"img_size": 16, "stem": [8, 16, 16], "depth": 2, "num_heads": 2, "mlp_dim": 32}, {}
 
     def forward(self, x: Tensor) -> Tensor:
-        """Pairs `(b c h 2w)` → tokens `(b n d)` behind the last norm."""
+        """Pairs `(b c h 2w)` → tokens `(b n d)` after the last norm."""
         return self.tower(self._checked(x))[0]
 
     def encode_image(self, x: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def test_a_run_leaves_what_the_design_names(trained_run):
     for name in ("metrics.csv", "losses.csv", "summary.json", "model.safetensors", "config.json", "report.html"):
         assert (trained_run / name).stat().st_size > 100, name
     assert (trained_run / "recipe.py").read_text() == RECIPE.read_text()
-    assert {path.stem for path in (trained_run / "plots").glob("*.png")} >= {"losses", "statistic_sigreg", "metrics", "m1_confusion"}
+    assert {path.stem for path in (trained_run / "plots").glob("*.png")} >= {"losses", "metrics", "m1_confusion"}
     with (trained_run / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["3", "6"]
