@@ -10,7 +10,7 @@ from vitkit.cli.run import run
 from vitkit.data import build
 
 ROOT = Path(__file__).parent.parent
-READMES = [ROOT / folder / "README.md" for folder in (".", "plugins", "vitkit/models")]
+READMES = [ROOT / folder / "README.md" for folder in (".", "plugins", "vitkit/data", "vitkit/models")]
 BLOCKS = [
     block
     for readme in READMES

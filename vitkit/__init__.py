@@ -1,6 +1,6 @@
 """vitkit: registries of backbones, heads, losses, datasets and evaluators, composed by plain Python recipes.
 
-Importing it imports no torch: what needs torch is loaded when it is first asked for.
+`import vitkit` does not import torch: objects that need it are imported at first use.
 """
 
 from importlib import import_module

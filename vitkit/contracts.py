@@ -40,6 +40,13 @@ The first dict holds small arguments that build the component. The second holds,
 leave it empty for the usual inputs. A loss must declare its inputs. An evaluator may declare another `model` and `dataset`. The
 dimension of a tensor that grows with the number of samples is the one that is divided among processes.
 
+A saved model may come from a stranger. While it is loaded, a component takes only numbers, flags, None, lists of these, and strings that
+its signature lists in a `Literal`. A component with other strings, with dicts or with `**kwargs` declares what they may be:
+
+    vitkit_architecture = {"vocabulary": r"[a-z]+", "**": int | None}
+
+See `vitkit.arguments`. Saving warns of an argument that loading would refuse.
+
 Terms of this project:
 
 - Spec: the kind, name, distribution and arguments of a component; `spec.build()` builds the component again.

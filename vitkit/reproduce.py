@@ -18,6 +18,7 @@ from rich.console import Console
 from vitkit.arguments import fits
 from vitkit.errors import RunDirectoryError, RunError, UsageError, printable
 from vitkit.hub.client import fetch_run
+from vitkit.hub.files import ORIGIN
 from vitkit.runs.directory import MODULES, fresh, read_summary
 from vitkit.runs.settings import SETTINGS, requested
 from vitkit.runs.summary import validate_summary
@@ -148,14 +149,14 @@ def tolerance(value: float, protocol: Mapping[str, Any] | None) -> tuple[float, 
 
 
 def _locate(source: str) -> tuple[Path, bool]:
-    """The run's directory, and whether it is a copy of a Hub repository."""
+    """The run's directory, and whether its files come from a Hub repository, also by `vitkit pull`."""
     if source.startswith(HUB_PREFIX):
         return fetch_run(source.removeprefix(HUB_PREFIX)), True
     directory = Path(source)
     if not directory.is_dir():
         hub = f"; for a repository of the Hub give {HUB_PREFIX}{printable(source)}" if re.fullmatch(r"[\w.-]+/[\w.-]+", source) else ""
         raise UsageError(f"there is no directory {printable(source)}; give the directory of a finished run, such as runs/jepa{hub}")
-    return directory, False
+    return directory, (directory / ORIGIN).exists()
 
 
 def _read_code(directory: Path) -> dict[str, bytes]:

@@ -1,6 +1,7 @@
 """CLIP over pairs of images and captions: the pairs, both towers, the losses and the model."""
 
 from vitkit.training import GradCache
+from vitkit_clip.assembly import AUGMENTS, MIXES, build_clip
 from vitkit_clip.clip import CLIP
 from vitkit_clip.contrastive import FocalNCE, HardNegativeNCE, InfoNCE, MarginTriplet, SigLIP
 from vitkit_clip.image import PairViT
@@ -10,6 +11,21 @@ from vitkit_clip.retrieval import PairRetrieval
 from vitkit_clip.text import TextTransformer, vocabulary_of
 
 __all__ = [
-    "CLIP", "FocalNCE", "GradCache", "HardNegativeNCE", "InfoNCE", "MarginTriplet", "PairMultiTask", "PairRetrieval", "PairViT", "Pairs",
-    "SigLIP", "TextTransformer", "captions", "vocabulary_of",
-]  # fmt: skip
+    "AUGMENTS",
+    "CLIP",
+    "MIXES",
+    "FocalNCE",
+    "GradCache",
+    "HardNegativeNCE",
+    "InfoNCE",
+    "MarginTriplet",
+    "PairMultiTask",
+    "PairRetrieval",
+    "PairViT",
+    "Pairs",
+    "SigLIP",
+    "TextTransformer",
+    "build_clip",
+    "captions",
+    "vocabulary_of",
+]

@@ -1,4 +1,4 @@
-"""The image tower: pairs of images side by side → features."""
+"""The image tower: features of pairs of images side by side."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -6,13 +6,17 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from vitkit.errors import UsageError
+from vitkit.validation import one_of
 from vitkit_clip.towers import HalvesTower, PostNormTower, WholeTower
 
 PRESETS: dict[str, dict[str, Any]] = {
     "baseline": {"embed_dim": 512, "depth": 1, "num_heads": 1, "mlp_dim": 1024, "patch_size": 16},
     "enhanced": {"embed_dim": 512, "depth": 6, "num_heads": 8, "mlp_dim": 2048, "patch_size": 8},
     "best": {"stem": [64, 128, 256], "depth": 2, "num_heads": 4, "mlp_dim": 1024},
+    "small": {"stem": [32, 64], "depth": 2, "num_heads": 2, "mlp_dim": 128},
 }
+HALVES = ("best", "small")
+"""Presets that encode each half by itself first."""
 
 
 class PairViT(nn.Module):
@@ -24,12 +28,12 @@ class PairViT(nn.Module):
     | enhanced | 4×8 patches of 8 pixels  | 6, eight heads, MLP 2048, pre-norm, GELU    | 19,555,328 |
     | best     | 4×4 cells of each half   | 2, four heads, MLP 1024, pre-norm, GELU     | 3,757,312  |
 
-    (at halves of 32×32 pixels with three channels; width 512, 512 and 256). "enhanced" is the registered `vit` with Xavier's
-    initialisation; a pair's feature is a linear map of its halves' mean tokens, one behind the other, in "baseline" their
-    mean. "best" sends both halves through one encoder, a residual convolutional stem of widths `stem` (see `ResidualStem`)
-    and all blocks but the last `joint_depth`; these see both halves, and positions of theirs tell them apart. A
-    half's feature is its mean token beside the means of the stem's earlier stages, mapped to `embed_dim`; the pair's is a
-    linear map of both, as in "enhanced". `embed_dim` is the stem's last width there.
+    (at halves of 32×32 pixels with three channels; width 512, 512 and 256; "small" is "best" with stem 32, 64, two heads and MLP
+    128). "enhanced" is the registered `vit` with Xavier's initialisation; a pair's feature is a linear map of its halves' mean
+    tokens, concatenated, in "baseline" their mean. "best" sends both halves through one encoder, a residual convolutional stem of
+    widths `stem` (see `ResidualStem`) and all blocks but the last `joint_depth`; the last ones see both halves, with different
+    positions. A half's feature is a linear map of its mean token and of the means of the stem's earlier stages to `embed_dim`; the
+    pair's is a linear map of both, as in "enhanced". There `embed_dim` is the stem's last width.
 
     - `img_size`: pixels of one half, a number or (height, width).
     - `mlp_dim`: the hidden width of a block's MLP; `stem_depth`: residual blocks a stage.
@@ -37,8 +41,8 @@ class PairViT(nn.Module):
     `encode_image` gives `(b d)`, `encode_halves` `(b 2 d)`. Raises `UsageError` where arguments do not fit each other, and
     for images of another size.
 
-    Source: the dimensions of baseline and enhanced are those of the report that this system started from; the baseline's
-    patch size is not told there, 16 is twice the other's.
+    Source: the dimensions of baseline and enhanced are those of the reference document; it does not name the baseline's
+    patch size, 16 is twice that of enhanced.
     """
 
     def __init__(
@@ -46,7 +50,7 @@ class PairViT(nn.Module):
         *,
         img_size: int | Sequence[int] = 32,
         in_chans: int = 3,
-        preset: Literal["baseline", "enhanced", "best"] = "best",
+        preset: Literal["baseline", "enhanced", "best", "small"] = "best",
         embed_dim: int | None = None,
         depth: int | None = None,
         num_heads: int | None = None,
@@ -58,22 +62,21 @@ class PairViT(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if preset not in PRESETS:
-            raise UsageError(f"preset is {preset!r}, expected one of {', '.join(map(repr, PRESETS))}")
+        one_of(PRESETS, preset=preset)
         given = {
             "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads, "mlp_dim": mlp_dim, "patch_size": patch_size,
             "stem": stem,
         }  # fmt: skip
-        foreign = ("embed_dim", "patch_size") if preset == "best" else ("stem",)
-        for name in foreign:
+        by_halves = preset in HALVES
+        for name in ("embed_dim", "patch_size") if by_halves else ("stem",):
             if given[name] is not None:
-                why = "follows from stem" if preset == "best" else "belongs to preset='best'"
+                why = "follows from stem" if by_halves else "belongs to preset='best'"
                 raise UsageError(f"{name} is {given[name]!r}, but with preset={preset!r} there is none: it {why}")
         chosen = PRESETS[preset] | {name: value for name, value in given.items() if value is not None}
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         self.img_size, self.in_chans, self.preset = (height, 2 * width), in_chans, preset
         tower: PostNormTower | WholeTower | HalvesTower
-        if preset == "best":
+        if by_halves:
             tower = HalvesTower((height, width), in_chans, stem_depth, joint_depth, dropout=dropout, **chosen)
         else:
             tower = (PostNormTower if preset == "baseline" else WholeTower)(
@@ -87,7 +90,7 @@ class PairViT(nn.Module):
         return {"img_size": 16, "stem": [8, 16, 16], "depth": 2, "num_heads": 2, "mlp_dim": 32}, {}
 
     def forward(self, x: Tensor) -> Tensor:
-        """Pairs `(b c h 2w)` → tokens `(b n d)` behind the last norm."""
+        """Pairs `(b c h 2w)` → tokens `(b n d)` after the last norm."""
         return self.tower(self._checked(x))[0]
 
     def encode_image(self, x: Tensor) -> Tensor:
@@ -103,7 +106,7 @@ class PairViT(nn.Module):
         return self.tower.join(halves)
 
     def attention_maps(self, x: Tensor) -> Tensor:
-        """How much each part of a pair `(b c h 2w)` is attended to in the last block: `(b rows columns)`, summing to one.
+        """The attention to each part of a pair `(b c h 2w)` in the last block: `(b rows columns)`, summing to one.
 
         The mean over heads and over all queries; columns run over both halves.
         """
@@ -113,6 +116,6 @@ class PairViT(nn.Module):
         expected = (self.in_chans, *self.img_size)
         if x.ndim != 4 or x.shape[1:] != expected:
             raise UsageError(
-                f"pairs are {tuple(x.shape)}, expected (batch, {', '.join(map(str, expected))}): two images side by side"
+                f"pairs are {tuple(x.shape)}; expected (batch, {', '.join(map(str, expected))}): two images side by side"
             )
         return x

@@ -1,4 +1,4 @@
-"""Pairs of images side by side, and the captions that say what stands left and right."""
+"""Pairs of images side by side, and the captions that name the classes left and right."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,9 +12,11 @@ from vitkit.distributed import world_size
 from vitkit.errors import UsageError
 from vitkit.seeding import derive_seed
 from vitkit.transforms import Mixing, Transform
+from vitkit.validation import at_least, in_range, one_of
 
 CAPTION = "the photo on the left is {} and the photo on the right is {}"
 FIXED = 10_000
+"""Pairs of an evaluation."""
 
 
 def captions(classes: Sequence[str]) -> list[str]:
@@ -27,7 +29,7 @@ def captions(classes: Sequence[str]) -> list[str]:
     same = next((number for number, name in enumerate(names) if name in names[:number]), None)
     if same is not None:
         one, other = classes[names.index(names[same])], classes[same]
-        raise UsageError(f"the classes {one!r} and {other!r} have the same captions ({names[same]!r}); give each a name of its own")
+        raise UsageError(f"the classes {one!r} and {other!r} have the same captions ({names[same]!r}); rename one of them")
     return [CAPTION.format(left, right) for left in names for right in names]
 
 
@@ -37,22 +39,22 @@ class Pairs:
 
     A batch is `images` float32 `(b c h 2w)`, two images side by side, normalised; `left` and `right` int64 `(b,)`, their
     classes; and `labels` int64 `(b,)`, left·k + right, the number of the caption. In an epoch every image of the split
-    stands on the left once; on the right stands one of another class with probability `different`, else another one of the
-    same class: a class is drawn evenly, then one of its images. Pairs are drawn anew each epoch from (seed, epoch), the
-    augmentation of a batch from (seed, epoch, index, rank), so an epoch can be entered anywhere.
+    is on the left once; on the right is an image of another class with probability `different`, otherwise another image of
+    the same class: a class is drawn evenly, then one of its images. The pairs of an epoch are drawn from (seed, epoch), the
+    augmentation of a batch from (seed, epoch, index, rank), so that an epoch can start at any batch.
 
-    Of lazily read images (`contracts.LazyImages`) those on the left come in the order that suits what they lie in. The class
-    on the right is drawn in the same way, then one of its images among those within `reach` places of the left one in that
-    order, or within a batch where that is more; where it has none there, one of all. A pair with an image that cannot be
-    read is left out, and the image named in `skipped`.
+    Lazily read images (`contracts.LazyImages`) come on the left in the order that suits their storage. The class on the right
+    is drawn in the same way, then one of its images at most `locality` positions from the left one in that order, or in a
+    batch where that is more; if there is none, any of its images. A pair with an image that cannot be read is left out, and
+    `skipped` names the image.
 
-    `augment` sees halves `(2b c h w)`, each with parameters of its own; with `augment_pair="stacked"` it sees pairs
-    `(b c h 2w)`, where a flip exchanges left and right and makes the caption wrong: for comparison alone. `mixing` mixes
-    augmented halves of one class (`same_class=True`: of two classes, no caption would be true).
+    `augment` gets halves `(2b c h w)` and draws parameters for each; with `augment_pair="stacked"` it gets pairs
+    `(b c h 2w)`, where a flip exchanges left and right and makes the caption wrong: for comparison only. `mixing` mixes
+    augmented halves of one class (`same_class=True`: no caption describes a mixture of two).
 
-    W ranks share each run of W · `batch_size` pairs; the rest is left out with `drop_last`, and without it the ranks' last
-    batches differ by up to one. Raises `UsageError` for hidden labels, fewer than two classes (in the split, too), labels
-    beyond them, `different` outside [0, 1], a `mixing` across classes and a `batch_size` below 1.
+    W ranks divide each W · `batch_size` pairs; the rest is left out with `drop_last`, and without it the ranks' last
+    batches differ by up to one. Raises `UsageError` for images without a label, fewer than two classes (in the split, too),
+    labels beyond them, `different` outside [0, 1], a `mixing` across classes and a `batch_size` below 1.
     """
 
     split: ImageSplit
@@ -67,12 +69,9 @@ class Pairs:
 
     def __post_init__(self) -> None:
         _check_classes(len(self.classes))
-        if self.batch_size < 1:
-            raise UsageError(f"batch_size is {self.batch_size}; expected at least 1 pair")
-        if not 0.0 <= self.different <= 1.0:
-            raise UsageError(f"different is {self.different}; expected a probability in [0, 1]")
-        if self.augment_pair not in ("half", "stacked"):
-            raise UsageError(f"augment_pair is {self.augment_pair!r}; expected 'half' or 'stacked'")
+        at_least(1, batch_size=self.batch_size)
+        in_range(0, 1, different=self.different)
+        one_of(("half", "stacked"), augment_pair=self.augment_pair)
         if self.mixing is not None and not self.mixing.same_class:
             raise UsageError(
                 f"{self.mixing} mixes halves of two classes, which no caption describes; give same_class=True"
@@ -80,8 +79,8 @@ class Pairs:
         labels = self.split.labels
         if len(labels) == 0 or int(labels.min()) < 0 or int(labels.max()) >= len(self.classes):
             raise UsageError(
-                f"pairs need labelled images: expected at least one, and labels from 0 to {len(self.classes) - 1}, none "
-                f"hidden (-1)"
+                f"pairs need labelled images: expected at least one, and labels from 0 to {len(self.classes) - 1}, none of "
+                f"them -1 (no label)"
             )
         if int(labels.min()) == int(labels.max()):
             raise UsageError(
@@ -99,18 +98,17 @@ class Pairs:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """What a model that is trained on these pairs must be given: pairs `(c h 2w)`, normalised as here."""
+        """The preprocessing of a model that is trained on these pairs: pairs `(c h 2w)`, normalised in the same way."""
         channels, height, width = self.split.preprocessing.shape
         return replace(self.split.preprocessing, shape=(channels, height, 2 * width))
 
     def fixed(self, seed: int = 0, count: int = FIXED) -> "Pairs":
-        """`count` pairs drawn by `seed` alone, the same in every epoch, in one order, not augmented: to evaluate on.
+        """`count` pairs for an evaluation, drawn by `seed` alone: the same in every epoch, in one order, not augmented.
 
-        Every image stands on the left as often as any other, give or take one. Lazily read images are read into memory,
-        those that can be. Raises `UsageError` for a count below 1.
+        Each image is on the left equally often, up to one time. Lazily read images are read into memory. Raises
+        `UsageError` for a count below 1.
         """
-        if count < 1:
-            raise UsageError(f"fixed(count={count}): expected at least 1 pair")
+        at_least(1, count=count)
         split = self.split.in_memory()
         return replace(self, split=split, augment=None, mixing=None, drop_last=False, frozen=(seed, count))
 
@@ -139,11 +137,11 @@ class Pairs:
 
     def _count(self, world: int) -> int:
         pairs = len(self.split) if self.frozen is None else self.frozen[1]
-        whole, rest = divmod(pairs, self.batch_size * world)
-        return whole + (rest > 0 and not self.drop_last)
+        full, rest = divmod(pairs, self.batch_size * world)
+        return full + (rest > 0 and not self.drop_last)
 
     def _make(self, pair: Tensor, images: Tensor, rows: Tensor, seed: int, device: torch.device) -> dict[str, Tensor]:
-        """A batch of the pairs `(b 2)` of whose images both are among `rows`, which are sorted."""
+        """A batch of those pairs `(b 2)` whose images both are among `rows`, which are sorted."""
         pair = pair[torch.isin(pair, rows).all(1)]
         split, flat = self.split, pair.flatten()  # (b 2) → left, right, left, right, …
         halves = split.preprocessing.pixels(images.index_select(0, torch.searchsorted(rows, flat)).to(device))  # (2b c h w)
@@ -165,28 +163,28 @@ class Pairs:
         """For each image on the left the index of the one on its right, which is read within `reach` places of it."""
         labels, n = self.split.labels, len(self.split)
         place = torch.arange(n)
-        if reach < n:  # else any image is as near as another, and `left` need not hold each of them once
+        if reach < n:  # otherwise all images are equally near, and `left` may not hold each of them once
             place[left] = torch.arange(n)
         keys = labels * n + place
         order = keys.argsort()  # by class, and within a class by place
         counts = torch.bincount(labels, minlength=len(self.classes))
         starts = counts.cumsum(0) - counts
         present = counts.nonzero().squeeze(1)  # classes that have images
-        own = labels[left]
-        which = torch.searchsorted(present, own)
-        step = torch.randint(1, len(present), own.shape, generator=generator)
-        other = torch.rand(own.shape, generator=generator) < self.different
-        chosen = torch.where(other, present[(which + step) % len(present)], own)
-        # Those of a class within reach stand together in `order`. Of its own class any but the image itself.
+        left_labels = labels[left]
+        which = torch.searchsorted(present, left_labels)
+        step = torch.randint(1, len(present), left_labels.shape, generator=generator)
+        other = torch.rand(left_labels.shape, generator=generator) < self.different
+        chosen = torch.where(other, present[(which + step) % len(present)], left_labels)
+        # Images of a class within reach are adjacent in `order`. Of the left image's class, all but that image count.
         first = torch.searchsorted(keys[order], chosen * n + (place[left] - reach).clamp(min=0))
         last = torch.searchsorted(keys[order], chosen * n + (place[left] + reach).clamp(max=n - 1), right=True)
         among = last - first - (~other).long()
         first = torch.where(among > 0, first, starts[chosen])
         among = torch.where(among > 0, among, counts[chosen] - (~other).long()).clamp(min=1)
-        drawn = (torch.rand(own.shape, generator=generator, dtype=torch.float64) * among).long().minimum(among - 1)
+        drawn = (torch.rand(left_labels.shape, generator=generator, dtype=torch.float64) * among).long().minimum(among - 1)
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(n)
-        skipped = ~other & (counts[own] > 1) & (drawn >= inverse[left] - first)
+        skipped = ~other & (counts[left_labels] > 1) & (drawn >= inverse[left] - first)
         return order[first + drawn + skipped.long()]
 
 

@@ -1,4 +1,4 @@
-"""A residual convolutional stem: what turns the pixels of one half into tokens of several scales."""
+"""A residual convolutional stem: tokens of several scales from the pixels of one half."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -16,11 +16,11 @@ class ResidualStem(nn.Module):
     """Images `(b c h w)` → one map `(b h_i w_i widths[i])` a stage, channels last; each stage halves both sides.
 
     The first stage folds 2×2 pixels into channels before its 3×3 convolution, the others begin with a 3×3 convolution of
-    stride 2; `depth` residual blocks of two 3×3 convolutions follow, each convolution behind a layer norm over channels and
-    GELU (He et al., arXiv 1603.05027). Norms look at one position alone, so that a batch may be cut anywhere.
+    stride 2; `depth` residual blocks of two 3×3 convolutions follow, each convolution after a layer norm over channels and
+    GELU (He et al., arXiv 1603.05027). A norm uses one position only, so that samples do not depend on their batch.
 
-    Weights are drawn by Kaiming's rule, the last convolution of a block starts at zero. Raises `UsageError` for no stage, a
-    width or depth that cannot be.
+    Weights are drawn by Kaiming's rule, the last convolution of a block starts at zero. Raises `UsageError` for no stage, widths
+    below one and a negative depth.
     """
 
     def __init__(self, in_chans: int, widths: Sequence[int], depth: int = 1) -> None:
@@ -35,7 +35,7 @@ class ResidualStem(nn.Module):
         self.stages = nn.ModuleList(nn.Sequential(*(_Residual(width) for _ in range(depth))) for width in widths)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        # As F.pixel_unshuffle, which leaves the channels of an empty batch as they are.
+        # As F.pixel_unshuffle, which does not fold an empty batch.
         folded = rearrange(images, "b c (h p) (w q) -> b h w (c p q)", p=2, q=2)
         x = self.entry(folded.permute(0, 3, 1, 2))
         maps = []
@@ -82,8 +82,8 @@ class _Residual(nn.Module):
 
 
 class Conv(nn.Linear):
-    """A 3×3 convolution without bias, its weight kept as the matrix `(out, 9·in)` of the linear map that it is of a
-    neighbourhood, so that optimisers of matrices take it.
+    """A 3×3 convolution without bias; its weight is the matrix `(out, 9·in)` of a linear map of a neighbourhood, so that
+    optimisers for matrices apply to it.
     """
 
     def __init__(self, narrow: int, wide: int, stride: int = 1) -> None:

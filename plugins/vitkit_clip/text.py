@@ -31,7 +31,7 @@ class TextTransformer(nn.Module):
     positions, `depth` pre-norm blocks without a causal mask, a last layer norm; texts of one length go through the blocks
     together, so that padding takes no part. `encode_text(list of str)` gives the mean over a text's tokens `(b d)`.
 
-    Words are told apart by `words_of`. `embed_dim`, `context_length` (the most words of a text) and `vocabulary` are
+    `words_of` splits texts into words. `embed_dim`, `context_length` (the most words of a text) and `vocabulary` are
     attributes. Weights are drawn from Normal(0, 0.02) by torch's global generator. Raises `UsageError` for an empty or
     repeating vocabulary, dimensions that do not fit, ids outside the vocabulary, and texts that are empty, longer than
     `context_length`, or hold no known word.
@@ -94,7 +94,7 @@ class TextTransformer(nn.Module):
         return {"vocabulary": vocabulary, "embed_dim": 16, "depth": 1, "context_length": 5}, {"ids": ids}
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Ids int64 `(b l)`, each row's padding at its end → tokens `(b l d)` behind the last norm."""
+        """Ids int64 `(b l)`, each row's padding at its end → tokens `(b l d)` after the last norm."""
         if ids.ndim != 2 or ids.dtype != torch.int64 or not 1 <= ids.shape[1] <= self.context_length:
             raise UsageError(
                 f"ids are {ids.dtype} {tuple(ids.shape)}; expected int64 (texts, 1 to {self.context_length} words)"
@@ -107,17 +107,17 @@ class TextTransformer(nn.Module):
         if bool(((ids[:, :-1] == PAD) & (ids[:, 1:] != PAD)).any()):
             raise UsageError(f"padding, id {PAD}, stands before a word; it belongs at the end of a row")
         lengths = (ids != PAD).sum(dim=1)
-        found, rows = [], []
+        parts, rows = [], []
         for length in lengths.unique().tolist():
             chosen = (lengths == length).nonzero().squeeze(1)
             tokens = self.token_embed(ids[chosen, :length]) + self.positions[:length]  # (b_length length d)
             tokens = self.blocks(tokens) if length else tokens
             tokens = self.norm(tokens.to(self.norm.weight.dtype))  # blocks may leave them in autocast's
-            found.append(nn.functional.pad(tokens, (0, 0, 0, ids.shape[1] - length)))
+            parts.append(nn.functional.pad(tokens, (0, 0, 0, ids.shape[1] - length)))
             rows.append(chosen)
-        if not found:
+        if not parts:
             return ids.new_zeros((*ids.shape, self.embed_dim), dtype=self.positions.dtype)
-        return torch.cat(found)[torch.cat(rows).argsort()]
+        return torch.cat(parts)[torch.cat(rows).argsort()]
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Texts → the mean over each one's tokens `(b d)`."""
@@ -143,7 +143,7 @@ class TextTransformer(nn.Module):
     def _numbers(self, text: str) -> list[int]:
         words = words_of(text)
         if not words:
-            raise UsageError(f"the caption {text!r:.80} holds no word; give some text")
+            raise UsageError(f"the caption {text!r:.80} has no word; give some text")
         if len(words) > self.context_length:
             raise UsageError(
                 f"the caption {_shortened(text)!r} has {len(words)} words; this text encoder reads {self.context_length} at most: "
@@ -152,7 +152,7 @@ class TextTransformer(nn.Module):
         numbers = [self._ids.get(word, UNKNOWN) for word in words]
         if all(number == UNKNOWN for number in numbers):
             raise UsageError(
-                f"the caption {text!r:.80} holds no word that this text encoder knows; its {len(self.vocabulary)} words are "
+                f"the caption {text!r:.80} has no word of this text encoder's vocabulary; its {len(self.vocabulary)} words are "
                 f"{', '.join(self.vocabulary[:12])}, ..."
             )
         return numbers

@@ -57,7 +57,7 @@ class PostNormTower(nn.Module):
 
 
 class WholeTower(nn.Module):
-    """One sequence over both halves through the registered ViT, its linear maps drawn by Xavier's rule."""
+    """One sequence over both halves through the registered ViT, with linear maps drawn by Xavier's rule."""
 
     def __init__(
         self, img_size: tuple[int, int], in_chans: int, *, dropout: float, embed_dim: int, depth: int, num_heads: int,
@@ -72,7 +72,7 @@ class WholeTower(nn.Module):
         for module in self.vit.blocks.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-        self.pair = nn.Linear(2 * embed_dim, embed_dim)  # a mean of halves would not tell left from right
+        self.pair = nn.Linear(2 * embed_dim, embed_dim)  # a mean of halves would lose left and right
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         tokens = self.vit(x)
@@ -86,7 +86,7 @@ class WholeTower(nn.Module):
 
 
 class HalvesTower(nn.Module):
-    """Each half through one stem and its own blocks, then both through `joint_depth` blocks with positions that differ."""
+    """Each half through one stem and blocks of one half, then both through `joint_depth` blocks with different positions."""
 
     def __init__(
         self, half: tuple[int, int], in_chans: int, stem_depth: int, joint_depth: int, *, dropout: float,
@@ -157,7 +157,7 @@ class HalvesTower(nn.Module):
 def _grid(size: tuple[int, int], patch: int) -> tuple[int, int]:
     rows, columns = size[0] // patch, size[1] // patch
     if size[0] % patch or size[1] % patch or min(rows, columns) < 1:
-        raise UsageError(f"{size[0]}×{size[1]} pixels cannot be cut into cells of {patch}×{patch}; resize the images")
+        raise UsageError(f"{size[0]}×{size[1]} pixels do not divide into cells of {patch}×{patch}; resize the images")
     return rows, columns
 
 

@@ -1,20 +1,20 @@
 """The one rule for equal scores: they are in random order, and a metric is its expected value over these orders.
 
 So a model that gives every candidate the same score gets exactly the score of guessing, whatever the order of its candidates.
-A score that is NaN counts as lower than all others, and a candidate that scores higher than NaN is not known: it stands before.
+A candidate whose score is NaN is the last one; another candidate whose score is NaN counts as higher.
 """
 
 import torch
 from torch import Tensor
 
 
-def places(scores: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-    """For rows of scores `(n c)` and the score of one candidate each `(n,)`: how many are higher, and how many equal (n,).
+def places(scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The numbers int64 `(n,)` of scores `(n c)` that are higher than each row's `target` `(n,)`, and of equal ones.
 
-    The equal ones include the candidate itself. A candidate whose score is NaN is the last, and a NaN of another is higher.
+    `target` is one of its row's scores, and counts among the equal ones.
     """
-    higher = (~(scores <= own[:, None])).sum(dim=1).clamp(max=scores.shape[1] - 1)
-    at_least = (~(scores < own[:, None])).sum(dim=1)
+    higher = (~(scores <= target[:, None])).sum(dim=1).clamp(max=scores.shape[1] - 1)
+    at_least = (~(scores < target[:, None])).sum(dim=1)
     return higher, (at_least - higher).clamp(min=1)
 
 
@@ -28,9 +28,9 @@ def topk_accuracy(scores: Tensor, labels: Tensor, k: int = 1) -> float:
 
     A label whose score is −inf is no hit, even where fewer than `k` classes have a finite score.
     """
-    own = scores.gather(1, labels[:, None])[:, 0]
-    hits = share_in_top(*places(scores, own), k)
-    return float((hits * (own != -torch.inf).cpu()).mean())
+    target = scores.gather(1, labels[:, None])[:, 0]
+    hits = share_in_top(*places(scores, target), k)
+    return float((hits * (target != -torch.inf).cpu()).mean())
 
 
 def highest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

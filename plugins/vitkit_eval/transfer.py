@@ -34,6 +34,8 @@ class Transfer:
     and `adapted` do.
     """
 
+    name = "transfer"
+
     def __init__(
         self,
         *,

@@ -12,13 +12,13 @@ from vitkit.errors import UsageError
 class MultimodalViT(nn.Module):
     """Images `(b c h w)`, labels `(b,)` or both → features `(b d)`, by one stack of transformer blocks.
 
-    A label is a token, its class's embedding plus one embedding that marks it as a label and its place, and
-    goes behind the patches of backbone `vit`: patches attend to it and it attends to them. Features are
-    pooled as `vit` does: the mean over patches and label, or the CLS token.
+    A label is a token, the embedding of its class plus one embedding that marks labels. It
+    follows the patches of backbone `vit`: patches attend to it and it attends to them. Features are
+    pooled as by `vit`: the mean over patches and label, or the CLS token.
 
     All classes start from the same embedding, zero, so that before training, and in a model trained without
-    labels, no class is nearer to any image than another; training tells them apart from the first step. The
-    other arguments are `vit`'s, see there. Raises `UsageError` for fewer than one class and where `vit` does.
+    labels, all classes are equally near to every image; they differ from the first training step on. The
+    other arguments are those of `vit`. Raises `UsageError` for fewer than one class and where `vit` does.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class MultimodalViT(nn.Module):
     ) -> None:
         super().__init__()
         if num_classes < 1:
-            raise UsageError(f"num_classes is {num_classes}, expected at least 1")
+            raise UsageError(f"num_classes is {num_classes}; expected at least 1")
         self.vit = backbones.build(
             "vitkit:vit", img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim,
             depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio, dropout=dropout, drop_path=drop_path,
@@ -76,16 +76,16 @@ class MultimodalViT(nn.Module):
         Raises `UsageError` as `check_labels` does.
         """
         self.check_labels(labels)
-        known = (labels >= 0)[:, None]
-        return (self.label_embed(labels.clamp(min=0)) * known + self.label_type)[:, None]
+        labelled = (labels >= 0)[:, None]
+        return (self.label_embed(labels.clamp(min=0)) * labelled + self.label_type)[:, None]
 
     def check_labels(self, labels: Tensor) -> None:
         """Raise `UsageError` for labels of another dtype or shape and, on the CPU, outside the classes.
 
-        Elsewhere the device stops at them: asking first would make every step wait for it.
+        On other devices the check would synchronise the device at every step; there the embedding itself fails.
         """
         if labels.ndim != 1 or labels.dtype != torch.int64:
-            raise UsageError(f"labels are {labels.dtype} {tuple(labels.shape)}, expected int64 (batch,)")
+            raise UsageError(f"labels are {labels.dtype} {tuple(labels.shape)}; expected int64 (batch,)")
         if labels.device.type != "cpu" or torch.compiler.is_compiling():
             return
         outside = labels[(labels < -1) | (labels >= self.num_classes)]
@@ -108,7 +108,7 @@ class MultimodalViT(nn.Module):
         return self.vit.encode_image(x, extra_tokens=self.label_tokens(labels), keep=keep)
 
     def label_attention(self, x: Tensor, labels: Tensor) -> Tensor:
-        """How much the label's token attends to each patch: `(b h w)` over the grid of patches.
+        """The attention of the label's token to each patch: `(b h w)` over the grid of patches.
 
         Attention rollout (Abnar and Zuidema, arXiv 2005.00928): each block's weights, averaged over heads,
         plus the identity of the residual stream, halved; their product over blocks, the label's row, the

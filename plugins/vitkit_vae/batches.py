@@ -1,4 +1,4 @@
-"""Anchors with a positive and a negative each."""
+"""Batches of triplets: anchors, each with a positive and a negative."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from vitkit.distributed import world_size
 from vitkit.errors import UsageError
 from vitkit.seeding import derive_seed
 from vitkit.transforms import Transform
+from vitkit.validation import at_least, one_of
 
 Positives = Literal["class", "augmented"]
 
@@ -22,16 +23,16 @@ Positives = Literal["class", "augmented"]
 class TripletBatches:
     """A split in shuffled batches of `images`, `positives` and `negatives`, each `(b c h w)`, with the anchors' `labels`.
 
-    Each image is an anchor once an epoch. Its positive is another image of its class, or itself where it has no other, and
-    with `positives` "augmented" always itself, augmented anew; its negative is drawn evenly from all other classes. All is
-    drawn from (seed, epoch, index, rank). A step takes three forward passes where mining among the images of a batch takes
-    one. The rest of an epoch that does not fill a batch is left out.
+    Each image is an anchor once an epoch. Its positive is another image of its class, or itself if there is no other; with
+    `positives` "augmented" it is the anchor, augmented again. Its negative is drawn evenly from all images of other classes.
+    Everything is drawn from (seed, epoch, index, rank). A step takes three forward passes; mining in the batch takes one. The
+    rest of an epoch that does not fill a batch is left out.
 
-    Of lazily read images (`contracts.LazyImages`) anchors come in the order that suits what they lie in, the others from
-    anywhere, which takes long where that is far away; mining in the batch does not. A triplet with an image that cannot be
-    read is left out, and the image named in `skipped`.
+    Lazily read images (`contracts.LazyImages`) come as anchors in the order that suits their storage; positives and negatives
+    come from anywhere, which can be slow; mining in the batch avoids that. A triplet with an image that cannot be read is left
+    out, and `skipped` names the image.
 
-    Raises `UsageError` for a `batch_size` below 1, an unknown kind of positives, hidden labels and a single class.
+    Raises `UsageError` for a `batch_size` below 1, an unknown kind of positives, images without a label and a single class.
     """
 
     split: ImageSplit
@@ -40,17 +41,15 @@ class TripletBatches:
     positives: Positives = "class"
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise UsageError(f"batch_size is {self.batch_size}; expected at least 1")
-        if self.positives not in get_args(Positives):
-            raise UsageError(f"positives are {self.positives!r}, expected one of {', '.join(map(repr, get_args(Positives)))}")
+        at_least(1, batch_size=self.batch_size)
+        one_of(get_args(Positives), positives=self.positives)
         labels = self.split.labels
         if len(labels) == 0 or int(labels.min()) == UNLABELLED or int(labels.min()) == int(labels.max()):
             raise UsageError("triplets need the labels of all images, of two classes at least; mine in the batch instead")
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """How the images are prepared: what a model that is trained on them must be given."""
+        """The preprocessing of a model that is trained on these images."""
         return self.split.preprocessing
 
     @property
@@ -83,24 +82,24 @@ class TripletBatches:
         return [part.tensor_split(world)[rank] for part in order.split(size)[: self._count(world)]]
 
     def _make(self, triplet: Tensor, images: Tensor, rows: Tensor, seed: int, device: torch.device) -> dict[str, Tensor]:
-        """A batch of the triplets `(3 b)` of whose images all are among `rows`, which are sorted."""
+        """A batch of those triplets `(3 b)` whose images all are among `rows`, which are sorted."""
         triplet = triplet[:, torch.isin(triplet, rows).all(0)]
         preprocessing, generator = self.split.preprocessing, torch.Generator(device).manual_seed(seed)
-        made = {}
+        batch = {}
         for role, one in zip(("images", "positives", "negatives"), triplet, strict=True):
             pixels = preprocessing.pixels(images.index_select(0, torch.searchsorted(rows, one)).to(device))
-            made[role] = preprocessing.normalise(pixels if self.augment is None else self.augment(pixels, generator))
-        return {**made, "labels": self.split.labels[triplet[0]].to(device)}
+            batch[role] = preprocessing.normalise(pixels if self.augment is None else self.augment(pixels, generator))
+        return {**batch, "labels": self.split.labels[triplet[0]].to(device)}
 
     def _triplets(self, anchors: Tensor, seed: int) -> Tensor:
         """The indices `(3 b)` of anchors, of a positive and of a negative for each."""
         labels = self.split.labels
         by_class = labels.argsort(stable=True)
         counts = labels.bincount()
-        own, total = labels[anchors], len(labels)
-        count, first = counts[own], (counts.cumsum(0) - counts)[own]
+        anchor_labels, total = labels[anchors], len(labels)
+        count, first = counts[anchor_labels], (counts.cumsum(0) - counts)[anchor_labels]
         place = by_class.argsort()[anchors] - first  # within the class
-        # In the circle of a class, and of what lies beyond it, all but the anchor's own are so many steps away.
+        # Classes are adjacent in `by_class`, so that a step within the class, or past its end, never returns to the anchor.
         generator = torch.Generator().manual_seed(seed)
         step, jump = torch.rand(2, len(anchors), generator=generator, dtype=torch.float64)
         step = 1 + (step * (count - 1)).long()

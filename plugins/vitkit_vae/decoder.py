@@ -1,4 +1,4 @@
-"""Latents back to images, by transposed convolutions."""
+"""Images from latents, by transposed convolutions."""
 
 from itertools import pairwise
 from typing import Any, Literal
@@ -8,24 +8,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitkit.errors import UsageError
+from vitkit.validation import at_least, one_of
 
 WIDTHS = (256, 128, 64)
-KERNELS = {2: (0, 0), 3: (1, 1), 4: (1, 0)}  # padding and output padding with which stride 2 doubles a side
+KERNELS = {2: (0, 0), 3: (1, 1), 4: (1, 0)}
+"""Padding and output padding with which a kernel of stride 2 doubles a side."""
 
 
 class ConvDecoder(nn.Module):
     """Latents `(b in_dim)` → images `(b out_dim h w)` in [0, 1] of `img_size` pixels.
 
     A linear map to a grid of 256 channels, then three transposed convolutions that double it: 4×4×256 → 8×8×128 →
-    16×16×64 → 32×32×`out_dim`. A layer norm over the channels and GELU stand before each, a sigmoid at the end. The first
-    grid has ⌈side/8⌉ positions a side, and what is more than `img_size` in the end is cut off evenly: 28×28 comes out of
-    32×32.
+    16×16×64 → 32×32×`out_dim`. A layer norm over the channels and GELU come before each, a sigmoid at the end. The first
+    grid has ⌈side/8⌉ positions a side, and the result is cropped to `img_size` at its centre: 28×28 from 32×32.
 
-    Convolutions overlap with a `kernel_size` of 4, and evenly; with 3 unevenly, at 0.75 of the time of a step; with 2 not at
-    all, at half: then positions of the first grid are 8×8 pixels that do not see each other.
+    With a `kernel_size` of 4 the convolutions overlap evenly; with 3 unevenly, in 0.75 of the time of a step; with 2 they do not
+    overlap, in half of the time: then each position of the first grid decodes 8×8 pixels independently.
 
-    With `num_classes` it is a conditional decoder: a class's embedding of `in_dim` numbers is added to the latent, none for
-    label −1 or without labels.
+    With `num_classes` it is a conditional decoder: the embedding of the class, of `in_dim` dimensions, is added to the latent;
+    nothing is added for label −1 or without labels.
 
     Raises `UsageError` for dimensions below one, latents of another width, and labels that do not fit.
     """
@@ -40,14 +41,11 @@ class ConvDecoder(nn.Module):
         kernel_size: Literal[2, 3, 4] = 4,
     ) -> None:
         super().__init__()
-        if kernel_size not in KERNELS:
-            raise UsageError(f"kernel_size is {kernel_size}, expected one of {', '.join(map(str, KERNELS))}")
+        one_of(KERNELS, kernel_size=kernel_size)
         sizes = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         if len(sizes) != 2 or min(sizes) < 1:
-            raise UsageError(f"img_size is {img_size!r}, expected a number of pixels or (height, width)")
-        for name, value in (("in_dim", in_dim), ("out_dim", out_dim), ("num_classes", num_classes)):
-            if value is not None and value < 1:
-                raise UsageError(f"{name} is {value}, expected at least 1")
+            raise UsageError(f"img_size is {img_size!r}; expected a number of pixels or (height, width)")
+        at_least(1, in_dim=in_dim, out_dim=out_dim, num_classes=num_classes)
         self.in_dim, self.out_dim, self.img_size, self.num_classes = in_dim, out_dim, sizes, num_classes
         self.grid = (-(-sizes[0] // 8), -(-sizes[1] // 8))
         self.label_embed = nn.Embedding(num_classes, in_dim) if num_classes is not None else None
@@ -71,23 +69,23 @@ class ConvDecoder(nn.Module):
     def logits(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """As `forward`, before the sigmoid."""
         if z.ndim != 2 or z.shape[1] != self.in_dim:
-            raise UsageError(f"latents are {tuple(z.shape)}, expected (batch, {self.in_dim})")
+            raise UsageError(f"latents are {tuple(z.shape)}; expected (batch, {self.in_dim})")
         if labels is not None:
             z = z + self._class(z, labels)
         x = self.fc(z).unflatten(1, (*self.grid, WIDTHS[0]))  # (b h w 256)
         for norm, conv in zip(self.norms, self.convs, strict=True):
-            # Channels last in memory: the norm's rows and what convolutions take fastest.
+            # Channels last in memory: the rows of the norm, and the fastest layout for convolutions.
             x = conv(F.gelu(norm(x)).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         (height, width), (high, wide) = self.img_size, x.shape[1:3]
         top, left = (high - height) // 2, (wide - width) // 2
         return x[:, top : top + height, left : left + width].permute(0, 3, 1, 2)
 
     def _class(self, z: Tensor, labels: Tensor) -> Tensor:
-        """What the classes add to latents `(b in_dim)`."""
+        """The embeddings of the classes `(b in_dim)`, to be added to the latents."""
         if self.label_embed is None or self.num_classes is None:
             raise UsageError("labels were given to a decoder without classes; build it with num_classes, or leave them out")
         if labels.shape != z.shape[:1] or labels.dtype != torch.int64:
-            raise UsageError(f"labels are {labels.dtype} {tuple(labels.shape)}, expected int64 ({len(z)},)")
+            raise UsageError(f"labels are {labels.dtype} {tuple(labels.shape)}; expected int64 ({len(z)},)")
         if labels.device.type == "cpu" and not torch.compiler.is_compiling():
             outside = labels[(labels < -1) | (labels >= self.num_classes)]
             if len(outside):

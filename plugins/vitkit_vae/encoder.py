@@ -9,20 +9,22 @@ from torch import Tensor, nn
 from vitkit import backbones
 from vitkit.distributed import draw_rows
 from vitkit.errors import UsageError
+from vitkit.validation import at_least
 
 LOG_VAR_LIMIT = 10.0
-LOG_VAR_START = -4.0  # with σ near 1 from the start, noise would drown what little μ says, and nothing is learned for long
+LOG_VAR_START = -4.0
+"""With σ near 1 from the start, noise would be larger than μ, and training would stall for long."""
 
 
 class VAEEncoder(nn.Module):
     """Images `(b c h w)` → μ and log σ² `(b latent_dim)` → z → embeddings `(b embedding_dim)`.
 
-    Backbone `vit` gives tokens; pooled as it pools them they become μ and log σ² by one linear map; `embed`, two linear
-    layers with GELU between them, maps a latent to its embedding. `depths` pools the tokens behind each of these numbers
-    of blocks, 1 … depth, and joins them: a hierarchical embedding (None: behind the last alone).
+    Backbone `vit` gives tokens; a linear map of the pooled tokens gives μ and log σ²; `embed`, two linear
+    layers with GELU between them, maps a latent to its embedding. `depths` pools the tokens after each of these numbers
+    of blocks, 1 … depth, and concatenates them: a hierarchical embedding ("all": after every block; None: after the last).
 
     log σ² = 10·tanh(a/10) of the linear map's output a: it lies in [−10, 10], σ in [0.0067, 148], for any a. Latents are
-    computed in fp32. At first log σ² is near −4 and μ near 0. The other arguments are `vit`'s, see there.
+    computed in fp32. At first log σ² is near −4 and μ near 0. The other arguments are those of `vit`.
 
     Raises `UsageError` for dimensions below one, depths that are empty or outside 1 … depth, and where `vit` does.
     """
@@ -32,7 +34,7 @@ class VAEEncoder(nn.Module):
         *,
         latent_dim: int = 64,
         embedding_dim: int = 64,
-        depths: Sequence[int] | None = None,
+        depths: Sequence[int] | Literal["all"] | None = None,
         img_size: int | tuple[int, int] = 32,
         patch_size: int = 4,
         in_chans: int = 3,
@@ -49,12 +51,11 @@ class VAEEncoder(nn.Module):
         stem: Literal["patch", "conv"] = "patch",
     ) -> None:
         super().__init__()
-        for name, value in (("latent_dim", latent_dim), ("embedding_dim", embedding_dim)):
-            if value < 1:
-                raise UsageError(f"{name} is {value}, expected at least 1")
-        self.depths = tuple(depths) if depths is not None else (depth,)
+        at_least(1, latent_dim=latent_dim, embedding_dim=embedding_dim)
+        chosen = range(1, depth + 1) if depths == "all" else (depth,) if depths is None else depths
+        self.depths = tuple(chosen)
         if not self.depths or not all(1 <= number <= depth for number in self.depths):
-            raise UsageError(f"depths are {list(self.depths)}, expected numbers of blocks in 1 … {depth}")
+            raise UsageError(f"depths are {list(self.depths)}; expected numbers of blocks in 1 … {depth}")
         self.vit = backbones.build(
             "vitkit:vit", img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth,
             num_heads=num_heads, mlp_ratio=mlp_ratio, dropout=dropout, drop_path=drop_path, pool=pool,
@@ -78,7 +79,7 @@ class VAEEncoder(nn.Module):
         return tokens
 
     def encode_features(self, images: Tensor, depths: Sequence[int] | None = None) -> Tensor:
-        """Images `(b c h w)` → pooled tokens `(b len(depths)·d)` in front of the latent, behind `depths` blocks (None: its own)."""
+        """Images `(b c h w)` → pooled tokens `(b len(depths)·d)` in front of the latent, after `depths` blocks (None: `self.depths`)."""
         chosen = self.depths if depths is None else tuple(depths)
         if chosen == (len(self.vit.blocks),):
             return self.vit.encode_image(images)

@@ -1,29 +1,33 @@
-"""Features of a frozen encoder for images of another kind than it was trained on."""
+"""Features of a frozen encoder for images of another dataset than it was trained on."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from vitkit import backbones
+from vitkit.contracts import Scores, SplitName
 from vitkit.data import ImageSplit
 from vitkit.errors import UsageError
 from vitkit.models import evaluating
+from vitkit.validation import at_least, one_of
+from vitkit_eval import Transfer, adapted
 
 
 class PatchFeatures(nn.Module):
-    """The tokens of a backbone's patches behind `depth` blocks, side by side and whitened: images `(b c h w)` → `(b components)`.
+    """The whitened tokens of a backbone's patches after `depth` blocks: images `(b c h w)` → `(b components)`.
 
-    t = standardised tokens `(b patches·d)`, each number by its mean and standard deviation; the feature is t·V/√λ with the
-    `components` eigenvectors V of t's covariance that have the largest eigenvalues λ, fewer where there are fewer numbers or
-    images. Means and covariance are those of up to `samples` images of `split`, chosen by its classes as evenly as they can
-    be had and by `seed`; no other use is made of labels.
+    t = concatenated standardised tokens `(b patches·d)`; the feature is t·V/√λ with the
+    `components` eigenvectors V of t's covariance that have the largest eigenvalues λ, fewer where there are fewer dimensions or
+    images. Means, standard deviations and covariance are those of up to `samples` images of `split`, the classes in equal
+    shares as far as possible, chosen by `seed`; labels are not used otherwise.
 
-    An embedding, and a pooled feature, keeps what tells the classes it was trained on apart; for other images the first
-    blocks' tokens in their places tell more. Among cosine neighbours a few directions that all images vary in would outweigh
-    the rest, which whitening prevents.
+    An embedding, and a pooled feature, keep the differences between the classes of their training; for other images the first
+    blocks' tokens in their places hold more. Among cosine neighbours a few directions that all images vary in would outweigh
+    the others, which whitening prevents.
 
     Raises `UsageError` for a backbone without a `vit`, a split of fewer than two images, no components, and a depth that the
-    `vit` has not.
+    `vit` does not have.
     """
 
     mean: Tensor
@@ -42,21 +46,20 @@ class PatchFeatures(nn.Module):
     ) -> None:
         super().__init__()
         if not hasattr(backbone, "vit"):
-            raise UsageError(f"{type(backbone).__name__} has no vit whose patches could be taken; give a 'vae_encoder'")
+            raise UsageError(f"{type(backbone).__name__} has no vit, whose patches are the features; give a 'vae_encoder'")
         if len(split) < 2:
-            raise UsageError(f"the split to whiten by holds {len(split)} images; two are the least")
-        if components < 1:
-            raise UsageError(f"components is {components}; expected at least 1")
+            raise UsageError(f"the split for the whitening holds {len(split)} images; expected at least 2")
+        at_least(1, components=components)
         self.backbone, self.depth = backbone, depth
         with evaluating(backbone) as device:
             batches = split.stratified_subset(samples, seed=seed).batches(500).epoch(0, device=device)
-            found = torch.cat([self._tokens(batch["images"]) for batch in batches])
-        self.register_buffer("mean", found.mean(dim=0).clone())
-        self.register_buffer("std", found.std(dim=0, correction=0).clamp(min=1e-3))
-        standard = (found - self.mean) / self.std
-        with torch.autocast(found.device.type, enabled=False):  # small eigenvalues are lost in half precision
+            tokens = torch.cat([self._tokens(batch["images"]) for batch in batches])
+        self.register_buffer("mean", tokens.mean(dim=0).clone())
+        self.register_buffer("std", tokens.std(dim=0, correction=0).clamp(min=1e-3))
+        standard = (tokens - self.mean) / self.std
+        with torch.autocast(tokens.device.type, enabled=False):  # small eigenvalues are lost in half precision
             values, vectors = torch.linalg.eigh(standard.T @ standard / len(standard))  # ascending
-        kept = min(components, len(found) - 1, len(values))
+        kept = min(components, len(tokens) - 1, len(values))
         largest = values[-kept:].flip(0).clamp(min=1e-6 * float(values[-1]))
         self.register_buffer("directions", vectors[:, -kept:].flip(1) / largest.sqrt())
 
@@ -69,5 +72,42 @@ class PatchFeatures(nn.Module):
     def _tokens(self, images: Tensor) -> Tensor:
         vit = self.backbone.vit
         (tokens,) = vit.forward_features(images, [self.depth])
-        found: Tensor = tokens[:, vit.num_prefix_tokens :].flatten(1).float()
-        return found
+        patches: Tensor = tokens[:, vit.num_prefix_tokens :].flatten(1).float()
+        return patches
+
+
+class PatchTransfer(Transfer):
+    """`transfer` with `PatchFeatures` of the model's backbone, fitted to the other dataset's training images.
+
+    `features` "patches": whitened tokens after the first block; "embedding": the model's own `encode_image`, as in `transfer`.
+    Metrics, other arguments, ranks and errors are those of `transfer`; `UsageError` also for a backbone without a `vit`.
+    """
+
+    name = "patch_transfer"
+
+    def __init__(
+        self,
+        *,
+        dataset: str = "digits",
+        features: Literal["patches", "embedding"] = "patches",
+        k: int = 20,
+        C: float = 1.0,
+        train_size: int | None = None,
+        test_size: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        one_of(("patches", "embedding"), features=features)
+        super().__init__(dataset=dataset, k=k, C=C, train_size=train_size, test_size=test_size, seed=seed)
+        self.features = features
+
+    @staticmethod
+    def vitkit_example(samples: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        model = nn.Module()
+        model.backbone = backbones.build("vitkit:vae_encoder", img_size=8, in_chans=1, embed_dim=16, depth=1, num_heads=1)
+        return {"train_size": 60, "test_size": 30}, {"model": model}
+
+    def __call__(self, model: Any, dataset: Any, split: SplitName = "test") -> Scores:
+        if self.features == "embedding":
+            return super().__call__(model, dataset, split)
+        fitted = PatchFeatures(model.backbone, adapted(self.dataset.train, dataset.train.preprocessing))
+        return super().__call__(fitted, dataset, split)

@@ -11,7 +11,7 @@ from vitkit.distributed import all_gather, all_reduce_sum, rank
 from vitkit.errors import UsageError
 from vitkit.validation import at_least, one_of
 
-Mining = Literal["random", "batch_hard", "semi_hard"]
+Mining = Literal["random", "batch_hard", "semi_hard", "given"]
 _LEAST_SQUARE = 1e-12  # of a distance, whose root has no gradient at zero
 
 
@@ -28,6 +28,7 @@ class TripletLoss(nn.Module):
       first step on it may pull all embeddings into one point, where the loss is the margin.
     - "semi_hard": for each anchor and positive the nearest negative that is farther than the positive, if it is within
       the margin (Schroff et al., FaceNet, arXiv 1503.03832, whose distance is the squared one).
+    - "given": only those of `positives` and `negatives`, which have to be given.
 
     A batch without a triplet (one class, no class with two members, or no semi-hard negative) has loss 0 and active 0, with
     gradient 0. Computed in fp32.
@@ -65,11 +66,11 @@ class TripletLoss(nn.Module):
                     raise UsageError(f"anchors, positives and negatives are {sorted(shapes)}; expected one shape (batch, dim)")
                 a, p, n = (self._scaled(given) for given in (embeddings, positives, negatives))
                 return self._mean(_distance(a, p), _distance(a, n), a.new_ones(len(a), dtype=torch.bool))
-            if labels is None or labels.shape != embeddings.shape[:1]:
+            if self.mining == "given" or labels is None or labels.shape != embeddings.shape[:1]:
                 given = None if labels is None else tuple(labels.shape)
                 raise UsageError(
-                    f"embeddings are {tuple(embeddings.shape)} and labels {given}; expected (batch, dim) and (batch,), or "
-                    f"both positives and negatives"
+                    f"mining is {self.mining!r}, embeddings are {tuple(embeddings.shape)} and labels {given}; expected (batch, dim) "
+                    f"and (batch,), or both positives and negatives, which mining='given' needs"
                 )
             return self._mean(*self._mined(self._scaled(embeddings), labels))
 

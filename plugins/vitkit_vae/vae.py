@@ -1,21 +1,25 @@
 """The multi-task variational autoencoder: embed, classify, reconstruct."""
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitkit import heads
 from vitkit.contracts import UNLABELLED
 from vitkit.distributed import all_reduce_sum, rank
 from vitkit.errors import UsageError
+from vitkit.registry import Component
 from vitkit.training import GradCacheable
 from vitkit_vae.elbo import KLLoss, ReconstructionLoss
 from vitkit_vae.encoder import sample_latent
 from vitkit_vae.triplet import TripletLoss
 from vitkit_vae.weighting import MultiTaskLoss
+
+CLASSIFIER_WIDTH = 128
 
 
 class MultiTaskVAE(GradCacheable):
@@ -82,6 +86,61 @@ class MultiTaskVAE(GradCacheable):
             backbone.to_embedding.requires_grad_(False)  # it takes no part: DDP would wait for its gradient
         for name, values in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(tuple(values)).view(-1, 1, 1), persistent=False)
+
+    @classmethod
+    def build(
+        cls,
+        data: Any,
+        *,
+        encoder: Component,
+        loss: Component,
+        triplet: Component,
+        reconstruction: Component,
+        kl: Component,
+        weights: Mapping[str, float],
+        steps: int,
+        kl_warmup: float = 0.0,
+        kernel_size: Literal[2, 3, 4] = 4,
+        supervised: bool = True,
+        conditional: bool = False,
+        label_smoothing: float = 0.0,
+        **vit: Any,
+    ) -> "MultiTaskVAE":
+        """The model of the VAE recipes, for a dataset: each part is built through its registry.
+
+        The backbone is `encoder` with the arguments `vit` of its vision transformer. The classifier, of 128 hidden dimensions,
+        is left out where its weight is 0 or without `supervised`, the decoder (see `ConvDecoder`) where its weight is 0. The KL
+        weight grows over the share `kl_warmup` of `steps` training steps; with progressive weights a part grows over a sixth.
+        """
+        channels, height, width = data.shape
+        classes = len(data.classes)
+        backbone = encoder.build(img_size=height if height == width else (height, width), in_chans=channels, **vit)
+        classifier = decoder = None
+        if weights["classification"] and supervised:
+            classifier = heads.build("vitkit:mlp", in_dim=backbone.embedding_dim, out_dim=classes, hidden=CLASSIFIER_WIDTH)
+        if weights["reconstruction"]:
+            decoder = heads.build(
+                "vitkit:conv_decoder",
+                in_dim=backbone.latent_dim,
+                out_dim=channels,
+                img_size=backbone.img_size,
+                kernel_size=kernel_size,
+                num_classes=classes if conditional else None,
+            )
+        return cls(
+            backbone,
+            classifier,
+            decoder,
+            loss=loss.build(weights=dict(weights), warmup=round(kl_warmup * steps), stage=max(1, steps // 6)),
+            triplet=triplet.build(),
+            reconstruction=reconstruction.build(),
+            kl=kl.build(),
+            mean=data.mean,
+            std=data.std,
+            num_classes=classes,
+            supervised=supervised,
+            label_smoothing=label_smoothing,
+        )
 
     def uninformed(self, batch_size: int) -> dict[str, float]:
         """The values of the parts that are used, for a model that ignores the image.

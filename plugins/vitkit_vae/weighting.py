@@ -16,7 +16,7 @@ REFERENCE_WEIGHTS = {"classification": 0.5, "triplet": 1.0, "reconstruction": 1.
 
 
 class MultiTaskLoss(nn.Module):
-    """L = Σ_i r_i(t)·w_i·L_i over named losses, with t the number of training calls before this one.
+    """L = Σ_i r_i(t)·w_i·L_i over named losses, with t the step that `set_step` names (`run.fit` does), at first 0.
 
     `weights` are the w_i, at least 0. By `mode` they
 
@@ -24,20 +24,18 @@ class MultiTaskLoss(nn.Module):
     - "uncertainty": are learned for all but "kl": exp(−s_i)·L_i + ½·s_i replaces w_i·L_i, where s_i = log σ_i² starts at
       −log w_i (Kendall et al., arXiv 1705.07115: 1/σ²·L + log σ for a classification; its 1/(2σ²) for a regression only
       shifts s_i). The loss can then be negative;
-    - "progressive": start one after another in the order of `weights`; each grows linearly over `stage` calls, after the one
+    - "progressive": start one after another in the order of `weights`; each grows linearly over `stage` steps, after the one
       before it; the first has its full weight from the start. By default the classification is first.
 
-    With `warmup` > 0 the weight of "kl" grows linearly over that many calls, in every mode (Bowman et al., arXiv 1511.06349).
+    With `warmup` > 0 the weight of "kl" grows linearly over that many steps, in every mode (Bowman et al., arXiv 1511.06349).
     Otherwise, and outside training, r_i = 1. Call: {name: scalar L_i} → {"loss", name: L_i, ...}, and with learned weights
     "weight_<name>" = exp(−s_i). A loss that is not given does not count, nor does one with weight 0.
 
     Ranks: L_i that are the same on every rank give the same loss on every rank. Raises `UsageError` for another mode, weights
-    that are negative, not finite or all 0, negative counts of calls, and a loss without a weight.
+    that are negative, not finite or all 0, negative counts of steps, and a loss without a weight.
     """
 
     vitkit_architecture: ClassVar = {"weights": {r"[a-z_]+": float}}
-
-    calls: Tensor
 
     def __init__(
         self,
@@ -62,7 +60,8 @@ class MultiTaskLoss(nn.Module):
             {name: nn.Parameter(torch.full((1,), -math.log(self.weights[name]))) for name in learned}
         )
         load_scalars(self, *(f"log_variances.{name}" for name in learned))
-        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.step = 0
+        self.register_load_state_dict_pre_hook(_drop_calls)
 
     @staticmethod
     def vitkit_example(samples: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -90,19 +89,25 @@ class MultiTaskLoss(nn.Module):
                 learned[f"weight_{name}"] = (-s).exp().detach()
             else:
                 terms.append(self._ramp(name) * self.weights[name] * parts[name])
-        if self.training:
-            self.calls += 1
         total = torch.stack(terms).sum() if terms else torch.zeros(())
         return {"loss": total, **parts, **learned}
 
-    def _ramp(self, name: str) -> Tensor | float:
+    def set_step(self, step: int, total: int) -> None:
+        """Set t, the step of the optimiser that comes next."""
+        self.step = step
+
+    def _ramp(self, name: str) -> float:
         """r(t) in [0, 1]."""
         if not self.training:
             return 1.0
-        ramp: Tensor | float = 1.0
+        ramp = 1.0
         if name == "kl" and self.warmup:
-            ramp = (self.calls / self.warmup).clamp(max=1)
+            ramp = min(self.step / self.warmup, 1.0)
         place = self.used.index(name)
         if self.mode == "progressive" and place:
-            ramp = ramp * (self.calls / self.stage - place + 1).clamp(0, 1)
+            ramp *= min(max(self.step / self.stage - place + 1, 0.0), 1.0)
         return ramp
+
+
+def _drop_calls(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    state.pop(f"{prefix}calls", None)  # earlier versions counted the calls

@@ -32,7 +32,7 @@ def test_a_run_leaves_what_the_design_names(trained_run):
     for name in ("metrics.csv", "losses.csv", "summary.json", "model.safetensors", "config.json", "report.html"):
         assert (trained_run / name).stat().st_size > 100, name
     assert (trained_run / "recipe.py").read_text() == RECIPE.read_text()
-    assert {path.stem for path in (trained_run / "plots").glob("*.png")} >= {"losses", "statistic_sigreg", "metrics", "m1_confusion"}
+    assert {path.stem for path in (trained_run / "plots").glob("*.png")} >= {"losses", "metrics", "m1_confusion"}
     with (trained_run / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["3", "6"]
@@ -62,7 +62,7 @@ def test_the_saved_model_gives_the_accuracy_that_was_reported(trained_run):
 
 def test_the_same_main_runs_without_the_command_line(tmp_path):
     notebook = Run(tmp_path / "run", device="cpu", seed=3)
-    Recipe(RECIPE).main(notebook, dataset="digits", epochs=1)
+    Recipe(RECIPE).main(notebook, build("digits"), epochs=1, img_size=16, patch_size=4)
     notebook.finish()
     assert vitkit.load(tmp_path / "run").classes == [str(digit) for digit in range(10)]
 
@@ -120,14 +120,14 @@ def _refused(*_):
 def test_without_labels_retrieval_is_left_to_chance(tmp_path):
     summary = train(tmp_path / "run", "--dataset", "digits", "--epochs", "10", "--eval-every", "10", "--no-multimodal")
     assert summary["final"]["linear_top1"] > 0.5
-    for name in ("m1_top1", "m2_top1"):
-        assert 0.05 <= summary["final"][name] <= 0.15
+    for name in ("m1_top1", "m1_top3", "m2_top1", "m2_top3"):
+        assert summary["final"][name] == pytest.approx(summary["protocols"][name]["chance"])
 
 
 @pytest.mark.slow
 def test_it_learns_from_real_mnist(tmp_path, real_data):
     flags = ("--dataset", "mnist", "--train-size", "20000", "--epochs", "2", "--eval-every", "2")
     summary = train(tmp_path / "run", *flags)
-    assert summary["dataset"]["train"] == 60_000
+    assert summary["dataset"]["train"] == 55_000
     assert summary["final"]["linear_top1"] > 0.75
     assert summary["final"]["m2_top1"] > 0.3

@@ -10,7 +10,7 @@ import torch
 
 import vitkit
 from vitkit.cli.run import run
-from vitkit.data import build
+from vitkit.data import build, write_store
 from vitkit_vae import MultiTaskVAE
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -50,7 +50,7 @@ def test_a_run_learns_and_saves_what_it_measured(tmp_path):
 @pytest.mark.parametrize(
     ("recipe", "flags", "saved"),
     [
-        ("vae_mnist", "--reconstruction 0 --kl 0 --mining given --weighting uncertainty", {"backbone", "classifier"}),
+        ("vae_mnist", "--reconstruction 0 --kl 0 --mining given --weighting uncertainty", {"backbone", "classifier", "loss"}),
         ("vae_mnist", "--no-supervised --views 2 --depth 2 --hierarchical --checkpoint --weighting progressive", {"backbone", "decoder"}),
         ("vae_cifar10", "--randaugment 5 --mix 0.5 --conditional --schedule step", {"backbone", "classifier", "decoder"}),
     ],
@@ -98,3 +98,24 @@ def test_it_learns_from_real_mnist(tmp_path, real_data):
     assert summary["dataset"]["test"] == 10_000
     assert summary["final"]["accuracy_top1"] > 0.6
     assert summary["final"]["reconstruction_mse"] < summary["protocols"]["reconstruction_mse"]["chance"]
+
+
+@pytest.mark.slow
+def test_a_class_of_few_images_leaves_the_few_shots_out_and_the_rest_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setenv("VITKIT_DATA", str(tmp_path / "store"))
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for split, labels in (("train", [0] * 60 + [1] * 8), ("val", [0] * 5 + [1] * 3), ("test", [0] * 8 + [1] * 4)):
+        tensors[f"{split}.images"] = torch.randint(0, 256, (len(labels), 1, 8, 8), generator=generator, dtype=torch.uint8)
+        tensors[f"{split}.labels"] = torch.tensor(labels)
+    write_store("few", tensors, ["many", "rare"])
+    flags = ["--dataset", "few", *TINY[2:-2], "--epochs", "1", "--batch-size", "16", "--out", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as leaving:
+        run(RECIPES / "vae_mnist.py", flags)
+    assert leaving.value.code == 0
+    line = "few_shot is left out: 10 shots need as many training images of each class, but there are only 8 of 'rare'"
+    assert line in (tmp_path / "run" / "log.txt").read_text()
+    final = json.loads((tmp_path / "run" / "summary.json").read_text())["final"]
+    assert {"knn_top1", "accuracy_top1", "reconstruction_mse", "silhouette"} <= set(final)
+    assert not any(name.startswith("few_shot") for name in final)
+    assert vitkit.load(tmp_path / "run").classes == ["many", "rare"]

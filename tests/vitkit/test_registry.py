@@ -157,8 +157,8 @@ def test_listing_imports_neither_torch_nor_plugins():
         "[entry.summary for r in REGISTRIES.values() for entry in r.entries()]; "
         "print([m for m in sys.modules if m in ('torch', 'numpy') or m.startswith('vitkit_')])"
     )
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert shown.strip() == "[]"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "[]"
 
 
 def family(model: str, *, wide: bool = False) -> dict[str, Any]:

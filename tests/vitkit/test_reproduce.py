@@ -29,7 +29,6 @@ class Kind(Enum):
 def main(run: Run, epochs: Annotated[int | None, "passes"] = None, kind: Kind = Kind.ADAM, note: Path = Path("."),
          rates: list[float] = [0.01]):
     data = run.dataset("digits", default="digits")
-    run.resolved(epochs=epochs or 2, width=64)
     assert isinstance(kind, Kind) and isinstance(note, Path)
     model = Classifier(heads.build("linear", in_dim=64, out_dim=10))
     optimizer = torch.optim.AdamW(model.parameters(), lr=rates[0])
@@ -189,6 +188,14 @@ def test_yes_does_not_cover_code_of_the_hub(vitkit, published, tmp_path):
     answer = vitkit("reproduce", "hf://stranger/linear", "--yes", "--out", "second")
     assert answer.returncode == 2
     assert "(of hf://stranger/linear, SHA-256 " in answer.stderr
+    assert "give --trust-remote-code (--yes does not cover it)" in answer.stderr
+    assert not (tmp_path / "second").exists()
+
+
+def test_yes_does_not_cover_code_that_was_pulled_from_the_hub(vitkit, published, tmp_path):
+    assert vitkit("pull", "stranger/linear", "-o", "pulled").returncode == 0
+    answer = vitkit("reproduce", "pulled", "--yes", "--out", "second")
+    assert answer.returncode == 2
     assert "give --trust-remote-code (--yes does not cover it)" in answer.stderr
     assert not (tmp_path / "second").exists()
 

@@ -165,7 +165,7 @@ def test_unknown_words_are_named(saved, tmp_path):
     ("query", "options", "message"),
     [
         ("", (), "the caption is empty; give some text, such as 'the photo on the left is ...', or an image's path"),
-        ("zebra", (), "the caption 'zebra' holds no word that this text encoder knows; its 17 words are 0, 1, 2"),
+        ("zebra", (), "the caption 'zebra' has no word of this text encoder's vocabulary; its 17 words are 0, 1, 2"),
         ("3 " * 400, (), "has 400 words; this text encoder reads 32 at most: shorten it"),
         ("none.png", (), "there is no image none.png; give the path of one, or a caption"),
         ("3", ("--count", 0), "--count 0: expected 1 to 100"),

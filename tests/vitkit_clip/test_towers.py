@@ -95,20 +95,20 @@ def test_enhanced_is_drawn_by_xaviers_rule() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: PairViT(preset="huge"), "preset is 'huge', expected one of 'baseline', 'enhanced', 'best'"),
+        (lambda: PairViT(preset="huge"), "preset is 'huge'; expected 'baseline', 'enhanced', 'best', 'small'"),
         (lambda: PairViT(embed_dim=64), "embed_dim is 64, but with preset='best' there is none: it follows from stem"),
         (
             lambda: PairViT(preset="enhanced", stem=[8]),
             r"stem is \[8\], but .* there is none: it belongs to preset='best'",
         ),
         (lambda: PairViT(stem=[8, 0]), r"stem widths are \[8, 0\]"),
-        (lambda: PairViT(img_size=12), r"12×12 pixels cannot be cut into cells of 8×8; resize the images"),
+        (lambda: PairViT(img_size=12), r"12×12 pixels do not divide into cells of 8×8; resize the images"),
         (lambda: PairViT(num_heads=3), "num_heads=3, width 256: expected a block, and heads that divide it"),
         (lambda: PairViT(joint_depth=4), "joint_depth is 4; expected from 0 to depth=2 blocks"),
-        (lambda: small("enhanced")(torch.zeros(2, 3, 8, 8)), r"pairs are \(2, 3, 8, 8\), expected \(batch, 3, 8, 16\)"),
+        (lambda: small("enhanced")(torch.zeros(2, 3, 8, 8)), r"pairs are \(2, 3, 8, 8\); expected \(batch, 3, 8, 16\)"),
         (
             lambda: PairViT(preset="baseline", img_size=8)(torch.zeros(1, 3, 8, 16)),
-            "8×16 pixels cannot be cut into cells of 16×16",
+            "8×16 pixels do not divide into cells of 16×16",
         ),
     ],
 )
@@ -165,12 +165,12 @@ def test_it_is_rebuilt_from_its_vocabulary(text: TextTransformer) -> None:
 @pytest.mark.parametrize(
     ("use", "message"),
     [
-        (lambda t: t.encode_text([""]), "the caption '' holds no word; give some text"),
-        (lambda t: t.encode_text(["…, !"]), "the caption '…, !' holds no word"),
+        (lambda t: t.encode_text([""]), "the caption '' has no word; give some text"),
+        (lambda t: t.encode_text(["…, !"]), "the caption '…, !' has no word"),
         (lambda t: t.encode_text(["cat " * 21]), "has 21 words; this text encoder reads 20 at most: shorten it"),
         (
             lambda t: t.encode_text(["zebra"]),
-            "holds no word that this text encoder knows; its 11 words are and, ant, cat",
+            "has no word of this text encoder's vocabulary; its 11 words are and, ant, cat",
         ),
         (
             lambda t: t.encode_text("cat"),

@@ -113,8 +113,8 @@ def test_label_attention_with_rectangular_images_is_finite_and_at_most_one() -> 
     [
         (torch.tensor([0, 4]), r"label 4 is none of this model's 4 classes, 0 … 3; build it with"),
         (torch.tensor([-2, 0]), "label -2 is none"),
-        (torch.tensor([0.0]), r"labels are torch.float32 \(1,\), expected int64 \(batch,\)"),
-        (torch.tensor([[0]]), r"labels are torch.int64 \(1, 1\), expected int64 \(batch,\)"),
+        (torch.tensor([0.0]), r"labels are torch.float32 \(1,\); expected int64 \(batch,\)"),
+        (torch.tensor([[0]]), r"labels are torch.int64 \(1, 1\); expected int64 \(batch,\)"),
     ],
 )
 def test_wrong_labels(labels: Tensor, message: str) -> None:
@@ -123,5 +123,5 @@ def test_wrong_labels(labels: Tensor, message: str) -> None:
 
 
 def test_wrong_number_of_classes() -> None:
-    with pytest.raises(UsageError, match="num_classes is 0, expected at least 1"):
+    with pytest.raises(UsageError, match="num_classes is 0; expected at least 1"):
         encoder(num_classes=0)

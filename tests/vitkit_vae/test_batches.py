@@ -77,7 +77,7 @@ def test_lazily_read_images_give_the_same_triplets_without_those_of_an_unreadabl
     ("make", "message"),
     [
         (lambda: TripletBatches(split(), 0), "batch_size is 0; expected at least 1"),
-        (lambda: TripletBatches(split(), 2, positives="same"), "positives are 'same', expected one of 'class', 'augmented'"),
+        (lambda: TripletBatches(split(), 2, positives="same"), "positives is 'same'; expected 'class', 'augmented'"),
         (lambda: TripletBatches(split(torch.zeros(4, dtype=torch.int64)), 2), "labels of all images, of two classes at least"),
         (lambda: TripletBatches(split(torch.tensor([0, -1])), 2), "labels of all images, of two classes at least"),
     ],

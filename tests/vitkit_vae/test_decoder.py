@@ -52,11 +52,11 @@ def test_a_class_moves_the_image_and_no_class_does_not() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: decoder(in_dim=0), "in_dim is 0, expected at least 1"),
-        (lambda: decoder(num_classes=0), "num_classes is 0, expected at least 1"),
-        (lambda: decoder(img_size=(8, 0)), r"img_size is \(8, 0\), expected a number of pixels or \(height, width\)"),
-        (lambda: decoder(kernel_size=5), "kernel_size is 5, expected one of 2, 3, 4"),
-        (lambda: decoder()(torch.zeros(2, 5)), r"latents are \(2, 5\), expected \(batch, 6\)"),
+        (lambda: decoder(in_dim=0), "in_dim is 0; expected at least 1"),
+        (lambda: decoder(num_classes=0), "num_classes is 0; expected at least 1"),
+        (lambda: decoder(img_size=(8, 0)), r"img_size is \(8, 0\); expected a number of pixels or \(height, width\)"),
+        (lambda: decoder(kernel_size=5), "kernel_size is 5; expected 2, 3, 4"),
+        (lambda: decoder()(torch.zeros(2, 5)), r"latents are \(2, 5\); expected \(batch, 6\)"),
         (lambda: decoder()(torch.zeros(2, 6), torch.tensor([0, 1])), "a decoder without classes; build it with num_classes"),
         (
             lambda: decoder(num_classes=2)(torch.zeros(2, 6), torch.tensor([0, 2])),
@@ -64,7 +64,7 @@ def test_a_class_moves_the_image_and_no_class_does_not() -> None:
         ),
         (
             lambda: decoder(num_classes=2)(torch.zeros(2, 6), torch.tensor([0.0, 1.0])),
-            r"labels are torch.float32 \(2,\), expected int64 \(2,\)",
+            r"labels are torch.float32 \(2,\); expected int64 \(2,\)",
         ),
     ],
 )

@@ -89,13 +89,20 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
             torch.testing.assert_close(first, second)
 
 
+def test_all_depths_are_pooled_after_every_block() -> None:
+    torch.manual_seed(0)
+    everywhere = encoder(depths="all")
+    assert everywhere.depths == tuple(range(1, len(everywhere.vit.blocks) + 1))
+    assert everywhere.to_latent.in_features == len(everywhere.depths) * everywhere.embed_dim
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"latent_dim": 0}, "latent_dim is 0, expected at least 1"),
-        ({"embedding_dim": 0}, "embedding_dim is 0, expected at least 1"),
-        ({"depths": [0, 2]}, r"depths are \[0, 2\], expected numbers of blocks in 1 … 2"),
-        ({"depths": []}, r"depths are \[\], expected numbers of blocks in 1 … 2"),
+        ({"latent_dim": 0}, "latent_dim is 0; expected at least 1"),
+        ({"embedding_dim": 0}, "embedding_dim is 0; expected at least 1"),
+        ({"depths": [0, 2]}, r"depths are \[0, 2\]; expected numbers of blocks in 1 … 2"),
+        ({"depths": []}, r"depths are \[\]; expected numbers of blocks in 1 … 2"),
     ],
 )
 def test_wrong_arguments_say_what_was_expected(kwargs: dict[str, Any], message: str) -> None:

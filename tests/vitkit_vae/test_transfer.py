@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from vitkit import data, evaluators
 from vitkit.data import ImageSplit, Preprocessing
 from vitkit.errors import UsageError
 from vitkit_vae import PatchFeatures, VAEEncoder
@@ -49,11 +50,28 @@ def test_whitening_stays_exact_under_autocast() -> None:
 
 def test_what_does_not_fit_is_said() -> None:
     backbone = VAEEncoder(img_size=8, patch_size=4, in_chans=1, embed_dim=8, depth=1, num_heads=2)
-    with pytest.raises(UsageError, match="Linear has no vit whose patches could be taken; give a 'vae_encoder'"):
+    with pytest.raises(UsageError, match="Linear has no vit, whose patches are the features; give a 'vae_encoder'"):
         PatchFeatures(nn.Linear(1, 1), split())
-    with pytest.raises(UsageError, match="the split to whiten by holds 0 images; two are the least"):
+    with pytest.raises(UsageError, match="the split for the whitening holds 0 images; expected at least 2"):
         PatchFeatures(backbone, split().subset(torch.zeros(0, dtype=torch.int64)))
     with pytest.raises(UsageError, match="components is 0; expected at least 1"):
         PatchFeatures(backbone, split(), components=0)
     with pytest.raises(UsageError, match=r"depths \[3\] lie outside 1 … 1"):
         PatchFeatures(backbone, split(), depth=3)
+
+
+def test_transfer_by_patches_is_transfer_of_their_features() -> None:
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.backbone = VAEEncoder(img_size=8, patch_size=4, in_chans=1, embed_dim=8, depth=1, num_heads=2)
+    model.encode_image = model.backbone.encode_image
+    dataset = data.build("digits")
+    sizes = {"dataset": "digits", "train_size": 200, "test_size": 100}
+    features = PatchFeatures(model.backbone, dataset.train)
+    scores = evaluators.build("patch_transfer", **sizes)(model, dataset)
+    assert scores == evaluators.build("transfer", **sizes)(features, dataset)
+    by_embedding = evaluators.build("patch_transfer", features="embedding", **sizes)(model, dataset)
+    assert by_embedding == evaluators.build("transfer", **sizes)(model, dataset)
+    assert scores["transfer_knn_top1"] > by_embedding["transfer_knn_top1"]
+    with pytest.raises(UsageError, match="features is 'patch', expected Literal"):
+        evaluators.build("patch_transfer", features="patch")

@@ -123,9 +123,10 @@ def test_the_margin_s_limits() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: TripletLoss(mining="hard"), r"mining is 'hard'; did you mean 'semi_hard'\? expected 'random', 'batch_hard', 'semi_hard'"),
+        (lambda: TripletLoss(mining="hard"), r"mining is 'hard'; did you mean 'semi_hard'\? expected 'random', 'batch_hard', "),
         (lambda: TripletLoss(-1.0), "margin is -1.0; expected at least 0"),
         (lambda: TripletLoss()(torch.zeros(4, 2)), r"embeddings are \(4, 2\) and labels None; expected \(batch, dim\) and"),
+        (lambda: TripletLoss(mining="given")(drawn(10, 2), LABELS), "mining is 'given', .* which mining='given' needs"),
         (lambda: TripletLoss()(torch.zeros(4, 2), torch.zeros(3)), r"are \(4, 2\) and labels \(3,\); expected"),
         (
             lambda: TripletLoss()(torch.zeros(4, 2), positives=torch.zeros(4, 2), negatives=torch.zeros(3, 2)),

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vitkit import losses
+from vitkit import Run, losses
 from vitkit.errors import UsageError
 from vitkit_vae import REFERENCE_WEIGHTS, MultiTaskLoss
 
@@ -54,7 +54,10 @@ def test_the_gradient_of_each_part_is_its_learned_weight() -> None:
 def test_progressive_brings_in_one_after_another() -> None:
     weights = {"classification": 1.0, "triplet": 10.0, "reconstruction": 100.0}
     loss = MultiTaskLoss(weights, "progressive", stage=4)
-    totals = [loss(parts(classification=1.0, triplet=1.0, reconstruction=1.0))["loss"].item() for _ in range(10)]
+    totals = []
+    for step in range(10):
+        loss.set_step(step, 10)
+        totals.append(loss(parts(classification=1.0, triplet=1.0, reconstruction=1.0))["loss"].item())
     triplet = [0.0, 2.5, 5.0, 7.5, 10.0, 10.0, 10.0, 10.0, 10.0, 10.0]
     reconstruction = [0.0, 0.0, 0.0, 0.0, 0.0, 25.0, 50.0, 75.0, 100.0, 100.0]
     assert totals == pytest.approx([1 + a + b for a, b in zip(triplet, reconstruction, strict=True)])
@@ -62,17 +65,34 @@ def test_progressive_brings_in_one_after_another() -> None:
 
 def test_the_divergence_warms_up_in_training_alone() -> None:
     loss = MultiTaskLoss({"kl": 2.0}, warmup=4)
-    assert [loss(parts(kl=1.0))["loss"].item() for _ in range(6)] == pytest.approx([0.0, 0.5, 1.0, 1.5, 2.0, 2.0])
+    totals = []
+    for step in range(6):
+        loss.set_step(step, 6)
+        totals.append(loss(parts(kl=1.0))["loss"].item())
+    assert totals == pytest.approx([0.0, 0.5, 1.0, 1.5, 2.0, 2.0])
     fresh = MultiTaskLoss({"kl": 2.0}, warmup=4).eval()
     assert [fresh(parts(kl=1.0))["loss"].item() for _ in range(2)] == [2.0, 2.0]
 
 
-def test_the_count_of_calls_is_part_of_the_state() -> None:
-    loss = MultiTaskLoss({"kl": 2.0}, warmup=4)
-    loss(parts(kl=1.0))
-    resumed = MultiTaskLoss({"kl": 2.0}, warmup=4)
-    resumed.load_state_dict(loss.state_dict())
-    assert resumed(parts(kl=1.0))["loss"].item() == pytest.approx(0.5)
+def test_a_fit_names_the_step_and_a_resumed_one_continues(tmp_path) -> None:
+    class Divergence(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.loss = nn.Parameter(torch.ones(1)), MultiTaskLoss({"kl": 2.0}, warmup=4)
+
+        def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+            return self.loss({"kl": 1.0 + 0 * self.weight.sum()})
+
+    def trained(epochs: int, resume: bool = False) -> list[float]:
+        run, model = Run(tmp_path / "run", device="cpu", precision="fp32", resume=resume), Divergence()
+        batches, optimizer = [{"images": torch.ones(1, 1)}] * 2, torch.optim.SGD(model.parameters(), lr=0.1)
+        fit = run.fit(model, batches, epochs=2, optimizer=optimizer)
+        losses = [next(fit).losses["loss"] for _ in range(epochs)]
+        run.close()
+        return losses
+
+    assert trained(1) == pytest.approx([0.25])  # the mean of 0 and 0.5
+    assert trained(2, resume=True) == pytest.approx([0.25, 1.25])
 
 
 def test_the_uninformed_total_is_the_weighted_sum_of_its_parts_where_weights_are_fixed() -> None:
@@ -88,7 +108,7 @@ def test_learned_weights_saved_with_no_dimension_still_load() -> None:
     assert {tuple(value.shape) for value in loss.parameters()} == {(1,)}
     old = {name: value.squeeze() + 0.5 for name, value in loss.state_dict().items() if name != "calls"}
     whole = nn.Sequential(loss)
-    whole.load_state_dict({f"0.{name}": value for name, value in {**old, "calls": loss.calls}.items()})
+    whole.load_state_dict({f"0.{name}": value for name, value in {**old, "calls": torch.tensor(3)}.items()})
     for name, value in old.items():
         torch.testing.assert_close(loss.state_dict()[name], value[None])
 

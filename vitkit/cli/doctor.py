@@ -15,7 +15,6 @@ from vitkit.cli.known_holes import known_holes
 from vitkit.cli.plugin_commands import Commands, command_of, commands
 from vitkit.errors import DatasetError, PluginError, printable
 from vitkit.registry import REGISTRIES, version_of
-from vitkit.runs.summary import processor
 
 LIBRARIES = ("torch", "torchvision", "accelerate", "safetensors", "huggingface_hub", "einops", "numpy", "pillow", "scikit-learn")
 SLOW_IMPORT_SECONDS = 5.0
@@ -103,6 +102,7 @@ def _devices() -> list[str]:
     try:
         import torch
 
+        from vitkit.runs.summary import processor
         from vitkit.training.accelerator import resolve_device
         from vitkit.training.compile import has_compiler
         from vitkit.training.processor import cpu_unit, has_fast_bf16

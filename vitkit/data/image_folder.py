@@ -98,7 +98,7 @@ def read_layout(root: Path, test_fraction: float, *, unlabelled: bool = False) -
 
     - Folders called train, val and test, or as in `SPLIT_FOLDERS`, each with a folder a class: these splits. A val or test folder
       without class folders is left out, since nothing can be measured on it.
-    - Such folders that hold images directly: these splits, without labels.
+    - These folders with images directly in them: these splits, without labels.
     - A folder a class: every image below it has this class, whatever its name; a class may be called `train`.
     - Images directly in `root`, and at most one folder: images without labels. With `unlabelled` every layout is read so.
 
@@ -169,23 +169,23 @@ def _read_splits(root: Path, groups: dict[str, list[Path]], roles: dict[str, str
 
     labelled = not unlabelled and any(label(path) is not None for name in groups if roles.get(name) == "train" for path in groups[name])
     for name, paths in sorted(groups.items()):
-        shown = printable(root / name)
+        folder = printable(root / name)
         role = roles.get(name)
         if role is None:
-            where = f"{shown}: {len(paths):,} images {'beside' if not name else 'in a folder that is none of'} train, val and test"
+            where = f"{folder}: {len(paths):,} images {'beside' if not name else 'in a folder that is none of'} train, val and test"
             layout.left_out.append(where)
             continue
         files = [ImageFile(role, label(path) if labelled else None, path) for path in paths]
         kept = [file for file in files if not labelled or file.label is not None]
         if len(kept) < len(files):
             layout.left_out.append(
-                f"{shown}: {len(files) - len(kept):,} images without a class folder have no label; `vitkit predict` can label them"
+                f"{folder}: {len(files) - len(kept):,} images without a class folder have no label; `vitkit predict` can label them"
             )
         if labelled:
             layout.left_out += _empty_classes(root / name, paths)
         layout.files += kept
         if kept:
-            layout.remarks.append(f"{role}: {len(kept):,} images in {shown}{'' if labelled else ', without labels'}")
+            layout.remarks.append(f"{role}: {len(kept):,} images in {folder}{'' if labelled else ', without labels'}")
     if labelled and len({file.label for file in layout.files}) < 2:
         raise DatasetError(_too_few_classes(root, layout))
 

@@ -1,4 +1,4 @@
-"""Collectives with gradients, sharded weights and the watch over other ranks."""
+"""Collectives with gradients, sharded weights (FSDP2), and a watchdog over the other ranks."""
 
 from vitkit.distributed.collectives import (
     AnyRank,

@@ -1,15 +1,17 @@
-"""Collectives that gradients flow through, and that do nothing where there is one process.
+"""Collectives that gradients flow through, and that do nothing with one process.
 
-One convention gives the gradient of the whole batch. Every rank computes the same loss from reduced (or
-gathered) values, and calls backward on it. The backward pass of a reduction is the sum over ranks of the
-incoming gradients, W times the true one; DDP's averaging over W ranks then gives, for θ on each rank,
+One convention gives the gradient of the batch of all ranks. Every rank computes the same loss from reduced (or gathered) values, and calls
+backward on it. The backward pass of a reduction is the sum over ranks of the incoming gradients, W times the true gradient; DDP's mean
+over W ranks then gives, for θ on each rank,
 
     (1/W) Σ_r ∂L_r/∂θ = Σ_r ∂L/∂s · ∂s_r/∂θ,
 
-which is what one process would have found with all samples. A mean over the whole batch must therefore be a
-reduced sum over a reduced count: with parts of different sizes the mean of the ranks' means is another
-number. With plain `torch.distributed.all_reduce` in the forward pass the result is silently W times too
-small.
+the gradient that one process with all samples computes. A mean over all samples must be a reduced sum over a reduced count: with parts of
+different sizes the mean of the ranks' means is another number. With plain `torch.distributed.all_reduce` in the forward pass the gradient
+is silently W times too small.
+
+torch's own versions with gradients, `torch.distributed.nn.functional`, are deprecated and take parts of equal sizes only; their successors,
+`_functional_collectives`, are private.
 """
 
 from collections.abc import Callable
@@ -21,27 +23,27 @@ from torch import Tensor, nn
 
 
 def rank() -> int:
-    """This process's number in [0, world_size()); 0 where no process group was initialised."""
+    """The number of this process in [0, world_size()); 0 without a process group."""
     return dist.get_rank() if _initialised() else 0
 
 
 def world_size() -> int:
-    """How many processes take part; 1 where no process group was initialised."""
+    """The number of processes; 1 without a process group."""
     return dist.get_world_size() if _initialised() else 1
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
-    """Σ_r x_r over ranks, the same on each; any shape, equal on all. Backward: the sum of their gradients."""
+    """Σ_r x_r over ranks, on every rank; any shape, equal on all ranks. Backward: the sum of the ranks' gradients."""
     return x if world_size() == 1 else _Sum.apply(x)
 
 
 def all_reduce_mean(x: Tensor) -> Tensor:
-    """(1/W) Σ_r x_r over W ranks; of parts of different sizes not the whole batch's mean (see the module)."""
+    """(1/W) Σ_r x_r over W ranks; for parts of different sizes this is not the mean over all samples (see the module)."""
     return all_reduce_sum(x) / world_size()
 
 
 def all_gather(x: Tensor) -> Tensor:
-    """The ranks' `(n_r ...)` one after another, `(Σ n_r ...)`; n_r may differ, further dimensions may not.
+    """The ranks' `(n_r ...)` one after another, `(Σ n_r ...)`; n_r may differ, other dimensions may not.
 
     Backward: the sum over ranks of the gradients of this rank's own rows.
     """
@@ -49,26 +51,27 @@ def all_gather(x: Tensor) -> Tensor:
 
 
 def broadcast(x: Tensor) -> Tensor:
-    """Rank 0's `x` on every rank, written into `x` itself; no gradient flows."""
+    """Rank 0's `x` on every rank, written into `x`; no gradient flows."""
     if world_size() > 1:
         dist.broadcast(x, src=0)
     return x
 
 
 def broadcast_text(text: str, *, device: torch.device | str = "cpu") -> str:
-    """Rank 0's `text` on every rank; `device` is one that the process group communicates on."""
+    """Rank 0's `text` on every rank; `device` is a device that the process group communicates on."""
     if world_size() == 1:
         return text
     body = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
     length = broadcast(torch.tensor(len(body), device=device))
-    told = body if rank() == 0 else torch.zeros(int(length), dtype=torch.uint8, device=device)
-    return bytes(broadcast(told).tolist()).decode()
+    received = body if rank() == 0 else torch.zeros(int(length), dtype=torch.uint8, device=device)
+    return bytes(broadcast(received).tolist()).decode()
 
 
 class AnyRank:
-    """Of each flag whether any rank has raised it, the same answer on every rank: one step late, so that no device is waited for.
+    """For each flag: True where any rank has raised it. The answer is the same on every rank, and one call late.
 
-    Called by all ranks alike, with flags it answers what the call before was given; with one process, what this one is.
+    All ranks call it equally often. It answers for the flags of the call before, so that it never waits for a device; with one process
+    it answers for the flags of this call.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -88,24 +91,23 @@ class AnyRank:
 
 
 def draw_rows(draw: Callable[[int], Tensor], like: Tensor) -> Tensor:
-    """This rank's rows of `draw(n)` `(n ...)`, drawn on rank 0 for the n samples of the whole batch.
+    """This rank's rows of `draw(n)` `(n ...)`, drawn on rank 0 for the n samples of all ranks.
 
-    `like` `(n_r ...)` says how many samples this rank has, and on which device. So the whole batch is dealt with as one
-    process would deal with it; with one process this is `draw(len(like))`.
+    `like` `(n_r ...)` has this rank's number of samples, and its device. With one process this is `draw(len(like))`.
     """
     if world_size() == 1:
         return draw(len(like))
     sizes = _sizes(like)
-    # Every rank draws, though only rank 0's count, so that their generators stay in step with their own past.
-    whole = broadcast(draw(sum(sizes)).contiguous())
-    return whole.split(sizes)[rank()]
+    # Every rank draws and only rank 0's numbers are used: each rank's generator advances as with one process.
+    drawn = broadcast(draw(sum(sizes)).contiguous())
+    return drawn.split(sizes)[rank()]
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """Batch normalisation of `(n d)` over all ranks' rows, whose numbers may differ; with one process torch's own.
+    """Batch normalisation of `(n d)` over the rows of all ranks, whose numbers may differ; with one process `nn.BatchNorm1d`.
 
-    In training (x − mean)/√(var + eps)·weight + bias with mean and biased variance of the whole batch, in fp32; the
-    running statistics are the same on every rank. `nn.SyncBatchNorm` does this on CUDA devices alone.
+    In training (x − mean)/√(var + eps)·weight + bias with mean and biased variance over all ranks, in fp32; the running statistics are
+    the same on every rank. `nn.SyncBatchNorm` works on CUDA devices only.
     """
 
     running_mean: Tensor
@@ -148,7 +150,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.sizes = _sizes(x)
-        # Collectives take equal shapes, so shorter parts are padded and cut again.
+        # Collectives need equal shapes, so shorter parts are padded and cut afterwards.
         padded = x.new_zeros(max(ctx.sizes), *x.shape[1:])
         padded[: x.shape[0]] = x
         parts = [torch.empty_like(padded) for _ in ctx.sizes]
@@ -161,7 +163,7 @@ class _Gather(torch.autograd.Function):
 
 
 def _sizes(x: Tensor) -> list[int]:
-    """How many rows each rank's `x` has."""
+    """The number of rows of each rank's `x`."""
     sizes = [torch.zeros((), dtype=torch.int64, device=x.device) for _ in range(world_size())]
     dist.all_gather(sizes, torch.tensor(x.shape[0], device=x.device))
     return [int(size) for size in sizes]

@@ -1,11 +1,14 @@
-"""Ranks that look after each other: when one of them dies, the others stop soon and say why.
+"""A watchdog over the other ranks: when one of them or the launcher dies, this rank stops soon and gives the reason.
 
-Launchers end a job's processes on their own machine. On another one, or where a collective never returns, a rank would wait for
-its peer until the backend's time runs out, which may take half an hour.
+A launcher ends the processes of a job on its machine only. A process group's `timeout` counts the time of one collective: it has to be
+longer than the slowest legitimate wait, an evaluation or a report on rank 0, and defaults to 10 minutes with NCCL and to 30 with gloo. It
+also ends without naming the rank that failed. So each rank writes a heartbeat into the process group's store here, and its error before
+it stops.
 """
 
 import contextlib
 import os
+import signal
 import sys
 import threading
 import time
@@ -15,67 +18,69 @@ from typing import Any
 import torch.distributed as dist
 
 BEAT_SECONDS = 5.0
-"""How often each rank says that it lives."""
+"""Seconds between two heartbeats of a rank."""
 SILENT_SECONDS = 40.0
-"""After how long without a word a rank is given up, where this one has not got on meanwhile either."""
+"""A rank without a heartbeat for this time is taken for dead, unless this rank has made progress meanwhile."""
 GRACE_SECONDS = 10.0
-"""How long the main thread may take to stop by itself once another rank's failure is known."""
+"""Time for the main thread to stop by itself once the failure of another rank is known."""
 ERROR, DONE = "vitkit/error", b"done"
 
 
 class RankWatchdog:
-    """The other ranks of a job, as a thread of this one sees them through the process group's store; nothing with one process.
+    """Watches the other ranks of a job from a thread, through the process group's store; with one process it does nothing.
 
-    `say` is told what happened to another rank before this process is ended.
+    `say` is called with the reason before this process is ended.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say, self._over, self._moved = say, threading.Event(), time.monotonic()
         self._store: Any = None
+        # torchrun starts a rank as its child; without torchrun another parent is nobody to wait for.
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else 0
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             store: Any = dist.distributed_c10d._get_default_store()
             self._rank, self._world = dist.get_rank(), dist.get_world_size()
-            with contextlib.suppress(Exception):  # a connection of the thread's own, where the store has such
+            with contextlib.suppress(Exception):  # a separate connection for the thread, where the store offers one
                 store = store.clone()
             self._store = dist.PrefixStore(f"vitkit-{_runs_begun()}", store)
             self._beat(b"0")
-            self._thread = threading.Thread(target=self._watch, name="vitkit peers", daemon=True)
+            self._thread = threading.Thread(target=self._watch, name="vitkit watchdog", daemon=True)
             self._thread.start()
 
     def moved(self) -> None:
-        """This rank has got on: with a step, say, for which it needed the others."""
+        """Record that this rank made progress, for example a step that needed the other ranks."""
         self._moved = time.monotonic()
 
     def tell(self, error: BaseException) -> None:
-        """Let the others know what this rank fails of; the first one to fail is heard."""
+        """Tell the other ranks the error that stops this rank; only the first error of a job is kept."""
         if self._store is not None and not self._over.is_set():
             with contextlib.suppress(Exception):
                 if not self._store.check([ERROR]):
                     self._store.set(ERROR, f"rank {self._rank}: {type(error).__name__}: {error}")
 
     def failure(self, *, wait: float = 0.0) -> str:
-        """What another rank has said that it fails of, or an empty string."""
+        """The error that stopped another rank, or an empty string; `wait` is in seconds."""
         until = time.monotonic() + wait
         while self._store is not None:
             with contextlib.suppress(Exception):
                 if self._store.check([ERROR]):
-                    said = self._store.get(ERROR).decode(errors="replace")
-                    return "" if said.startswith(f"rank {self._rank}:") else said
+                    failure = self._store.get(ERROR).decode(errors="replace")
+                    return "" if failure.startswith(f"rank {self._rank}:") else failure
             if time.monotonic() >= until:
                 break
             time.sleep(0.1)
         return ""
 
     def close(self) -> None:
-        """This rank needs the others no longer, nor they it."""
+        """End the watch: this rank and the others no longer need each other."""
         if self._store is not None and not self._over.is_set():
             self._over.set()
             with contextlib.suppress(Exception):
                 self._beat(DONE)
             self._thread.join(timeout=1.0)
 
-    def _beat(self, what: bytes) -> None:
-        self._store.set(f"vitkit/beat/{self._rank}", what)
+    def _beat(self, value: bytes) -> None:
+        self._store.set(f"vitkit/beat/{self._rank}", value)
 
     def _watch(self) -> None:
         others = [rank for rank in range(self._world) if rank != self._rank]
@@ -88,40 +93,45 @@ class RankWatchdog:
                 self._beat(str(count).encode())
                 for rank in others:
                     name = f"vitkit/beat/{rank}"
-                    word = self._store.get(name) if self._store.check([name]) else b""
-                    if word == DONE or word != heard[rank][0]:
-                        heard[rank] = (word, now)
+                    beat = self._store.get(name) if self._store.check([name]) else b""
+                    if beat == DONE or beat != heard[rank][0]:
+                        heard[rank] = (beat, now)
                 reached = now
             failure = self.failure()
             silent = [rank for rank, (_, then) in heard.items() if now - then > SILENT_SECONDS]
-            if failure:
+            if self._launcher and os.getppid() != self._launcher:
+                self._stop("the launcher that started this rank is gone, so this rank stops", signal.SIGTERM)
+            elif failure:
                 self._stop(f"another rank has failed, so this one stops: {failure}")
             elif now - self._moved > SILENT_SECONDS and now - reached > SILENT_SECONDS:
                 self._stop("rank 0, or the machine it runs on, is gone, so this rank stops")
             elif now - self._moved > SILENT_SECONDS and silent:
                 self._stop(f"nothing was heard of rank {', '.join(map(str, silent))} for {SILENT_SECONDS:.0f} s, so this one stops")
 
-    def _stop(self, why: str) -> None:
-        if self._over.wait(GRACE_SECONDS):  # its collective has failed, or it was told to stop: it says so itself
+    def _stop(self, why: str, ask: int | None = None) -> None:
+        """Call `say` and end the process, unless the main thread ends first; the signal `ask` makes it save a checkpoint."""
+        if ask is not None:
+            os.kill(os.getpid(), ask)
+        if self._over.wait(GRACE_SECONDS):  # its collective has failed, or it got a signal: it reports that itself
             return
         with contextlib.suppress(Exception):
             self._say(why)
         sys.stderr.flush()
-        os._exit(1)  # the main thread may never come back from a collective
+        os._exit(1)  # the main thread may never return from a collective
 
 
 _begun = 0
 
 
 def _runs_begun() -> int:
-    """A number for each run of a process, the same on every rank: each run has words of its own."""
+    """A number for each run of a process, the same on every rank, so that runs have separate keys."""
     global _begun
     _begun += 1
     return _begun
 
 
 def is_collective(error: BaseException) -> bool:
-    """Whether an error comes from a collective whose other side is gone."""
+    """True where an error comes from a collective whose other side is gone."""
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "Connection closed by peer", "NCCL"))
     )

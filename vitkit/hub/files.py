@@ -9,7 +9,7 @@ from uuid import uuid4
 
 from vitkit.data.decode import ImageReadError, read_image
 from vitkit.errors import CheckpointError, HubError, RunError, UsageError
-from vitkit.files import explain
+from vitkit.files import explain, write_json
 from vitkit.hub.secrets import describe_secrets, find_secrets
 from vitkit.models.saving import CONFIG, WEIGHTS, check
 from vitkit.models.untrusted import JSON_BYTES, read_json
@@ -17,6 +17,8 @@ from vitkit.runs.directory import MODULES
 
 MIB = 2**20
 CARD, RECIPE, SUMMARY = "README.md", "recipe.py", "summary.json"
+ORIGIN = "origin.json"
+"""Names the repository that a directory was pulled from: `vitkit reproduce` takes its code for a stranger's."""
 MAX_BYTES = {
     WEIGHTS: 16 * 2**30,
     CONFIG: JSON_BYTES,
@@ -146,6 +148,7 @@ def copy_into(repo: str, folder: Path, sizes: Mapping[str, int], out: Path) -> N
             if copied != size:
                 raise HubError(f"{repo}: {name} has {copied:,} bytes, expected {size:,}: it was cut short; pull it again")
         check_fetched(repo, partial)
+        write_json(partial / ORIGIN, {"repository": repo})
         require_free(out)
         try:
             partial.rename(out)
@@ -159,4 +162,4 @@ def copy_into(repo: str, folder: Path, sizes: Mapping[str, int], out: Path) -> N
         shutil.rmtree(partial, ignore_errors=True)
 
 
-__all__ = ["CARD", "copy_into", "max_bytes", "of_run", "require_free", "to_fetch"]
+__all__ = ["CARD", "ORIGIN", "copy_into", "max_bytes", "of_run", "require_free", "to_fetch"]

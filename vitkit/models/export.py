@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vitkit.contracts import TrainedModel
 from vitkit.data.preprocess import Preprocessing
-from vitkit.errors import UsageError, VitkitError
+from vitkit.errors import UsageError, VitkitError, printable
 from vitkit.files import atomic_write
 
 Format = Literal["onnx", "torch-export"]
@@ -23,15 +23,15 @@ SUFFIX: dict[str, str] = {"onnx": ".onnx", "torch-export": ".pt2"}
 OPSET = 18
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-4
-"""How far an output of the exported model may be from the saved one's, as a share of the largest value of that output."""
-CHECKED = (1, 3)
-"""Batch sizes that the exported model is tried with: neither is the one it was traced with."""
+"""Largest difference between outputs of the exported and of the saved model, as a share of the largest value of that output."""
+CHECKED_BATCHES = (1, 3)
+"""Batch sizes of the check: the model is traced with another one."""
 Outputs = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Export:
-    """What was written: outputs by name with their widths, and the largest difference found, as a share of the largest value."""
+    """An exported file: its outputs by name with their widths, and the largest difference, as a share of the largest value."""
 
     path: Path
     outputs: dict[str, int]
@@ -39,10 +39,10 @@ class Export:
 
 
 class Exported(nn.Module):
-    """Images float32 `(n c h w)` in [0, 1] → `features` `(n d)` and what the saved heads make of them.
+    """Images float32 `(n c h w)` in [0, 1] → `features` `(n d)` and the outputs of the saved heads.
 
-    Normalising is part of it; sizing is not. `embedding` is the projector's output, `probabilities` the softmax of the
-    classifier's.
+    It normalises images, but does not resize them. `embedding` is the projector's output, `probabilities` the softmax of the
+    classifier's logits.
     """
 
     mean: Tensor
@@ -56,25 +56,24 @@ class Exported(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         features = self.model.encode_image((images - self.mean) / self.std)
-        found = {"features": features}
+        outputs = {"features": features}
         projector: Any = getattr(self.model, "projector", None)
         classifier: Any = getattr(self.model, "classifier", None)
         if projector is not None:
-            found["embedding"] = projector(features)
+            outputs["embedding"] = projector(features)
         if classifier is not None:
-            found["probabilities"] = classifier(features).softmax(dim=1)
-        return found
+            outputs["probabilities"] = classifier(features).softmax(dim=1)
+        return outputs
 
 
 def export(model: TrainedModel, out: str | Path, *, format: Format | None = None, overwrite: bool = False) -> Export:
-    """Write a model, on the CPU and in fp32, as `out`, and check that it gives the same numbers.
+    """Write a model as `out`, on the CPU and in fp32, and check that it gives the same numbers.
 
-    Its input `images` is float32 `(batch c h w)` in [0, 1], sized as `model.preprocessing` says, with any batch size; its
-    outputs are those of `Exported`, in that order. `format` is onnx or torch-export; by default `out`'s suffix says, .onnx
-    or .pt2. An ONNX file's metadata holds `classes` and `preprocessing` as JSON. The file is read back and run, by
-    onnxruntime or torch, on noise in batches of other sizes before it takes its place. Raises `UsageError` for another
-    suffix, a file that is there, a model without preprocessing and packages that are missing; `VitkitError` where the model
-    cannot be exported or the numbers differ.
+    Its input `images` is float32 `(batch c h w)` in [0, 1], of the size of `model.preprocessing`, with any batch size; its outputs are
+    those of `Exported`, in that order. `format` is onnx or torch-export (default: by the suffix of `out`, .onnx or .pt2). The metadata
+    of an ONNX file holds `classes` and `preprocessing` as JSON. The file is run by onnxruntime or torch on noise, in batches of other
+    sizes, before it takes its place. Raises `UsageError` for another suffix, a file that exists, a model without preprocessing and
+    packages that are missing; `VitkitError` where the model cannot be exported or the numbers differ.
     """
     out = Path(out)
     suffix = out.suffix if format is None else SUFFIX.get(format, "")
@@ -92,15 +91,15 @@ def export(model: TrainedModel, out: str | Path, *, format: Format | None = None
     example = _noise(2, preprocessing)
     with torch.no_grad():
         outputs = {name: value.shape[1] for name, value in wrapped(example).items()}
-        tried = {count: (images, wrapped(images)) for count in CHECKED for images in [_noise(count, preprocessing)]}
+        checks = [(images, wrapped(images)) for images in (_noise(count, preprocessing) for count in CHECKED_BATCHES)]
     with atomic_write(out) as temporary:
         file = temporary.with_suffix(suffix)
         try:
             run = (_to_onnx if suffix == ".onnx" else _to_torch)(wrapped, example, file, model)
             difference = max(
-                _difference(name, own, run(images)[name])
-                for images, expected in tried.values()
-                for name, own in expected.items()
+                _difference(name, value, run(images)[name])
+                for images, expected in checks
+                for name, value in expected.items()
             )
             file.replace(temporary)
         finally:
@@ -125,8 +124,8 @@ def _to_onnx(wrapped: Exported, example: Tensor, file: Path, model: TrainedModel
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
 
     def run(images: Tensor) -> Outputs:
-        found: Any = session.run(names, {"images": images.numpy()})
-        return {name: torch.from_numpy(value) for name, value in zip(names, found, strict=True)}
+        outputs: Any = session.run(names, {"images": images.numpy()})
+        return {name: torch.from_numpy(value) for name, value in zip(names, outputs, strict=True)}
 
     return run
 
@@ -140,8 +139,8 @@ def _to_torch(wrapped: Exported, example: Tensor, file: Path, model: TrainedMode
 
     def run(images: Tensor) -> Outputs:
         with torch.no_grad():
-            found: Outputs = module(images)
-        return found
+            outputs: Outputs = module(images)
+        return outputs
 
     return run
 
@@ -152,7 +151,7 @@ def _traced(wrapped: Exported, example: Tensor) -> torch.export.ExportedProgram:
 
 @contextlib.contextmanager
 def _exporting(what: str) -> Iterator[None]:
-    """What the exporters say to their developers is kept quiet; what they raise becomes one sentence."""
+    """Within this block the exporters' log messages and warnings are silent; their errors become `VitkitError`."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     try:
@@ -162,8 +161,7 @@ def _exporting(what: str) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except Exception as error:  # exporters raise many kinds
-        said = " ".join(str(error).split())
-        raise VitkitError(f"this model cannot be exported to {what}: {type(error).__name__}: {said:.300}") from error
+        raise VitkitError(f"this model cannot be exported to {what}: {type(error).__name__}: {printable(error)}") from error
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
@@ -173,10 +171,11 @@ def _noise(count: int, preprocessing: Preprocessing) -> Tensor:
     return torch.rand(count, *preprocessing.shape, generator=torch.Generator().manual_seed(count))
 
 
-def _difference(name: str, own: Tensor, found: Tensor) -> float:
-    if own.shape != found.shape:
-        raise VitkitError(f"the exported model gives {name} {tuple(found.shape)}, the saved one {tuple(own.shape)}")
-    share = float((own - found).abs().max() / own.abs().max().clamp(min=1e-12))
+def _difference(name: str, saved: Tensor, exported: Tensor) -> float:
+    """The largest difference as a share of the largest value; `VitkitError` beyond the tolerance and for another shape."""
+    if saved.shape != exported.shape:
+        raise VitkitError(f"the exported model gives {name} {tuple(exported.shape)}, the saved one {tuple(saved.shape)}")
+    share = float((saved - exported).abs().max() / saved.abs().max().clamp(min=1e-12))
     if not share <= TOLERANCE:
         raise VitkitError(
             f"the exported model's {name} differ from the saved one's by {share:.2e} of their largest value; expected "

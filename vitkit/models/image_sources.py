@@ -1,4 +1,4 @@
-"""What a trained model is given to look at: pictures of a person's own, or a dataset's split."""
+"""The inputs of a trained model: image files of a person, or a split of a dataset."""
 
 import hashlib
 import json
@@ -12,25 +12,26 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vitkit.contracts import LazyImages
 from vitkit.data.decode import SUFFIXES, ImageReadError, read_image
 from vitkit.data.image_files import class_order, list_images
 from vitkit.data.image_folder import folder_labels
 from vitkit.errors import DatasetError, UsageError, printable
-from vitkit.validation import one_of
+from vitkit.validation import at_least, one_of
 
-FINGERPRINTED = 1000
-"""Images of a dataset that its fingerprint is taken of."""
+FINGERPRINT_IMAGES = 1000
+"""Images of a dataset that its fingerprint reads, about."""
 
 
 class Preprocessed(Protocol):
-    """What reading needs of a model."""
+    """The part of a model that reading images needs."""
 
     def preprocess(self, images: Any) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images `start` … `stop` − 1 of a source: `images` float32 `(m c h w)` of `rows`, and why each other is left out."""
+    """Images `start` … `stop` − 1 of a source: `images` float32 `(m c h w)` of `rows`, and the problem of each other one."""
 
     start: int
     stop: int
@@ -58,7 +59,7 @@ class Source(Protocol):
 
 
 class Files:
-    """Picture files, decoded by threads while the model computes.
+    """Image files, decoded by threads while the model computes.
 
     The folder below `root` that an image lies in, or the one below a split's folder, names its class; `classes` are these names in the
     order of `class_order`. `left_out` has a line for each kind of file that was passed over.
@@ -82,17 +83,17 @@ class Files:
         return str(self.paths[index])
 
     def describe(self) -> dict[str, Any]:
-        """What an output's metadata says of the source, besides its files."""
+        """The metadata of the source in an output, besides its files."""
         return {"classes": self.classes}
 
     def fingerprint(self) -> str:
         """Changes when a file is added, removed or changed."""
         stats = [path.stat() if path.exists() else None for path in self.paths]
-        found = [(str(path), s and (s.st_mtime_ns, s.st_size)) for path, s in zip(self.paths, stats, strict=True)]
-        return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+        files = [(str(path), s and (s.st_mtime_ns, s.st_size)) for path, s in zip(self.paths, stats, strict=True)]
+        return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
     def batches(self, model: Preprocessed, starts: Sequence[int], size: int) -> Iterator[Batch]:
-        """Batches of `size` images from each of `starts` on; a picture that cannot be read is among its problems."""
+        """Batches of `size` images, one from each of `starts`; an image that cannot be read is among its problems."""
 
         def ask(start: int) -> list[Future[Tensor | str]]:
             return [pool.submit(_prepared, model, path) for path in self.paths[start : start + size]]
@@ -110,11 +111,11 @@ class Files:
 
 
 class DatasetSplit:
-    """One split of a dataset: its stored pixels, made into what the model sees."""
+    """One split of a dataset: its stored pixels, preprocessed for the model."""
 
     def __init__(self, dataset: Any, split: str) -> None:
         self.dataset, self.split = dataset, split
-        self.images: Tensor = getattr(dataset, split).images
+        self.images: Tensor | LazyImages = getattr(dataset, split).images
         self.labels: Tensor | None = getattr(dataset, split).labels
         self.classes: list[str] = list(dataset.classes)
         self.left_out: list[str] = []
@@ -126,31 +127,35 @@ class DatasetSplit:
         return f"{self.dataset.name}/{self.split}/{index}"
 
     def describe(self) -> dict[str, Any]:
-        """What an output's metadata says of the source."""
+        """The metadata of the source in an output."""
         return {"dataset": self.dataset.name, "split": self.split, "classes": self.classes}
 
     def fingerprint(self) -> str:
-        """Of the name, the labels and about a thousand of the images."""
+        """A digest of the name, the labels and, unless they are lazy, about a thousand of the images."""
         digest = hashlib.sha256(repr((self.dataset.name, self.split, tuple(self.images.shape))).encode())
         if self.labels is not None:
             digest.update(self.labels.numpy().tobytes())
-        digest.update(self.images[:: len(self) // FINGERPRINTED + 1].numpy().tobytes())
+        if isinstance(self.images, Tensor):
+            digest.update(self.images[:: len(self) // FINGERPRINT_IMAGES + 1].numpy().tobytes())
         return digest.hexdigest()
 
     def batches(self, model: Preprocessed, starts: Sequence[int], size: int) -> Iterator[Batch]:
-        """Batches of `size` images from each of `starts` on."""
-        for start in starts:
-            stop = min(start + size, len(self))
-            yield Batch(start, stop, model.preprocess(self.images[start:stop]), list(range(start, stop)), {})
+        """Batches of `size` images, one from each of `starts`; a lazy image that cannot be read is among its problems."""
+        shares = [torch.arange(start, min(start + size, len(self))) for start in starts]
+        images = self.images
+        parts = ((images.index_select(0, rows), rows) for rows in shares) if isinstance(images, Tensor) else images.read(shares)
+        for share, (pixels, kept) in zip(shares, parts, strict=True):
+            rows = kept.tolist()
+            problems = dict.fromkeys(sorted({*share.tolist()} - {*rows}), "it cannot be read")
+            yield Batch(int(share[0]), int(share[-1]) + 1, model.preprocess(pixels) if rows else None, rows, problems)
 
 
 def prepared(model: Preprocessed, images: Any, batch_size: int) -> Iterator[Tensor]:
-    """Batches of preprocessed images of a folder, picture files, Pillow images or uint8 `(n c h w)`.
+    """Batches of preprocessed images of a folder, image files, Pillow images or uint8 `(n c h w)`.
 
-    Raises `UsageError` for something else and for a picture that cannot be read.
+    Raises `UsageError` for another type and for an image that cannot be read.
     """
-    if batch_size < 1:
-        raise UsageError(f"batch_size is {batch_size}; expected at least 1")
+    at_least(1, batch_size=batch_size)
     if isinstance(images, str | Path):
         path = Path(images).expanduser()
         images = pictures_below(path) if path.is_dir() else [path]
@@ -164,10 +169,10 @@ def prepared(model: Preprocessed, images: Any, batch_size: int) -> Iterator[Tens
 
 
 def find_source(images: Sequence[str], *, split: str = "test") -> Source:
-    """The source that words on a command line mean: one folder, one dataset's name, or files and folders.
+    """The source that the arguments of a command name: one folder, one dataset, or files and folders.
 
-    Raises `UsageError` for no word, a file that is not there and a split that is none; `DatasetError` for a folder
-    without pictures and where the dataset cannot be had.
+    Raises `UsageError` for no argument, an empty one, a file that does not exist and an unknown split; `DatasetError` for a folder
+    without images and a dataset that is not available.
     """
     one_of(("train", "val", "test"), **{"--split": split})
     if not images:
@@ -223,7 +228,7 @@ def _dataset(name: str) -> Any:
 
 
 def _size(model: Preprocessed) -> tuple[int, int] | None:
-    """Height and width that the model takes, where its images are resized."""
+    """Height and width of the model's images, where they are resized."""
     given = getattr(model, "preprocessing", None) or {}
     return (given["shape"][1], given["shape"][2]) if given.get("fit") == "resize" else None
 

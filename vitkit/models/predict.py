@@ -1,4 +1,4 @@
-"""What a saved model says of an image: its class, or the label that is nearest to it."""
+"""Predictions of a saved model: the class of an image, or the label nearest to it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from vitkit.contracts import TrainedModel
 from vitkit.errors import UsageError
+from vitkit.validation import at_least
 
 Measure = Literal["probability", "cosine"]
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """An image's labels, the best one first, with a score each: a probability, or a cosine in [−1, 1]."""
+    """The labels of an image, the best one first, with a score each: a probability, or a cosine in [−1, 1]."""
 
     labels: list[str]
     scores: list[float]
@@ -24,38 +25,40 @@ class Prediction:
 
     @property
     def label(self) -> str:
-        """The best one."""
+        """The label with the highest score."""
         return self.labels[0]
 
 
 def predict(
     model: TrainedModel, images: Tensor, *, labels: Sequence[str] | None = None, top: int | None = None
 ) -> list[Prediction]:
-    """A `Prediction` of each of preprocessed images `(n c h w)`, with the `top` best labels, or all.
+    """A `Prediction` for each of the preprocessed images `(n c h w)`, with the `top` best labels, or all.
 
-    In this order a model is asked by what it has: its `classifier`, the softmax of whose logits are probabilities; its
-    module `text`, behind its `text_projector` where there is one, with the model's classes or `labels` as texts; its backbone's
-    `encode_label`. The projections of both are compared with those of images by cosine (without a `projector` features are
-    compared as they are). Raises `UsageError`
-    for a model that has none of them, saying what it has.
+    The first of these that the model has gives the scores:
+
+    - `classifier`: probabilities, the softmax of its logits;
+    - `text`: cosines between images and texts, the model's classes or `labels`;
+    - `backbone.encode_label`: cosines between images and classes.
+
+    Cosines are those of projections by `projector` and `text_projector`, or of plain features without them. Raises `UsageError` for a
+    model that has none of them.
     """
-    names, measure, score = _way(model, labels)
-    if top is not None and top < 1:
-        raise UsageError(f"top is {top}; expected at least 1 label")
+    names, measure, score = _scoring(model, labels)
+    at_least(1, top=top)
     with torch.inference_mode():
         values, order = score(model.encode_image(images)).float().cpu().sort(dim=1, descending=True, stable=True)
     count = len(names) if top is None else min(top, len(names))
     return [
-        Prediction([names[place] for place in places[:count]], own[:count], measure)
-        for own, places in zip(values.tolist(), order.tolist(), strict=True)
+        Prediction([names[label] for label in best[:count]], scores[:count], measure)
+        for scores, best in zip(values.tolist(), order.tolist(), strict=True)
     ]
 
 
 Scoring = Callable[[Tensor], Tensor]
 
 
-def _way(model: TrainedModel, labels: Sequence[str] | None) -> tuple[list[str], Measure, Scoring]:
-    """The labels' names, what is measured, and features `(n d)` → scores `(n k)`."""
+def _scoring(model: TrainedModel, labels: Sequence[str] | None) -> tuple[list[str], Measure, Scoring]:
+    """The names of the labels, the kind of score, and a function from features `(n d)` → scores `(n k)`."""
     classifier: Any = getattr(model, "classifier", None)
     backbone: Any = getattr(model, "backbone", None)
     text: Any = getattr(model, "text", None)
@@ -72,9 +75,9 @@ def _way(model: TrainedModel, labels: Sequence[str] | None) -> tuple[list[str], 
         raise UsageError(f"only a model with a module named 'text' takes labels of your own; {_has(model)}")
     if hasattr(backbone, "encode_label"):
         device = next(backbone.parameters()).device
-        known = torch.arange(len(model.classes), device=device)
+        classes = torch.arange(len(model.classes), device=device)
         return model.classes, "cosine", lambda features: _cosines(
-            project(features), project(backbone.encode_label(known))
+            project(features), project(backbone.encode_label(classes))
         )
     raise UsageError(
         f"predicting takes a module named 'classifier' or 'text', or a backbone that encodes labels; {_has(model)}: "

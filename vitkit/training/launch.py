@@ -20,37 +20,50 @@ def execute(recipe: Recipe, settings: Mapping[str, Any], flags: Mapping[str, Any
     Returns the exit code: 0, 130 after Ctrl-C, SIGTERM or SIGHUP, or 1 if another rank has failed.
     """
     run = Run(**settings, name=recipe.name, recipe=recipe, arguments=flags, console=console)
-    session = run.session
-    try:
-        with Signals():
+    with Signals() as signals:
+        try:
             recipe.run(run, flags)
-    except DryRun:
+        except BaseException as error:
+            with signals.deferred():
+                return _end(run, error)
+    run.finish()
+    return 0
+
+
+def _end(run: Run, error: BaseException) -> int:
+    """End a run whose recipe raised `error`: returns the exit code, or raises the error again."""
+    session = run.session
+    if isinstance(error, DryRun):
         return 0
-    except KeyboardInterrupt:
+    collective = _collective_error(error) if session.accelerator.num_processes > 1 else None
+    if collective is not None:
+        ignore_termination()  # the launcher ends all ranks when one has died
+        reason = session.watchdog.failure(wait=3.0) or "it said nothing, so it was killed or its machine is gone"
+        return _stop_with_another(session, f"{reason} ({' '.join(str(collective).split()):.200})")
+    if isinstance(error, KeyboardInterrupt):
         reason = session.watchdog.failure(wait=1.0)
         if reason:  # the launcher stops the other ranks of a job when one has failed
             return _stop_with_another(session, reason)
         session.say(f"stopped; {session.how_to_resume()}")
         run.finish("interrupted")
         return 130
-    except UsageError as error:
-        session.watchdog.tell(error)
+    session.watchdog.tell(error)
+    if isinstance(error, UsageError):
         run.save_after_error()
         run.discard()
-        raise
-    except BaseException as error:
-        if session.accelerator.num_processes > 1 and is_collective(error):
-            ignore_termination()  # the launcher ends all ranks when one has died
-            reason = session.watchdog.failure(wait=3.0) or "it said nothing, so it was killed or its machine is gone"
-            return _stop_with_another(session, f"{reason} ({' '.join(str(error).split()):.200})")
-        session.watchdog.tell(error)
+    else:
         session.note(f"failed: {type(error).__name__}: {error}")
         with contextlib.suppress(VitkitError):  # the first error is the one to report
             run.save_after_error()
             run.finish("failed")
-        raise
-    run.finish()
-    return 0
+    raise error
+
+
+def _collective_error(error: BaseException | None) -> BaseException | None:
+    """The error of a collective that another one came from: the launcher's SIGTERM may arrive while the first is handled."""
+    while error is not None and not is_collective(error):
+        error = error.__context__
+    return error
 
 
 def _stop_with_another(session: Session, reason: str) -> int:

@@ -1,4 +1,4 @@
-"""What a run shows while it trains: a bar on a terminal, plain lines elsewhere."""
+"""The progress of a run: a bar on a terminal, plain lines elsewhere."""
 
 import time
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from rich.progress import Progress as Bar
 from rich.table import Column
 
 PLAIN_SECONDS = 30.0
-"""Seconds between two lines where there is no terminal."""
+"""Seconds between two lines without a terminal."""
 ESTIMATE_SECONDS = 60.0
 """Seconds of training after which a line says how long the run takes."""
 
@@ -25,7 +25,7 @@ class Progress:
         self._estimated = False
         self._bar: Bar | None = None
         if console.is_terminal:
-            # On a narrow terminal the parts are cut off first; what tells how long it takes stays.
+            # A narrow terminal cuts off the losses first and keeps the time left.
             rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")
             self._bar = Bar(
                 TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
@@ -39,13 +39,13 @@ class Progress:
             self._task = self._bar.add_task("training", total=epochs * steps, parts="", rate="")
 
     def start(self) -> None:
-        """Begin to draw."""
+        """Begin to draw the bar."""
         self._printed = self._began = time.monotonic()
         if self._bar is not None:
             self._bar.start()
 
     def stop(self) -> None:
-        """Take the bar away; what was printed above it stays."""
+        """Remove the bar; the lines above it stay."""
         if self._bar is not None:
             self._bar.stop()
 
@@ -60,7 +60,7 @@ class Progress:
 
     def step(self, epoch: int, batch: int, parts: Mapping[str, float], images_per_second: float) -> None:
         """Show the mean losses so far of an epoch, after its `batch`-th batch; both count from 1."""
-        shown = " ".join(f"{name} {value:.4f}" for name, value in parts.items())
+        losses = " ".join(f"{name} {value:.4f}" for name, value in parts.items())
         rate = f"{images_per_second:,.0f} images/s"
         done = (epoch - 1) * self.steps + batch
         if self._first is None:
@@ -68,16 +68,16 @@ class Progress:
         self._estimate(done)
         if self._bar is not None:
             self._bar.update(
-                self._task, completed=done, description=f"epoch {epoch}/{self.epochs}", parts=shown, rate=rate
+                self._task, completed=done, description=f"epoch {epoch}/{self.epochs}", parts=losses, rate=rate
             )
         elif time.monotonic() - self._printed >= PLAIN_SECONDS:
             self._printed = time.monotonic()
             self.line(
-                f"epoch {epoch}/{self.epochs} | batch {batch}/{self.steps} | {shown} | {rate} | {self._left(done)}"
+                f"epoch {epoch}/{self.epochs} | batch {batch}/{self.steps} | {losses} | {rate} | {self._left(done)}"
             )
 
     def line(self, text: str) -> None:
-        """One line above the bar, whole however long it is."""
+        """Print one line above the bar, without wrapping it."""
         (self._bar.console if self._bar is not None else self.console).print(text, markup=False, soft_wrap=True)
 
     def _left(self, done: int) -> str:

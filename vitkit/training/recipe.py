@@ -8,11 +8,15 @@ help, and a text in `Annotated[int, "blocks in the encoder"]` is the help of one
 - A parameter annotated `vitkit.Component`, `projector` for example: `--projector NAME` and `--projector-arg NAME=VALUE`.
 - `PRESETS = {"quick": {}, "full": {"epochs": 50}}`: `--preset`, for the flags that are not given. The defaults in the signature are
   the first preset. `auto` takes the preset named as the dataset if there is one, else the first.
-- `ALIASES = {"emb_dim": "embed_dim", "objective": {"seed": "reference"}}`: earlier names of flags and of their values.
+- `ALIASES = {"emb_dim": "embed_dim", "objective": {"seed": "reference"}}`: earlier names of flags and of their values. With
+  `"margin": "triplet.margin"` the flag `--margin 0.3` is `--triplet-arg margin=0.3`; with `"hierarchical": "encoder.depths=all"`
+  the flag `--hierarchical` is `--encoder-arg depths=all`, and `--no-hierarchical` nothing. With
+  `"temperature": {"fixed": "", "learned": "loss.learned=true"}`, `--temperature learned` is `--loss-arg learned=true`.
 """
 
 import importlib.util
 import inspect
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -81,25 +85,53 @@ class Recipe:
 
     def rewrite(self, arguments: Sequence[str]) -> list[str]:
         """The words of a command line with earlier names of flags and values replaced by those of today."""
-        words, flag = [], ""
+        words: list[str] = []
+        flag = ""  # whose value comes next
         for word in arguments:
-            if word.startswith("--"):
-                negated = word.startswith("--no-") and word[5:].replace("-", "_") in self.aliases
-                prefix = "--no-" if negated else "--"
-                name, equals, value = word[len(prefix) :].partition("=")
-                flag = self._name(name.replace("-", "_"))
-                if flag != name.replace("-", "_"):
-                    name = flag.replace("_", "-")
-                words.append(f"{prefix}{name}{equals}{self._value(flag, value)}")
-            else:
-                words.append(self._value(flag, word))
+            if not word.startswith("--"):
+                words += self._moved(flag, word) if self._has_moved(flag) else [self._value(flag, word)]
                 flag = ""
+                continue
+            negated = word.startswith("--no-") and word[5:].replace("-", "_") in self.aliases
+            prefix = "--no-" if negated else "--"
+            dashed, equals, value = word[len(prefix) :].partition("=")
+            old = dashed.replace("-", "_")
+            if self._has_moved(old):
+                is_switch = isinstance(self.aliases[old], str) and "=" in self.aliases[old]
+                words += self._moved(old, value) if equals or (is_switch and not negated) else []
+                flag = "" if equals or is_switch else old
+                continue
+            flag = self._name(old)
+            words.append(f"{prefix}{dashed if flag == old else _dashed(flag)}{equals}{self._value(flag, value)}")
         return words
 
     def rename(self, recorded: Mapping[str, Any]) -> dict[str, Any]:
         """Recorded values of flags, by the names and values of today."""
-        renamed = {self._name(name): value for name, value in recorded.items()}
-        return {name: self._value(name, value) if isinstance(value, str) else value for name, value in renamed.items()}
+        renamed: dict[str, Any] = {}
+        for old, value in recorded.items():
+            if self._has_moved(old):
+                text = value if isinstance(value, str) else json.dumps(value)
+                moved = [] if value is None or value is False else self._moved(old, text)
+                given: dict[str, Any] = {moved[0][2:].replace("-", "_"): [moved[1]]} if moved else {}
+            else:
+                name = self._name(old)
+                given = {name: self._value(name, value) if isinstance(value, str) else value}
+            for name, new in given.items():
+                earlier = renamed.get(name)
+                renamed[name] = [*earlier, *new] if isinstance(earlier, list) and isinstance(new, list) else new
+        return renamed
+
+    def _has_moved(self, old: str) -> bool:
+        """Whether an earlier flag is an argument of a component today."""
+        alias = self.aliases.get(old)
+        return "." in alias if isinstance(alias, str) else isinstance(alias, Mapping) and old not in self.flags
+
+    def _moved(self, old: str, value: str) -> list[str]:
+        """The words for an earlier flag that is an argument of a component today: `--loss-arg NAME=VALUE`, or none."""
+        alias = self.aliases[old]
+        target = str(alias.get(value, "")) if isinstance(alias, Mapping) else alias
+        component, _, argument = target.partition(".")
+        return [f"--{_dashed(component)}-arg", argument if "=" in argument else f"{argument}={value}"] if component else []
 
     def _name(self, name: str) -> str:
         alias = self.aliases.get(name)
@@ -203,10 +235,13 @@ class Recipe:
     def _check_aliases(self) -> None:
         where = f"ALIASES in {self.path}"
         for name, alias in self.aliases.items():
-            target = name if isinstance(alias, Mapping) else alias
-            if target not in self.flags:
-                raise RecipeError(f"{where}: {target!r} is not a flag{nearest(str(target), self.flags)}")
-            if target == alias and name in self.flags:
+            aliases = [alias] if isinstance(alias, str) else list(alias.values()) if self._has_moved(name) else [name]
+            for target in aliases:
+                component, dot, _ = str(target).partition(".")
+                target = f"{component}_arg" if dot else str(target)
+                if target and target not in self.flags:
+                    raise RecipeError(f"{where}: {target!r} is not a flag{nearest(target, self.flags)}")
+            if isinstance(alias, str) and name in self.flags:
                 raise RecipeError(f"{where}: {name!r} is a flag already; an alias is an earlier name")
 
     def _resolve(self, run: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -229,7 +264,8 @@ class Recipe:
             value = values.get(name)
             if name in self._components:
                 default = preset.get(name, self._components[name])
-                value = default.name if value is None else value
+                # The recipe's own component, by its short name too: another distribution may register that name.
+                value = default.name if value in (None, default.name.rpartition(":")[2]) else value
                 kwargs = default.kwargs if value == default.name else {}
                 resolved[name] = Component(default.kind, value, **{**kwargs, **parse_arguments(values.get(f"{name}_arg") or [])})
             else:
@@ -246,7 +282,7 @@ def _check_path(path: Path) -> None:
     if not path.is_file():
         raise RecipeError(f"no recipe at {path}{_beside(path.parent)}")
     if path.suffix != ".py":
-        raise RecipeError(f"{path} is no Python file; a recipe is a .py file with a main(run, ...)")
+        raise RecipeError(f"{path} is not a Python file; a recipe is a .py file with a main(run, ...)")
 
 
 def _beside(folder: Path) -> str:

@@ -1,12 +1,14 @@
-"""MixUp and CutMix of whole batches on the device: pairs, shares and boxes drawn for each image.
+"""MixUp and CutMix of batches on the device, with the pair, the share and the box drawn for each image.
+
+torchvision's draw one share or box for a whole batch and pair neighbours.
 
 A mixing is called with images `(b c h w)`, or `(b v c h w)` for several views, labels int64 `(b,)` and a generator on their
 device, and returns images of the same shape, the index of each image's partner int64 `(b,)`, and weights float32 `(b,)`:
 the label of image i counts weights[i], its partner's 1 − weights[i]. All views of an image are mixed alike.
 
-Pairs are drawn: each image has another for its partner, and is the partner of another; an image that is alone is left as it
-is. Images whose label is hidden (−1) are mixed among themselves, so that a pair has two labels or none; with `same_class`,
-which pairs images of one label alone, they are not mixed at all.
+Pairs are drawn: each image has another one as its partner, and is the partner of another one; an image without a possible partner is
+unchanged. Unlabelled images (−1) are mixed among themselves, so that a pair has two labels or none. With `same_class` only images of one
+label are paired, and unlabelled images are not mixed.
 """
 
 from abc import ABC, abstractmethod
@@ -18,6 +20,7 @@ from torch import Generator, Tensor
 
 from vitkit.contracts import UNLABELLED
 from vitkit.errors import UsageError
+from vitkit.validation import in_range, one_of, positive
 
 
 class Mixing(ABC):
@@ -47,14 +50,14 @@ class Mixing(ABC):
 class MixUp(Mixing):
     """λ·x_i + (1 − λ)·x_j with λ ~ Beta(α, α) for each image (Zhang et al., arXiv 1710.09412).
 
-    Raises `UsageError` for an α that is not positive. torchvision's draws one λ a batch and pairs neighbours.
+    Raises `UsageError` for an α that is not positive.
     """
 
     alpha: float = 1.0
     same_class: bool = False
 
     def __post_init__(self) -> None:
-        _positive("alpha", self.alpha)
+        positive(alpha=self.alpha)
 
     def maps(self, images: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         share = _beta(images, generator, self.alpha)
@@ -65,16 +68,16 @@ class MixUp(Mixing):
 class CutMix(Mixing):
     """A box of the partner's pixels in each image (Yun et al., arXiv 1905.04899).
 
-    Its sides are √(1 − λ) of the image's, rounded down to even numbers of pixels, λ ~ Beta(α, α), and its middle is any
-    pixel; what lies beyond the edge is cut off, and the weight is the share of pixels that are the image's own. Raises
-    `UsageError` for an α that is not positive. torchvision's draws one box a batch and pairs neighbours.
+    The sides of the box are √(1 − λ) of the image's, rounded down to even numbers of pixels, with λ ~ Beta(α, α). Its centre is drawn
+    from all pixels, and the part beyond the edge is cut off. The weight is the share of pixels that remain. Raises `UsageError` for an
+    α that is not positive.
     """
 
     alpha: float = 1.0
     same_class: bool = False
 
     def __post_init__(self) -> None:
-        _positive("alpha", self.alpha)
+        positive(alpha=self.alpha)
 
     def maps(self, images: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         return _boxed(images, _beta(images, generator, self.alpha), generator)
@@ -82,11 +85,11 @@ class CutMix(Mixing):
 
 @dataclass(frozen=True)
 class Mix(Mixing):
-    """A share `p` of the images is mixed: of these `cutmix_share` by CutMix(`cutmix`), the others by MixUp(`mixup`).
+    """Mix a share `p` of the images: `cutmix_share` of them by CutMix(`cutmix`), the others by MixUp(`mixup`).
 
-    `per` says whether the choice falls for each image or for whole batches; λ and boxes are each image's own in either
-    case. Raises `UsageError` for an α that is not positive, shares outside [0, 1] and another `per`. The defaults are
-    timm's, which chooses for batches.
+    The choice is made for each image or, with `per="batch"`, for the batch; λ and boxes are drawn for each image in both cases. The
+    defaults are timm's, except that timm chooses for batches. Raises `UsageError` for an α that is not positive, shares outside [0, 1]
+    and another `per`.
     """
 
     mixup: float = 0.8
@@ -97,13 +100,9 @@ class Mix(Mixing):
     same_class: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("mixup", "cutmix"):
-            _positive(name, getattr(self, name))
-        for name in ("cutmix_share", "p"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UsageError(f"{name} is {getattr(self, name)}; expected a share in [0, 1]")
-        if self.per not in ("image", "batch"):
-            raise UsageError(f"per is {self.per!r}; expected 'image' or 'batch'")
+        positive(mixup=self.mixup, cutmix=self.cutmix)
+        in_range(0, 1, cutmix_share=self.cutmix_share, p=self.p)
+        one_of(("image", "batch"), per=self.per)
 
     def maps(self, images: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         blended, share = MixUp(self.mixup).maps(images, generator)
@@ -117,18 +116,18 @@ class Mix(Mixing):
 
 
 def _pairs(labels: Tensor, generator: Generator, *, same_class: bool) -> Tensor:
-    """The partner `(b,)` of each image: the next one in a ring of all that may be paired with it, drawn anew."""
+    """The partner `(b,)` of each image: the next one in a randomly ordered ring of the images that may be paired with it."""
     count = len(labels)
     places = torch.arange(count, device=labels.device)
     order = torch.randperm(count, device=labels.device, generator=generator)
-    # With same_class each image whose class is not known makes a ring of its own.
+    # With same_class each unlabelled image is a ring of one.
     rings = torch.where(labels == UNLABELLED, -1 - places, labels) if same_class else labels == UNLABELLED
     order = order[rings[order].argsort(stable=True)]
     ring = rings[order]
     first = torch.ones_like(ring, dtype=torch.bool)
     first[1:] = ring[1:] != ring[:-1]
     start = torch.where(first, places, 0).cummax(0).values
-    last = first.roll(-1)  # before each ring's first stands the last of another; the very first follows the very last
+    last = first.roll(-1)  # the last of a ring stands before the first of the next ring
     partners = torch.empty_like(order)
     partners[order] = order[torch.where(last, start, places + 1)]
     return partners
@@ -137,31 +136,26 @@ def _pairs(labels: Tensor, generator: Generator, *, same_class: bool) -> Tensor:
 def _beta(images: Tensor, generator: Generator, alpha: float) -> Tensor:
     """`(b,)` numbers from Beta(α, α): G/(G + H) with G and H from Gamma(α)."""
     device = images.device
-    if device.type == "mps":  # it has no fp64: drawn on the CPU, from a seed that is drawn there
+    if device.type == "mps":  # it has no fp64: draw on the CPU, from a seed that is drawn on the device
         seed = torch.randint(2**31, (), device=device, generator=generator)
         device, generator = torch.device("cpu"), torch.Generator().manual_seed(int(seed))
     shape = torch.full((2, len(images)), alpha, device=device, dtype=torch.float64)
     one, other = torch._standard_gamma(shape, generator=generator)
-    # For a tiny α both may be too small for a float: the image then stays as it is.
+    # For a tiny α both may be too small for a float: the image is then unchanged.
     return torch.where(one + other > 0, one / (one + other), 1.0).float().to(images.device)
 
 
 def _boxed(images: Tensor, share: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Maps `(b h w)` that are 0 within a box that leaves about a `share` of the image, else 1, and their means."""
+    """Maps `(b h w)` that are 0 within a box, which leaves about a `share` of the image, and 1 elsewhere; and their means."""
     within = []
     for length in images.shape[-2:]:
-        middle = torch.randint(length, (len(images), 1), device=images.device, generator=generator)
-        reach = (0.5 * (1 - share).sqrt() * length).long()[:, None]
+        centre = torch.randint(length, (len(images), 1), device=images.device, generator=generator)
+        half = (0.5 * (1 - share).sqrt() * length).long()[:, None]
         pixels = torch.arange(length, device=images.device)
-        within.append((pixels >= middle - reach) & (pixels < middle + reach))  # (b length)
+        within.append((pixels >= centre - half) & (pixels < centre + half))  # (b length)
     inside = within[0][:, :, None] & within[1][:, None]
     maps = (~inside).float()
     return maps, maps.mean(dim=(1, 2))
-
-
-def _positive(name: str, alpha: float) -> None:
-    if not alpha > 0:
-        raise UsageError(f"{name} is {alpha}; expected a positive number, the α of Beta(α, α)")
 
 
 __all__ = ["CutMix", "Mix", "MixUp", "Mixing"]

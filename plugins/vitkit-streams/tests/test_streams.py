@@ -180,7 +180,7 @@ def test_pictures_that_cannot_be_decoded_are_left_out_and_named(damaged):
     assert "pixels" in skipped[1]
     assert "cannot identify image file" in skipped[2]
     assert "b'no picture'" not in skipped[2]
-    with pytest.raises(DatasetError, match="train-000099.tar: .* asked for by its number and cannot be left out"):
+    with pytest.raises(DatasetError, match="train-000099.tar: .* requested by its number and cannot be left out"):
         data.train.images.index_select(0, torch.arange(80, 84))
 
 
@@ -326,7 +326,7 @@ def test_paths_in_rows_that_lead_out_of_the_data_set_are_named_and_not_opened(pi
 
 
 FLAGS = ("--eval-every", "2", "--device", "cpu", "--precision", "fp32", "--batch-size", "64", "--img-size", "16",
-         "--patch-size", "4", "--emb-dim", "16", "--depth", "1", "--num-heads", "2", "--eval-size", "100")  # fmt: skip
+         "--patch-size", "4", "--emb-dim", "16", "--depth", "1", "--num-heads", "2", "--eval-size", "150")  # fmt: skip
 
 
 @pytest.mark.slow
@@ -358,7 +358,7 @@ def test_a_recipe_trains_on_shards_and_goes_on_bit_for_bit(digits, train, tmp_pa
 @pytest.mark.slow
 def test_the_vae_trains_and_is_evaluated_on_shards(digits, train, tmp_path):
     summary = train("vae_mnist.py", tmp_path / "run", "--dataset", "webdataset", *digits, *FLAGS, "--epochs", "1")
-    assert summary["dataset"]["train"] == 240
+    assert summary["dataset"]["train"] == 216  # less a tenth for validation
     assert summary["protocols"]["knn_top1"]["samples"] == 60
     assert summary["final"]["knn_top1"] > 0.2  # chance is 0.1
 

@@ -43,9 +43,9 @@ def test_importing_it_imports_no_torch():
 
 
 def test_an_empty_store_is_called_so(store):
-    said = run("list")
-    assert f"dataset store {store}: empty" in said
-    (besides,) = (line for line in said.splitlines() if line.startswith("registered besides: "))
+    printed = run("list")
+    assert f"dataset store {store}: empty" in printed
+    (besides,) = (line for line in printed.splitlines() if line.startswith("registered besides: "))
     named = besides.removeprefix("registered besides: ").split(", ")
     assert named == sorted(named)
     assert {"cifar10", "cifar100", "digits", "fashion_mnist", "image_folder", "mnist"} <= set(named)
@@ -53,9 +53,9 @@ def test_an_empty_store_is_called_so(store):
 
 def test_import_then_list_then_import_again(folder, store):
     (folder / "cat" / "bad[1].png").write_bytes(b"no")
-    said = run("import", folder, "--name", "pets", "--img-size", "8", "--test-fraction", "0.4")
-    assert "pets: 6 + 4 images in 2 classes at" in said
-    assert f"left out: {folder / 'cat' / 'bad[1].png'}: UnidentifiedImageError" in said
+    printed = run("import", folder, "--name", "pets", "--img-size", "8", "--test-fraction", "0.4")
+    assert "pets: 6 + 4 images in 2 classes at" in printed
+    assert f"left out: {folder / 'cat' / 'bad[1].png'}: UnidentifiedImageError" in printed
     row = next(line for line in run("list").splitlines() if "pets" in line and "│" in line)
     assert [cell.strip() for cell in row.strip("│").split("│")] == ["pets", "6", "4", "3×8×8", "2", "0.0"]
     with pytest.raises(UsageError, match=r"--name pets: .*pets\.safetensors exists already; .* or give --overwrite"):
@@ -84,9 +84,9 @@ def test_a_name_that_leads_out_of_the_store_is_refused(folder):
 def test_a_broken_file_is_listed_with_the_way_out(store):
     store.mkdir()
     store_path("pets").write_bytes(b"[nonsense]")
-    said = run("list")
-    assert f"broken: {store_path('pets')} is cut short or no store file" in said
-    assert "delete it and make it again" in said
+    printed = run("list")
+    assert f"broken: {store_path('pets')} is cut short or no store file" in printed
+    assert "delete it and make it again" in printed
 
 
 def test_get_says_what_there_is():

@@ -65,8 +65,8 @@ def test_help_list_and_version_import_no_torch():
                 pass
         print([name for name in ("torch", "numpy", "matplotlib", "accelerate") if name in sys.modules])
     """)
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert shown.strip().endswith("[]")
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert answer.strip().endswith("[]")
 
 
 def test_list_and_show(vitkit):
@@ -75,9 +75,9 @@ def test_list_and_show(vitkit):
     assert "linear" in listed.stdout
     assert "backbones" not in listed.stdout
     assert "vitkit 0" in vitkit("--version").stdout
-    shown = vitkit("show", "backbone", "vit")
-    assert "patch_size: int = 4" in shown.stdout
-    assert "vit.py" in shown.stdout
+    answer = vitkit("show", "backbone", "vit")
+    assert "patch_size: int = 4" in answer.stdout
+    assert "vit.py" in answer.stdout
     wrong = vitkit("list", "hed")
     assert wrong.returncode == 2
     assert "no kind named 'hed'; did you mean 'head'?" in wrong.stderr
@@ -106,24 +106,24 @@ def test_a_recipe_runs_and_leaves_a_run_behind(vitkit, tmp_path):
 
 
 def test_help_shows_the_recipes_flags_and_the_runs(vitkit):
-    shown = vitkit("run", "line.py", "--help").stdout
+    answer = vitkit("run", "line.py", "--help").stdout
     for text in ("A line through points.", "--epochs", "passes", "--multimodal", "--no-multimodal", "<a|b>", "--grad-accum"):
-        assert text in shown
+        assert text in answer
 
 
 def test_dry_run_shows_values_and_the_models_cost_and_trains_nothing(vitkit, tmp_path):
-    shown = vitkit("run", "line.py", "--dry-run", "--lr", "0.5", "--out", "nowhere")
-    assert shown.returncode == 0, shown.stderr
+    answer = vitkit("run", "line.py", "--dry-run", "--lr", "0.5", "--out", "nowhere")
+    assert answer.returncode == 0, answer.stderr
     for text in ("lr", "0.5", "parameters", "4 (4 trained)", "FLOPs"):
-        assert text in shown.stderr
+        assert text in answer.stderr
     assert not (tmp_path / "nowhere").exists()
 
 
 def test_dry_run_on_devices_shows_what_a_run_on_so_many_needs(vitkit):
-    shown = vitkit("run", "line.py", "--dry-run", "--devices", "8")
-    assert shown.returncode == 0, shown.stderr
+    answer = vitkit("run", "line.py", "--dry-run", "--devices", "8")
+    assert answer.returncode == 0, answer.stderr
     for text in ("on 8 devices", "a parameter", "fully sharded", "device-hours", "989 TFLOP/s"):
-        assert text in shown.stderr
+        assert text in answer.stderr
 
 
 @pytest.mark.parametrize(
@@ -223,8 +223,8 @@ def test_help_looks_through_what_is_installed_once(vitkit, install, monkeypatch)
         install(f"greeter{number}", "1.0", {"commands": {f"greet{number}": "greeter:greet"}})
     looks = []
     monkeypatch.setattr("vitkit.registry.distributions", lambda: looks.append(1) or distributions())
-    shown = vitkit("--help").stdout
-    assert all(f"greet{number}" in shown for number in range(3))
+    answer = vitkit("--help").stdout
+    assert all(f"greet{number}" in answer for number in range(3))
     assert len(looks) == 1
 
 

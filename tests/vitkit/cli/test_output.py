@@ -107,8 +107,8 @@ def test_text_is_no_markup(capfd):
 
 def test_similar_characters_replace_those_that_cannot_be_encoded():
     code = "from vitkit.cli.console import prepare_streams; prepare_streams(); print('a → b × 3 … ≥ ┏━┓ 猫 \\udce9')"
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}, check=True)
-    assert shown.stdout.decode().split() == ["a", "->", "b", "x", "3", "...", ">=", "+-+", "?", "\\udce9"]
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}, check=True)
+    assert printed.stdout.decode().split() == ["a", "->", "b", "x", "3", "...", ">=", "+-+", "?", "\\udce9"]
 
 
 def test_streams_that_do_not_exist_are_no_error(monkeypatch):

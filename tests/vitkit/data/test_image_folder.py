@@ -498,5 +498,6 @@ def test_classes_of_folders_and_of_a_store_in_numeric_order_are_the_same(folder)
     fill(folder, **dict.fromkeys(names, 2))
     import_folder(folder, "folders", img_size=8)
     images = torch.zeros(12, 3, 8, 8, dtype=torch.uint8)
-    tensors = {f"{split}.{part}": value for split in ("train", "test") for part, value in (("images", images), ("labels", torch.arange(12)))}
+    parts = {"images": images, "labels": torch.arange(12)}
+    tensors = {f"{split}.{part}": value for split in ("train", "test") for part, value in parts.items()}
     assert read_store(write_store("numeric", tensors, names)).classes == read_store(store_path("folders")).classes

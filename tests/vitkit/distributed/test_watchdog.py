@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -84,3 +86,48 @@ def test_a_rank_that_falls_silent_is_given_up_though_no_collective_returns(tmp_p
     assert ranks[0].returncode == 1
     assert "nothing was heard of rank 1 for 2 s, so this one stops" in err
     assert out == ""
+
+
+ORPHAN = """
+import os, subprocess, sys, time
+if sys.argv[1] == "launcher":
+    for rank in range(2):
+        environment = os.environ | {"TORCHELASTIC_RUN_ID": "none"}
+        subprocess.Popen([sys.executable, __file__, str(rank), sys.argv[2]], env=environment)
+    time.sleep(600)
+import signal, threading
+import torch
+from vitkit.distributed import watchdog
+rank, stopped = int(sys.argv[1]), threading.Event()
+watchdog.BEAT_SECONDS, watchdog.GRACE_SECONDS = 0.1, 0.5
+signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[2]}/meet", rank=rank, world_size=2)
+seen = watchdog.RankWatchdog(print)
+torch.distributed.barrier()
+open(f"{sys.argv[2]}/{rank}.ready", "w").close()
+while not stopped.is_set():
+    time.sleep(0.05)
+    seen.moved()  # it gets on well without its launcher
+open(f"{sys.argv[2]}/{rank}.saved", "w").close()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="no parent process that can be lost")
+def test_ranks_whose_launcher_was_killed_save_and_stop(tmp_path: Path) -> None:
+    script = tmp_path / "orphan.py"
+    script.write_text(ORPHAN)
+    launcher = subprocess.Popen([sys.executable, str(script), "launcher", str(tmp_path)], env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+    def wait_for(suffix: str) -> bool:
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline and len(list(tmp_path.glob(f"*.{suffix}"))) < 2:
+            time.sleep(0.1)
+        return len(list(tmp_path.glob(f"*.{suffix}"))) == 2
+
+    try:
+        assert wait_for("ready")
+    finally:
+        launcher.kill()
+        launcher.wait()
+    assert wait_for("saved")

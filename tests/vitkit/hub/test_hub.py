@@ -39,6 +39,7 @@ def test_a_run_goes_up_in_one_commit_and_comes_back_as_it_was(hub_server, model_
     assert left == []
     mine = files_under(model_run)
     back = files_under(where)
+    assert json.loads(back.pop("origin.json")) == {"repository": "me/tiny"}
     assert sorted(back) == PUBLISHED
     assert all(mine[name] == data for name, data in back.items() if name != "README.md")
 

@@ -1,17 +1,19 @@
 """Features of many images into a file: rows and names, what is left out, and going on after a stop."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from lazy_images import Lazy
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import vitkit
-from vitkit import backbones, data
+from vitkit import backbones, data, datasets
 from vitkit.errors import DatasetError, RunError, UsageError
 from vitkit.models import embed as embedding
 from vitkit.models.embed import embed
@@ -286,3 +288,14 @@ def test_from_python_what_images_may_be(model, pictures):
             model.embed(wrong)
     with pytest.raises(UsageError, match="batch_size is 0; expected at least 1"):
         model.embed(files, batch_size=0)
+
+
+def test_a_split_of_lazy_images_is_embedded_and_unreadable_ones_are_named(model, tmp_path):
+    digits = datasets.build("digits")
+    some = digits.test.subset(torch.arange(10))
+    lazy = replace(digits, test=replace(some, images=Lazy(some.images, broken=[3])))
+    done = embed(model, DatasetSplit(lazy, "test"), tmp_path / "lazy.safetensors", batch_size=4)
+    assert (done.count, done.skipped) == (9, ["digits/test/3: it cannot be read"])
+    embed(model, DatasetSplit(replace(digits, test=some), "test"), tmp_path / "plain.safetensors", batch_size=4)
+    features, expected = (read(tmp_path / f"{name}.safetensors")[0]["features"] for name in ("lazy", "plain"))
+    torch.testing.assert_close(features, expected[[0, 1, 2, 4, 5, 6, 7, 8, 9]])

@@ -85,7 +85,7 @@ def test_a_model_that_cannot_predict_says_what_it_can(saved):
         model.predict(IMAGES)
     with pytest.raises(UsageError, match="only a model with a module named 'text' takes labels of your own"):
         model.predict(IMAGES, labels=["a"])
-    with pytest.raises(UsageError, match="top is 0; expected at least 1 label"):
+    with pytest.raises(UsageError, match="top is 0; expected at least 1"):
         saved(classifier=heads.build("linear", in_dim=8, out_dim=3)).predict(IMAGES, top=0)
     with pytest.raises(UsageError, match=r"the classifier gives \(5, 4\), but the model was saved with 3 classes"):
         saved(classifier=heads.build("linear", in_dim=8, out_dim=4)).predict(IMAGES)

@@ -491,12 +491,12 @@ def test_the_command_prints_a_table_and_exits_with_one_on_failure(words, code, t
     monkeypatch.setattr(sys, "argv", ["vitkit", "check", *words])
     with pytest.raises(SystemExit) as leaving:
         main()
-    said = capsys.readouterr()
+    printed = capsys.readouterr()
     assert leaving.value.code == code
-    assert text in said.out + said.err
+    assert text in printed.out + printed.err
 
 
 def test_the_pytest_plugin_imports_no_torch() -> None:
     code = "import sys, vitkit.pytest_plugin; print('torch' in sys.modules, 'vitkit.testing' in sys.modules)"
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert shown.strip() == "False False"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "False False"

@@ -2,6 +2,8 @@
 
 import hashlib
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -233,3 +235,31 @@ def test_a_full_disk_ends_a_run_with_one_message(tmp_path):
             full.write("x" * 10_000)
             full.flush()
     assert list(tmp_path.iterdir()) == []
+
+
+MEMORY = """
+import resource, sys, torch
+from vitkit.training.checkpoint import load_state, save_state
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # MiB
+
+states = {str(number): torch.ones(2**22) for number in range(4)}  # 64 MiB
+optimizer = {"state": {0: torch.ones(2**23)}}  # 32 MiB
+before = peak()
+save_state(sys.argv[1], model_state=states, optimizer=optimizer, ema_state=None, scheduler=None, progress={})
+saved = peak()
+del states, optimizer
+load_state(sys.argv[1])
+print(saved - before, peak() - saved)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="resource is a module of Unix")
+def test_a_checkpoint_is_never_in_memory_twice(tmp_path):
+    """Saving takes far less than another copy of 96 MiB; reading takes one copy and the mapped file, page by page."""
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path / "s")], capture_output=True, text=True, check=True)
+    saving, reading = map(int, done.stdout.split())
+    assert saving < 48
+    assert reading < 144

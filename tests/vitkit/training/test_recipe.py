@@ -68,7 +68,7 @@ def test_a_missing_recipe_names_what_is_there(tmp_path):
     with pytest.raises(RecipeError, match="is a directory"):
         Recipe(tmp_path)
     (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(RecipeError, match="is no Python file"):
+    with pytest.raises(RecipeError, match="is not a Python file"):
         Recipe(tmp_path / "notes.txt")
 
 

@@ -19,7 +19,8 @@ from vitkit.contracts import Dataset
 
 DATASET = "mnist"
 PRESETS = {"quick": {}, "full": {"epochs": 4, "head": Component("head", "linear")}, "digits": {"epochs": 2}}
-ALIASES = {"emb_dim": "embed_dim", "objective": {"seed": "reference"}, "flip": "mirror"}
+ALIASES = {"emb_dim": "embed_dim", "objective": {"seed": "reference"}, "flip": "mirror",
+           "hidden": "head.hidden", "small": "head.hidden=2", "norm": {"no": "", "batch": "head.norm=batch"}}
 
 class Model(torch.nn.Module):
     def __init__(self, head):
@@ -77,6 +78,11 @@ def run(shell, tmp_path):
         ("--head mlp", {}),
         ("--emb-dim 3 --objective seed --flip --debug --context x", {2: 3, 3: "reference", 6: True, 7: True, 8: "x"}),
         ("--emb-dim=3 --objective=seed --no-flip", {2: 3, 3: "reference"}),
+        ("--hidden 4", {5: {"hidden": 4}}),
+        ("--hidden=4", {5: {"hidden": 4}}),
+        ("--small", {5: {"hidden": 2}}),
+        ("--no-small --norm no", {}),
+        ("--norm=batch --flip", {5: {"hidden": 16, "norm": "batch"}, 6: True}),
     ],
 )
 def test_values_are_resolved_before_main_is_called(run, flags, changed):
@@ -110,6 +116,18 @@ def test_a_run_of_earlier_flags_is_resumed_and_another_value_refused(run, shell,
     got, summary = run("--resume", "--preset", "digits", "--emb-dim", "3", "--objective", "seed")
     assert got == ["digits", 1, 3, "reference", *DEFAULTS[4:]]
     assert summary["status"] == "finished"
+
+
+def test_a_run_with_earlier_flags_that_are_component_arguments_today_is_resumed(run, tmp_path):
+    got, summary = run("--dataset", "digits", "--epochs", "1", "--hidden", "4", "--norm", "batch")
+    assert got[5] == {"hidden": 4, "norm": "batch"}
+    for values in (summary["arguments"], summary["requested"]):  # as before the flags were moved
+        values.pop("head_arg")
+        values |= {"hidden": 4, "norm": "batch", "small": False}
+    (tmp_path / "run" / "summary.json").write_text(json.dumps({**summary, "status": "interrupted"}))
+    got, summary = run("--resume")
+    assert got[5] == {"hidden": 4, "norm": "batch"}
+    assert summary["arguments"]["head_arg"] == ["hidden=4", "norm=batch"]
 
 
 def test_a_run_with_presets_and_components_is_reproduced(run, shell):
@@ -152,6 +170,9 @@ def test_help_lists_presets_and_components_and_no_alias(run, shell):
         ("PRESETS = {'x': {'a': 3}}\ndef main(run, a: int): pass", "'x' sets 'a', which has no default; give it one in main"),
         ("PRESETS = {'x': {'a': 'y'}}\ndef main(run, a: int = 1): pass", "'x' sets a to 'y'; expected int"),
         ("ALIASES = {'b': 'aa'}\ndef main(run, a: int = 1): pass", "ALIASES in .*: 'aa' is not a flag"),
+        ("ALIASES = {'b': 'c.d'}\ndef main(run, a: int = 1): pass", "ALIASES in .*: 'c_arg' is not a flag"),
+        ("ALIASES = {'b': {'x': 'c.d=1'}}\ndef main(run, a: int = 1): pass", "ALIASES in .*: 'c_arg' is not a flag"),
+        ("ALIASES = {'b': {'x': 'y'}}\ndef main(run, a: int = 1): pass", "ALIASES in .*: 'y' is not a flag"),
         ("ALIASES = {'b': 'a'}\ndef main(run, a: int = 1, b: int = 1): pass", "'b' is a flag already; an alias is an earlier name"),
     ],
 )

@@ -5,6 +5,7 @@ import signal
 
 import pytest
 import torch
+from comparing import Comparing
 from rich.console import Console
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -184,6 +185,23 @@ def test_a_batch_of_one_with_batch_norm_is_told_to_drop_it(session):
     batches = [*points(2), {name: value[:1] for name, value in points(1)[0].items()}]
     with pytest.raises(UsageError, match="batch 3 of 3 has one sample, and a batch norm needs two: give drop_last=True to the batches"):
         list(fit(session, model, batches))
+
+
+class Compared(Comparing):
+    def uninformed(self, batch_size):
+        return {"variance": float(batch_size)}
+
+
+@pytest.mark.parametrize(("make", "compared"), [(Compared, 24), (lambda: Chance(1.0), 8)])
+def test_uninformed_values_are_for_the_samples_that_a_step_compares(session, make, compared):
+    """With three accumulated batches of eight: all of them for a model that compares their samples, else those of a batch."""
+    session.grad_accum = 3
+    model = make()
+    list(fit(session, model, points(6), epochs=1))
+    if isinstance(model, Chance):
+        assert model.asked == [compared]
+    else:
+        assert session.history.references == {"uninformed": {"variance": compared}}
 
 
 class Chance(Line):

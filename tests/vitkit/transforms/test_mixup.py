@@ -225,12 +225,12 @@ def test_batches_keep_hidden_labels_apart():
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: MixUp(0.0), "alpha is 0.0; expected a positive number"),
-        (lambda: CutMix(-1.0), "alpha is -1.0; expected a positive number"),
-        (lambda: Mix(cutmix=0.0), "cutmix is 0.0; expected a positive number"),
-        (lambda: Mix(p=1.5), "p is 1.5; expected a share in [0, 1]"),
-        (lambda: Mix(cutmix_share=-0.1), "cutmix_share is -0.1; expected a share in [0, 1]"),
-        (lambda: Mix(per="epoch"), "per is 'epoch'; expected 'image' or 'batch'"),
+        (lambda: MixUp(0.0), "alpha is 0.0; expected a finite positive number"),
+        (lambda: CutMix(-1.0), "alpha is -1.0; expected a finite positive number"),
+        (lambda: Mix(cutmix=0.0), "cutmix is 0.0; expected a finite positive number"),
+        (lambda: Mix(p=1.5), "p is 1.5; expected a number in [0, 1]"),
+        (lambda: Mix(cutmix_share=-0.1), "cutmix_share is -0.1; expected a number in [0, 1]"),
+        (lambda: Mix(per="epoch"), "per is 'epoch'; expected 'image', 'batch'"),
         (lambda: MixUp()(images(4), torch.arange(3), generator()), "images are (4, 3, 16, 20) and labels (3,); expected"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Pictures that threads read and decode while the model computes: `vitkit.contracts.LazyImages`."""
+"""Images that threads read and decode while the model computes: `vitkit.contracts.LazyImages`."""
 
 import os
 from collections import deque
@@ -14,38 +14,38 @@ from vitkit.data import ImageReadError, read_square
 from vitkit.errors import DatasetError, printable
 
 AHEAD = 3
-"""Batches that are being read while one is computed with; they are all the decoded pictures there ever are."""
+"""Batches that are read ahead; no other decoded images are in memory."""
 
 
 class Samples(Protocol):
-    """Encoded pictures by their number from 0."""
+    """Encoded images by their number from 0."""
 
     def __len__(self) -> int: ...
 
     def read(self, number: int) -> bytes:
-        """The picture's file; `DatasetError` where what it lies in cannot be read."""
+        """The image file; `ImageReadError` where it is left out, `DatasetError` where the shard or table that holds it is not readable."""
         ...
 
     def name(self, number: int) -> str:
-        """What a person finds it by."""
+        """The place of the image, for a person."""
         ...
 
     @property
     def locality(self) -> int:
-        """How many places of `order` apart samples may lie that are read at the same time."""
+        """Samples at most this many positions apart in `order` are cheap to read together."""
         ...
 
     def order(self, numbers: Tensor, generator: torch.Generator, size: int) -> Tensor:
-        """A permutation of the places of `numbers` `(m,)`, for batches of `size`."""
+        """A permutation of 0 … m − 1 for `numbers` `(m,)`, for batches of `size`."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class StreamedImages:
-    """The pictures `rows` int64 `(n,)` of `samples`, decoded to uint8 `(channels img_size img_size)` by `workers` threads.
+    """The images `rows` int64 `(n,)` of `samples`, decoded to uint8 `(channels img_size img_size)` by `workers` threads.
 
-    A picture that cannot be decoded is left out and named in `skipped`, once, however often it is met. What holds many
-    pictures, a shard say, is another matter: where that cannot be read, `DatasetError` is raised.
+    An image that cannot be decoded is left out and named in `skipped`, once. A shard or a table that cannot be read raises
+    `DatasetError`.
     """
 
     samples: Samples
@@ -53,7 +53,7 @@ class StreamedImages:
     img_size: int
     channels: int = 3
     workers: int = 4
-    _problems: dict[int, str] = field(default_factory=dict, repr=False)  # by the picture's number; shared with subsets
+    _problems: dict[int, str] = field(default_factory=dict, repr=False)  # by the number of the image; shared with subsets
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -79,7 +79,7 @@ class StreamedImages:
         return len(self.rows)
 
     def read(self, shares: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each index tensor the pictures `(k c h w)` that can be decoded and their rows `(k,)`, up to `AHEAD` ahead."""
+        """For each index tensor the images `(k c h w)` that can be decoded and their rows `(k,)`, up to `AHEAD` ahead."""
         waiting: deque[tuple[Tensor, list[Future[Tensor | None]]]] = deque()
         with ThreadPoolExecutor(self.workers, thread_name_prefix="vitkit-streams") as pool:
             try:
@@ -93,18 +93,18 @@ class StreamedImages:
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def index_select(self, dim: int, index: Tensor) -> Tensor:
-        """The pictures `(m c h w)` of the rows `index`; `DatasetError` for one that cannot be decoded."""
+        """The images `(m c h w)` of the rows `index`; `DatasetError` for one that cannot be decoded."""
         ((images, rows),) = self.read([index])
         if len(rows) < len(index):
-            raise DatasetError(f"{self.skipped[0]}; this is asked for by its number and cannot be left out: remove it")
+            raise DatasetError(f"{self.skipped[0]}; it is requested by its number and cannot be left out: remove it from the data")
         return images
 
     def subset(self, rows: Tensor) -> "StreamedImages":
-        """The same pictures, fewer or repeated."""
+        """The same images, fewer or repeated."""
         return replace(self, rows=self.rows[rows])
 
     def order(self, generator: torch.Generator, size: int) -> Tensor:
-        """A permutation of all rows, drawn by `generator`, that suits what the pictures lie in."""
+        """A permutation of all rows, drawn by `generator`, in which neighbours are cheap to read together."""
         return self.samples.order(self.rows, generator, size)
 
     def _decode(self, row: int) -> Tensor | None:
@@ -116,9 +116,9 @@ class StreamedImages:
             return None
 
     def _collect(self, share: Tensor, futures: list[Future[Tensor | None]]) -> tuple[Tensor, Tensor]:
-        found = [future.result() for future in futures]
-        images = [image for image in found if image is not None]
-        kept = share[torch.tensor([image is not None for image in found], dtype=torch.bool)]
+        decoded = [future.result() for future in futures]
+        images = [image for image in decoded if image is not None]
+        kept = share[torch.tensor([image is not None for image in decoded], dtype=torch.bool)]
         return torch.stack(images) if images else torch.empty((0, *self.shape[1:]), dtype=torch.uint8), kept
 
 
@@ -128,6 +128,6 @@ def decode(body: bytes, size: int, channels: int) -> Tensor:
 
 
 def default_workers() -> int:
-    """A thread for each core that this process may use, less the one that the model needs, and at least two."""
+    """One thread for each core that this process may use, minus one for the model, and at least two."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(max(cores - 1, 2), 16)

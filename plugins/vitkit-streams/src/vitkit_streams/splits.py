@@ -23,6 +23,8 @@ from vitkit_streams.images import Samples, StreamedImages, default_workers
 MOMENTS_IMAGES = 1000
 """Training images that mean and standard deviation are computed from."""
 CHANNELS = (1, 3)
+LONGEST_NUMBER = 12
+"""Digits of a number that is a label; a longer text of digits is a name."""
 
 
 def check_options(img_size: int, channels: int, workers: int | None, test_size: int, val_size: int | None) -> None:
@@ -36,8 +38,8 @@ def check_options(img_size: int, channels: int, workers: int | None, test_size: 
 def class_names(texts: Sequence[str], given: str | Sequence[str] | None) -> list[str]:
     """The classes of a stream whose labels have these texts.
 
-    `given` is a list of names or a text file with one a line. Without it numbers are classes 0 to the highest, and other
-    texts are the names themselves, in alphabetical order.
+    `given` is a list of names, or a text file with one name in each line. Without it numbers are the classes from 0 to the highest, and
+    other texts are names, in the order of `class_order`.
     """
     if given is not None:
         if isinstance(given, str):
@@ -49,7 +51,7 @@ def class_names(texts: Sequence[str], given: str | Sequence[str] | None) -> list
         if len(set(names)) < len(names) or len(names) < 2:
             raise UsageError(f"classes are {', '.join(names[:20])!r}; expected at least two different names")
         return names
-    if all(text.isdecimal() for text in texts):
+    if all(map(_is_number, texts)):
         highest = max(map(int, texts))
         if highest >= 1_000_000:
             raise DatasetError(f"the label {highest} would make as many classes; give classes, a file with one name a line")
@@ -57,11 +59,15 @@ def class_names(texts: Sequence[str], given: str | Sequence[str] | None) -> list
     return sorted(set(texts), key=class_order)
 
 
+def _is_number(text: str) -> bool:
+    return text.isdecimal() and len(text) <= LONGEST_NUMBER
+
+
 def class_number(text: str, names: dict[str, int], where: str) -> int:
     """The class of a label's text, a name or else a number; `DatasetError` where there is no such class."""
     if text in names:
         return names[text]
-    if text.isdecimal() and int(text) < len(names):
+    if _is_number(text) and int(text) < len(names):
         return int(text)
     raise DatasetError(
         f"{where} has the label {printable(text, 80)!r}, which is none of the {len(names)} classes{nearest(text, names)}; "

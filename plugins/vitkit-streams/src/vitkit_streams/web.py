@@ -12,12 +12,12 @@ from torch import Tensor
 
 from vitkit.contracts import with_example
 from vitkit.data import ImageDataset, store_directory
-from vitkit.errors import UsageError
+from vitkit.validation import at_least
 from vitkit_streams.shards import Cache, Fields, Shard, expanded
 from vitkit_streams.splits import assemble, check_options, class_names, class_number
 from vitkit_streams.writing import write_shards
 
-PICTURES = "jpg;jpeg;png;webp"
+IMAGES = "jpg;jpeg;png;webp"
 
 
 class TarSamples:
@@ -44,28 +44,28 @@ class TarSamples:
 
     @property
     def locality(self) -> int:
-        """The buffer: samples that lie nearer come from shards that are open at about the same time."""
+        """The size of the shuffle buffer: samples that are nearer come from shards that are open at the same time."""
         return self.shuffle_buffer
 
     def order(self, numbers: Tensor, generator: torch.Generator, size: int) -> Tensor:
-        """Shards in a drawn order, `open_shards` of them at a time, and within each of these lanes a shuffle buffer.
+        """Shards in a random order, `open_shards` lanes of them at a time, and a shuffle buffer in each lane.
 
-        The lanes run side by side in proportion to their lengths, and stand in a batch one after another, so that ranks,
-        which take consecutive parts of it, read different shards. The order is the same however many ranks there are.
+        A batch takes from every lane in proportion to its length, one lane after another, so that ranks, which take consecutive parts of
+        the batch, read different shards. The order is the same for any number of ranks.
         """
         at = torch.searchsorted(self.ends, numbers, right=True)
-        turn = torch.randperm(len(self.shards), generator=generator)[at]  # the shard's turn, of each sample
+        turn = torch.randperm(len(self.shards), generator=generator)[at]  # of each sample: when its shard comes
         lanes = min(self.open_shards, len(self.shards))
         window = self.shuffle_buffer / lanes
         by_turn = numbers.argsort(stable=True)
         by_turn = by_turn[turn[by_turn].argsort(stable=True)]
         parts, when = [], []
         for lane in range(lanes):
-            own = by_turn[turn[by_turn] % lanes == lane]
-            # Each sample comes later by less than the window, as from a buffer of that size.
-            drawn = torch.rand(len(own), generator=generator, dtype=torch.float64) * window
-            parts.append(own[(torch.arange(len(own)) + drawn).argsort(stable=True)])
-            when.append((torch.arange(len(own), dtype=torch.float64) + (lane + 0.5) / lanes) / max(len(own), 1))
+            members = by_turn[turn[by_turn] % lanes == lane]
+            # Each sample is delayed by less than the window, as by a buffer of that size.
+            delay = torch.rand(len(members), generator=generator, dtype=torch.float64) * window
+            parts.append(members[(torch.arange(len(members)) + delay).argsort(stable=True)])
+            when.append((torch.arange(len(members), dtype=torch.float64) + (lane + 0.5) / lanes) / max(len(members), 1))
         order = torch.cat(parts)[torch.cat(when).argsort(stable=True)]
         batch = torch.arange(len(order)) // max(size, 1)
         return order[(batch * lanes + turn[order] % lanes).argsort(stable=True)]
@@ -81,8 +81,8 @@ def _example(samples: int) -> tuple[dict[str, Any], dict[str, Any]]:
 def _example_shards() -> Path:
     holder = tempfile.TemporaryDirectory(prefix="vitkit-streams-")
     atexit.register(holder.cleanup)
-    pictures = [np.full((16, 16, 3), 40 * (number % 3) + number, dtype=np.uint8) for number in range(30)]
-    write_shards(Path(holder.name) / "shards", pictures, [number % 3 for number in range(30)], per_shard=8)
+    images = [np.full((16, 16, 3), 40 * (number % 3) + number, dtype=np.uint8) for number in range(30)]
+    write_shards(Path(holder.name) / "shards", images, [number % 3 for number in range(30)], per_shard=8)
     return Path(holder.name)
 
 
@@ -93,7 +93,7 @@ def webdataset(
     test_urls: str | list[str] | None = None,
     img_size: int = 64,
     channels: int = 3,
-    image: str = PICTURES,
+    image: str = IMAGES,
     label: str = "cls",
     classes: str | list[str] | None = None,
     test_size: int = 2000,
@@ -105,28 +105,26 @@ def webdataset(
     cache_gb: float = 50.0,
     allow_pipe: bool = False,
 ) -> ImageDataset:
-    """Tar shards in the format of webdataset, on this machine or elsewhere, streamed: data may be larger than memory.
+    """Tar shards in the format of webdataset, local or remote, streamed: data may be larger than memory.
 
-    `urls` follows webdataset: `shards/train-{000..099}.tar`, parts joined by `::`, patterns, folders; http, https and hf
-    (s3, gs, az with their fsspec packages). Files of one name up to the first dot are a sample: its picture, the first of
-    the extensions `image`, and its label, the extension `label` (`cls`, `txt`, `json:KEY`), a number or a class name.
-    `classes` names them: a list, or a text file with one a line.
+    `urls` follows webdataset: `shards/train-{000..099}.tar`, parts joined by `::`, patterns, folders; http, https and hf (s3, gs, az with
+    their fsspec packages). Files that share a name up to the first dot are a sample: its image has the first of the extensions `image`,
+    and its label the extension `label` (`cls`, `txt`, `json:KEY`), a number or a class name. `classes` names the classes: a list, or a
+    text file with one name in each line.
 
-    Each shard is read through once and its index is kept in `cache` (default `streams` in the dataset store). Shards from
-    elsewhere are downloaded there when their turn comes; the `cache_gb` GB used last stay. Threads (`workers`) decode
-    pictures to `img_size`, cropped to the square in their middle. An epoch draws the order of shards, reads `open_shards`
-    of them at a time and shuffles as a buffer of `shuffle_buffer` samples does; it depends on (seed, epoch) alone, so that a
-    run goes on bit for bit and any number of ranks sees each sample once. The test split, at most `test_size` pictures of
-    `test_urls`, or held out of `urls`, is in memory.
+    Each shard is read through once and its index is kept in `cache` (default `streams` in the dataset store). Remote shards are downloaded
+    there when they are needed; the ones used last stay, up to `cache_gb` GB. Threads (`workers`) decode the middle square of each image
+    to `img_size`. An epoch draws the order of shards, reads `open_shards` of them at a time and shuffles as a buffer of `shuffle_buffer`
+    samples does. It depends only on (seed, epoch), so that a run resumes bit for bit and any number of ranks sees each sample once. At
+    most `test_size` images of `test_urls`, otherwise held out of `urls`, are in memory, and as many for validation (`val_size`).
 
-    A picture that cannot be decoded is left out and named. Raises `DatasetError` with its url for a shard that is missing,
-    damaged or without labels, and for a label that is none of `classes`; `UsageError` for `pipe:` urls, which run a command
-    in a shell, unless `allow_pipe`.
+    A damaged member of a shard and an image that cannot be decoded are left out and named. Raises `DatasetError` with its url for a shard
+    that is missing, cut short or without labels, and for a label that is none of `classes`; `UsageError` for `pipe:` urls, which run a
+    command in a shell, unless `allow_pipe`.
     """
     check_options(img_size, channels, workers, test_size, val_size)
-    for option, value, least in (("shuffle_buffer", shuffle_buffer, 0), ("open_shards", open_shards, 1), ("cache_gb", cache_gb, 0)):
-        if value < least:
-            raise UsageError(f"{option} is {value}; expected at least {least}")
+    at_least(0, shuffle_buffer=shuffle_buffer, cache_gb=cache_gb)
+    at_least(1, open_shards=open_shards)
     place = Cache(Path(cache).expanduser() if cache else store_directory() / "streams", cache_gb)
     fields = Fields(image, label)
 
@@ -144,20 +142,20 @@ def webdataset(
     samples, labels = part(train)
     return assemble(
         "webdataset", samples, labels, names, test=part(test) if test is not None else None, test_size=test_size, val_size=val_size,
-        img_size=img_size, channels=channels, workers=workers, source=f"tar shards: {_said(urls)}", licence="its owner's",
+        img_size=img_size, channels=channels, workers=workers, source=f"tar shards: {_listed(urls)}", licence="its owner's",
         skipped=[line for shard in [*train, *(test or [])] for line in shard.skipped],
     )  # fmt: skip
 
 
 def _labels(shard: Shard, numbers: dict[str, int]) -> Tensor:
-    meant = [
+    classes = [
         class_number(text, numbers, f"the shard {shard.url}: {shard.key(int((shard.codes == code).nonzero()[0]))}")
         if text not in numbers
         else numbers[text]
         for code, text in enumerate(shard.texts)
     ]
-    return torch.tensor(meant)[shard.codes]
+    return torch.tensor(classes)[shard.codes]
 
 
-def _said(urls: str | list[str]) -> str:
+def _listed(urls: str | list[str]) -> str:
     return urls if isinstance(urls, str) else ", ".join(urls[:3]) + (", ..." if len(urls) > 3 else "")
