@@ -4,9 +4,11 @@
 forbidden events. Components are imported before the watch begins: an import reads files of its package.
 """
 
+import contextlib
 import json
 import os
 import site
+import socket
 import sys
 import sysconfig
 import warnings
@@ -30,9 +32,12 @@ def main(directories: list[str]) -> None:
             entry.load()
     load = vitkit.load
     packages = {sys.prefix, sys.base_prefix, *site.getsitepackages(), *sysconfig.get_paths().values()}
-    sources = {str(Path(module.__file__).parent) for module in list(sys.modules.values()) if getattr(module, "__file__", None)}
+    files = [str(getattr(module, "__file__", None) or "") for module in list(sys.modules.values())]
+    sources = {str(Path(file).parent) for file in files if Path(file).is_absolute()}  # torch.ops says "_ops.py"
+    always = (*ALLOWED, *{os.path.realpath(path) for path in packages | sources})
     events: list[str] = []
     allowed: tuple[str, ...] = ()
+    real: dict[str, str] = {}
     watching = False
 
     def watch(event: str, arguments: tuple[object, ...]) -> None:
@@ -46,7 +51,8 @@ def main(directories: list[str]) -> None:
             if isinstance(target, int) or target is None:
                 return
             watching = False
-            path = os.path.realpath(os.fsdecode(target))  # type: ignore[arg-type]
+            name = os.fsdecode(target)  # type: ignore[arg-type]
+            path = real.get(name) or real.setdefault(name, os.path.realpath(name))
             watching = True
             writes = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
             if not path.startswith(allowed) or (writes and not path.endswith(".pyc")):
@@ -54,8 +60,16 @@ def main(directories: list[str]) -> None:
 
     sys.addaudithook(watch)
     warnings.simplefilter("ignore")
+    allowed, watching = tuple(always), True
+    for forbidden in (lambda: open("bait.pt").close(), lambda: os.listdir("/etc"), lambda: socket.socket().close()):
+        events.clear()
+        with contextlib.suppress(OSError):
+            forbidden()
+        if not events:
+            raise SystemExit("the watch does not see what it is for")
+    watching = False
     for directory in directories:
-        allowed = (os.path.realpath(directory), *ALLOWED, *(os.path.realpath(path) for path in packages | sources))
+        allowed = (os.path.realpath(directory), *always)
         events.clear()
         message: str | None = None
         watching = True
