@@ -36,7 +36,7 @@ class Colour(Enum):
 
 def main(run: Run, count: int = 1, rate: Annotated[float | None, "a rate"] = None, on: bool = True, name: str = "x",
          place: Path = Path("."), kind: Literal["a", "b"] = "a", colour: Colour = Colour.RED, sizes: list[int] = [1]):
-    run.resolved(seen=count)
+    run.say(str(count))
 '''
 NAMES = [
     "count", "rate", "on", "no-on", "name", "place", "kind", "colour", "sizes", "seed", "device", "precision", "compile",

@@ -29,7 +29,6 @@ class Kind(Enum):
 def main(run: Run, epochs: Annotated[int | None, "passes"] = None, kind: Kind = Kind.ADAM, note: Path = Path("."),
          rates: list[float] = [0.01]):
     data = run.dataset("digits", default="digits")
-    run.resolved(epochs=epochs or 2, width=64)
     assert isinstance(kind, Kind) and isinstance(note, Path)
     model = Classifier(heads.build("linear", in_dim=64, out_dim=10))
     optimizer = torch.optim.AdamW(model.parameters(), lr=rates[0])

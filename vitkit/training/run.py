@@ -298,10 +298,6 @@ class Run:
         self._saved = True
         return self.directory
 
-    def resolved(self, **arguments: Any) -> None:
-        """Record resolved values of flags."""
-        self.session.arguments |= {name: plain(value) for name, value in arguments.items()}
-
     def autocast(self) -> AbstractContextManager[Any]:
         """The run's precision, as a context."""
         return self.session.autocast()
