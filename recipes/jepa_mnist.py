@@ -12,7 +12,6 @@ from vitkit.errors import UsageError
 from vitkit.training import muon_adamw, warmup_cosine
 from vitkit.transforms import RandomAffine
 from vitkit.validation import at_least
-from vitkit_eval import usable
 from vitkit_jepa import JEPA
 
 DATASET = "mnist"
@@ -74,7 +73,7 @@ def main(
         run.reference("reference document", **REFERENCE)
     run.reference("floor", sigreg=loss.sigreg.floor)  # of embeddings drawn from N(0, I)
     probes = [evaluators.build(f"vitkit:{name}", train_size=eval_size) for name in ("linear_probe", "knn")]
-    evaluate = usable([*probes, evaluators.build("vitkit:label_retrieval")], data, say=run.say)
+    evaluate = run.check(data, *probes, evaluators.build("vitkit:label_retrieval"))
     for epoch in run.fit(model, batches, epochs=epochs, optimizer=optimizer, schedule=schedule, clip=1.0, ema=0.99):
         if epoch.due(eval_every):
             epoch.evaluate(model, data, *evaluate)

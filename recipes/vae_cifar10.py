@@ -68,10 +68,10 @@ def main(
         conditional=conditional, label_smoothing=label_smoothing,
     )  # fmt: skip
     stepped, rates = scheduled(model, lr=lr, optimizer=optimizer, schedule=schedule, steps=steps, epoch_steps=epoch_steps)
-    evaluate, evaluate_last = vae_evaluators(model, data, train_size=eval_size, transfer=transfer, say=run.say)
+    every, at_last = (run.check(data, *group) for group in vae_evaluators(model, train_size=eval_size, transfer=transfer))
     for epoch in run.fit(model, batches, epochs=epochs, optimizer=stepped, schedule=rates, clip=1.0, ema=0.99):
         if epoch.due(eval_every):
-            epoch.evaluate(model, data, *(evaluate_last if epoch.number == epochs else evaluate))
+            epoch.evaluate(model, data, *every, *(at_last if epoch.number == epochs else []))
     run.save(model)
     for name, figure in figures(model, data, seed=run.seed).items():
         run.figure(name, figure)

@@ -12,7 +12,6 @@ from vitkit_eval.features import (
     model_classes,
     named,
     split_of,
-    usable,
 )
 from vitkit_eval.few_shot import FewShot
 from vitkit_eval.knn import KNN
@@ -54,5 +53,4 @@ __all__ = [
     "split_of",
     "topk_accuracy",
     "training_data",
-    "usable",
 ]

@@ -1,7 +1,6 @@
 """What evaluators share: splits and their names, preconditions, probes of frozen features, and scores of a classification."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -86,27 +85,6 @@ def frozen_features(
     """
     train = extract_features(model, dataset.train, size=train_size, seed=seed)
     return train, extract_features(model, split_of(dataset, split), size=test_size, seed=seed)
-
-
-def usable(
-    evaluators: Iterable[Any], dataset: Any, *splits: SplitName, say: Callable[[str], Any] = lambda line: None
-) -> list[Any]:
-    """The evaluators whose `check` accepts a dataset's splits (default: test); `say` gets a line for each of the others.
-
-        evaluate = usable([evaluators.build("knn"), evaluators.build("few_shot")], data, say=run.say)
-
-    Called before training, it keeps a precondition such as ten images of each class from ending a run at its last evaluation.
-    """
-    kept = []
-    for evaluator in evaluators:
-        try:
-            for split in splits or ("test",):
-                getattr(evaluator, "check", split_of)(dataset, split)
-        except UsageError as error:
-            say(f"{getattr(evaluator, 'name', type(evaluator).__name__)} is left out: {error}")
-        else:
-            kept.append(evaluator)
-    return kept
 
 
 class FeatureEvaluator(ABC):

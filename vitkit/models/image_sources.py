@@ -242,11 +242,11 @@ def _prepared(model: Preprocessed, path: Path) -> Tensor | str:
     return model.preprocess([image])
 
 
-def _collected(start: int, found: Sequence[Tensor | str]) -> Batch:
-    images = [one for one in found if isinstance(one, Tensor)]
-    rows = [start + place for place, one in enumerate(found) if isinstance(one, Tensor)]
-    problems = {start + place: one for place, one in enumerate(found) if isinstance(one, str)}
-    return Batch(start, start + len(found), torch.cat(images) if images else None, rows, problems)
+def _collected(start: int, results: Sequence[Tensor | str]) -> Batch:
+    images = [one for one in results if isinstance(one, Tensor)]
+    rows = [start + place for place, one in enumerate(results) if isinstance(one, Tensor)]
+    problems = {start + place: one for place, one in enumerate(results) if isinstance(one, str)}
+    return Batch(start, start + len(results), torch.cat(images) if images else None, rows, problems)
 
 
 __all__ = ["Batch", "DatasetSplit", "Files", "Source", "find_source", "pictures_below", "prepared", "read_picture"]

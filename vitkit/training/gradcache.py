@@ -62,6 +62,11 @@ class GradCache(GradCacheable):
         chunks = [map_batch(batch, itemgetter(slice(start, start + self.chunk))) for start in starts]
         return _concatenate([recompute(self.model.forward_features, chunk, use_reentrant=False) for chunk in chunks])
 
+    def uninformed(self, batch_size: int) -> dict[str, float]:
+        """The model's losses of a prediction that uses no information; empty where it does not state them."""
+        stated = getattr(self.model, "uninformed", None)
+        return dict(stated(batch_size)) if callable(stated) else {}
+
     def compute_loss(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """The model's loss of these features."""
         return dict(self.model.compute_loss(features))
