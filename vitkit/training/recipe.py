@@ -23,7 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, get_type_hints
 
-from vitkit.arguments import fits
+from vitkit.component_arguments import fits
 from vitkit.contracts import Dataset
 from vitkit.errors import RecipeError, nearest
 from vitkit.registry import Component
