@@ -1,4 +1,4 @@
-"""The parts of a CLIP over pairs, put together for a dataset, and the augmentations of its recipe."""
+"""The model of the CLIP recipe, built for a dataset, and the augmentations of the recipe."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -42,9 +42,9 @@ def build_clip(
 ) -> CLIP:
     """A `CLIP` for pairs of a dataset's images; `say` gets a line that names its text tower.
 
-    The image tower is `pair_vit` with the preset `tower`. Text tower `auto` is `openclip_text`, or `text_transformer` where that
-    is not available. Both projectors are `linear` heads to `proj_dim` dimensions. With `classify` > 0 the loss is
-    `pair_multi_task`, which also classifies both halves with that weight. Raises `UsageError` for a text tower without
+    The image tower is `pair_vit` with the preset `tower`. The text tower `auto` is `openclip_text` if it is available, else
+    `text_transformer`. Both projectors are `linear` heads to `proj_dim` dimensions. With `classify` > 0 the loss is
+    `pair_multi_task`, which also classifies both halves with that weight. Raises `UsageError` if the text tower has no
     `encode_text`; other errors are those of the registries.
     """
     all_captions = captions(data.classes)

@@ -16,16 +16,16 @@ CAPTIONS_AT_ONCE = 500
 class CLIP(GradCacheable):
     """Images and captions in one space: batches of pairs (see `Pairs`) → {"loss", parts}.
 
-    The embedding of an image is `projector(backbone.encode_image(images))`, that of a caption
+    The embedding of an image is `projector(backbone.encode_image(images))`. The embedding of a caption is
     `text_projector(text.encode_text(...))`; `captions[i]` is caption number i. Each distinct caption of a batch is encoded
-    once. The features of a text tower without trainable parameters are computed once for all captions, and cached.
+    once. If the text tower has no trainable parameters, its features of all captions are computed once and cached.
 
     With a `classifier`, a head `(b d)` → `(b k)` that both halves share, the loss also takes `logits` `(b 2 k)` and `classes`
     `(b 2)` (`pair_multi_task`); the backbone then offers `encode_halves` and `join`.
 
-    With `caption_positives` the pairs of a batch with the same caption are each other's positives, otherwise negatives.
+    Pairs of a batch with the same caption are positives of each other with `caption_positives`, and negatives without it.
 
-    Raises `UsageError` for a label that is not the number of a caption.
+    Raises `UsageError` if a label is not the number of a caption.
 
     Source: Radford et al., arXiv 2103.00020.
     """
@@ -51,7 +51,7 @@ class CLIP(GradCacheable):
         self._caption_features: Tensor | None = None
 
     def uninformed(self, batch_size: int) -> dict[str, float]:
-        """The loss's values for embeddings that are all the same; empty where the loss does not state them."""
+        """The values of the loss if all embeddings are equal; empty if the loss does not define `uninformed`."""
         stated = getattr(self.loss, "uninformed", None)
         if stated is None:
             return {}
@@ -70,7 +70,7 @@ class CLIP(GradCacheable):
         return features
 
     def compute_loss(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The loss and its parts from the features of a batch, or of several batches joined."""
+        """The loss and its parts from the features of one batch, or of several joined batches."""
         labels = features["labels"] if self.caption_positives else None
         if self.half_classifier is None:
             return dict(self.loss(features["image"], features["text"], labels=labels))

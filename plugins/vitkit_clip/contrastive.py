@@ -20,14 +20,14 @@ HIGHEST_MAX_SCALE = 1e4
 class Contrastive(nn.Module, ABC):
     """The base of the losses of this module: image and text embeddings `(n d)` → {"loss", parts}.
 
-    Rows i of both belong together. Embeddings can have any length; s_ij is the cosine of image i and text j. `labels`
-    int64 `(n,)` are the numbers of the captions: P(i) = {j: labels_j = labels_i} are the positives of i, the others its
-    negatives; without labels P(i) = {i}. Everything is computed in fp32, under autocast too.
+    Image i and text i belong together. Embeddings can have any length; s_ij is the cosine of image i and text j. `labels`
+    int64 `(n,)` are the numbers of the captions. P(i) = {j: labels_j = labels_i} are the positives of i, and all others are
+    its negatives. Without labels, P(i) = {i}. Everything is computed in fp32, also under autocast.
 
-    `uninformed` is the value for embeddings that are all the same, with n distinct captions.
+    `uninformed` is the value if all embeddings are equal and the n captions are distinct.
 
-    Ranks: the loss is that of all ranks' rows, whose numbers may differ, the same on every rank; its gradient follows
-    `vitkit.distributed.collectives`. Raises `UsageError` for embeddings and labels that do not fit.
+    Ranks: the loss is that of the rows of all ranks and equal on every rank. The numbers of rows may differ. Its gradient
+    follows `vitkit.distributed.collectives`. Raises `UsageError` if the shapes of embeddings and labels do not fit.
     """
 
     def forward(self, image: Tensor, text: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
@@ -51,15 +51,16 @@ class Contrastive(nn.Module, ABC):
 
     @abstractmethod
     def uninformed(self, batch_size: int) -> dict[str, float]:
-        """The value of each part for embeddings that are all the same, with `batch_size` distinct captions."""
+        """The value of each part if all embeddings are equal and the `batch_size` captions are distinct."""
 
     @abstractmethod
     def _compare(self, to_text: Tensor, to_image: Tensor, positive: Tensor) -> dict[str, Tensor]:
-        """The loss of this rank's cosines `(n_r n)`, images to texts and texts to images; `positive` bool `(n_r n)`."""
+        """The loss of this rank's cosines `(n_r n)`, from images to texts and from texts to images; `positive` is bool
+        `(n_r n)`."""
 
 
 class _Tempered(Contrastive):
-    """Cosines over a temperature T, fixed or learned, and a loss of each row in both directions."""
+    """Cosines divided by a temperature T, which is fixed or learned, and a loss per row in both directions."""
 
     def __init__(self, temperature: float, learned: bool, max_scale: float) -> None:
         super().__init__()
@@ -83,7 +84,7 @@ class _Tempered(Contrastive):
         return _both_directions(math.log(batch_size))
 
     def _scale(self) -> Tensor:
-        """1/T, at most `max_scale`; a learned one that an optimiser took beyond it is put back."""
+        """1/T, at most `max_scale`; if an optimiser has raised a learned 1/T above it, 1/T is set to `max_scale`."""
         if self.learned:
             _clamp(self.log_scale, self.max_scale)
         return self.log_scale.float().exp()
@@ -99,17 +100,19 @@ class _Tempered(Contrastive):
 
 
 class InfoNCE(_Tempered):
-    """Symmetric cross entropy of images against captions and back, in nats: CLIP's loss, equal captions as positives.
+    """CLIP's loss with equal captions as positives: the cross entropy of images against captions and of captions against
+    images, in nats.
 
         L_i = −1/|P(i)| Σ_{p∈P(i)} log( exp(s_ip/T) / Σ_j exp(s_ij/T) ),
 
     a mean over rows and both directions → {"loss", "image_to_text", "text_to_image"}. T is `temperature`. With `learned`,
-    T starts there, is trained as log(1/T) with 1/T ≤ `max_scale`, and is returned as "temperature".
+    `temperature` is the initial value of T. The loss then trains log(1/T) with 1/T ≤ `max_scale`, and returns T as
+    "temperature".
 
     Call: image and text embeddings `(n d)`, labels `(n,)` or none; over all ranks, see `Contrastive`.
 
-    Raises `UsageError` for a temperature below 1/`max_scale`. Source: Radford et al., arXiv 2103.00020; several positives as
-    in UniCL, arXiv 2204.03610. With distinct labels it equals open_clip's `ClipLoss`.
+    Raises `UsageError` if the temperature is below 1/`max_scale`. Source: Radford et al., arXiv 2103.00020; several
+    positives as in UniCL, arXiv 2204.03610. With distinct labels it equals open_clip's `ClipLoss`.
     """
 
     def __init__(self, temperature: float = 0.07, learned: bool = False, max_scale: float = MAX_SCALE) -> None:
@@ -120,12 +123,12 @@ class InfoNCE(_Tempered):
 
 
 class FocalNCE(_Tempered):
-    """InfoNCE's row i times (1 − p_i)^γ, p_i = Σ_{p∈P(i)} softmax(s_i/T)_p: rows that are right already count less.
+    """InfoNCE with row i multiplied by (1 − p_i)^γ, p_i = Σ_{p∈P(i)} softmax(s_i/T)_p: rows that are already correct count less.
 
     Call: image and text embeddings `(n d)`, labels `(n,)` or none; over all ranks, see `Contrastive`.
 
-    `gamma` = 0 is `info_nce`; the parts and the other arguments are the same. Raises `UsageError` for a negative `gamma`.
-    Source: the focal loss, Lin et al., arXiv 1708.02002, on contrastive logits; no gradient is stopped.
+    With `gamma` = 0 it equals `info_nce`. The parts and the other arguments are the same. Raises `UsageError` if `gamma` is
+    negative. Source: the focal loss, Lin et al., arXiv 1708.02002, on contrastive logits; no gradient is stopped.
     """
 
     def __init__(
@@ -146,7 +149,7 @@ class FocalNCE(_Tempered):
 
 
 class HardNegativeNCE(_Tempered):
-    """InfoNCE in which nearer negatives weigh more, corrected for the share of positives among them.
+    """InfoNCE with larger weights for nearer negatives, corrected for the share of positives among the negatives.
 
     With N_i the set of negatives, N = |N_i|, and e_ij = exp(s_ij/T):
 
@@ -156,8 +159,9 @@ class HardNegativeNCE(_Tempered):
 
     Call: image and text embeddings `(n d)`, labels `(n,)` or none; over all ranks, see `Contrastive`.
 
-    `beta` = 0 and `tau` = 0 is `info_nce`; the parts and the other arguments are the same. Raises `UsageError` for a negative
-    `beta` and a `tau` outside [0, 1). Source: Robinson et al., arXiv 2010.04592, and its code, which has one positive a row.
+    With `beta` = 0 and `tau` = 0 it equals `info_nce`. The parts and the other arguments are the same. Raises `UsageError`
+    if `beta` is negative or `tau` is outside [0, 1). Source: Robinson et al., arXiv 2010.04592, and its code, which has one
+    positive per row.
     """
 
     def __init__(
@@ -177,7 +181,7 @@ class HardNegativeNCE(_Tempered):
         lowest = torch.finfo(logits.dtype).min
         log_count = (~positive).sum(dim=1).clamp(min=1).log()
         negatives = logits.masked_fill(positive, lowest)
-        # Logarithms throughout: exp(s/T) itself would overflow where 1/T is near its limit and β is large.
+        # All terms are logarithms: exp(s/T) would overflow if 1/T is near its limit and β is large.
         weighted = torch.logsumexp((1 + self.beta) * negatives.clamp(min=-1e30), dim=1)
         mean_weight = torch.logsumexp(self.beta * negatives.clamp(min=-1e30), dim=1) if self.beta else log_count
         hard = weighted - mean_weight + log_count
@@ -194,13 +198,13 @@ class HardNegativeNCE(_Tempered):
 
 
 class MarginTriplet(Contrastive):
-    """max(0, margin − s_ip + s_ij) over positives p and negatives j, in both directions: cosines differ by a margin.
+    """max(0, margin − s_ip + s_ij) over positives p and negatives j, in both directions: cosines should differ by a margin.
 
     Call: image and text embeddings `(n d)`, labels `(n,)` or none; over all ranks, see `Contrastive`.
 
-    With `hardest` only the nearest negative of each row counts (Faghri et al., arXiv 1707.05612), otherwise the mean over all;
-    over positives it is always the mean. → {"loss", "image_to_text", "text_to_image"}, of cosines, without a temperature.
-    Raises `UsageError` for a margin outside [0, 2].
+    With `hardest`, only the nearest negative of each row counts (Faghri et al., arXiv 1707.05612). Without it, the loss is
+    the mean over all negatives. It is always the mean over positives. → {"loss", "image_to_text", "text_to_image"}, in
+    units of cosines; there is no temperature. Raises `UsageError` if the margin is outside [0, 2].
     """
 
     def __init__(self, margin: float = 0.2, hardest: bool = True) -> None:
@@ -217,7 +221,7 @@ class MarginTriplet(Contrastive):
 
     def _rows(self, cosines: Tensor, positive: Tensor) -> Tensor:
         if not cosines.shape[1]:
-            return cosines.sum(dim=1)  # no rank has a row, so there is no nearest one
+            return cosines.sum(dim=1)  # no rank has a row, and amax needs one
         if self.hardest:
             nearest = cosines.masked_fill(positive, -math.inf).amax(dim=1, keepdim=True)  # (n_r 1)
             hinges = (self.margin - cosines + nearest).clamp(min=0)
@@ -228,13 +232,13 @@ class MarginTriplet(Contrastive):
 
 
 class SigLIP(Contrastive):
-    """A binary decision for each image and caption: −1/n Σ_ij log σ(z_ij·(s_ij/T + b)), z_ij = 1 for positives, else −1.
+    """A binary decision per pair of image and caption: −1/n Σ_ij log σ(z_ij·(s_ij/T + b)), z_ij = 1 for positives, else −1.
 
     Call: image and text embeddings `(n d)`, labels `(n,)` or none; over all ranks, see `Contrastive`.
 
-    → {"loss", "siglip", "temperature", "bias"}. log(1/T) and b are learned and start at `temperature` = 0.1 and `bias` = −10,
-    with 1/T ≤ `max_scale`. Raises `UsageError` for a temperature below 1/`max_scale`. Source: Zhai et al., arXiv 2303.15343,
-    in which only the pairs of one row are positives; with distinct labels it equals open_clip's `SigLipLoss`.
+    → {"loss", "siglip", "temperature", "bias"}. The loss learns log(1/T) and b. They start at `temperature` and `bias`, and
+    1/T is at most `max_scale`. Raises `UsageError` if the temperature is below 1/`max_scale`. Source: Zhai et al., arXiv
+    2303.15343, where only image i and caption i are positives. With distinct labels it equals open_clip's `SigLipLoss`.
     """
 
     def __init__(self, temperature: float = 0.1, bias: float = -10.0, max_scale: float = MAX_SCALE) -> None:
@@ -250,7 +254,7 @@ class SigLIP(Contrastive):
         load_scalars(self, "log_scale", "bias")
 
     def uninformed(self, batch_size: int) -> dict[str, float]:
-        """The best constant probability is 1/n, one positive among n captions: n·H(1/n) = ln n + (n − 1)·ln(n/(n − 1))."""
+        """With one positive among n captions the best constant probability is 1/n: n·H(1/n) = ln n + (n − 1)·ln(n/(n − 1))."""
         n = batch_size
         value = math.log(n) + (n - 1) * math.log(n / (n - 1)) if n > 1 else 0.0
         return {"loss": value, "siglip": value}
@@ -288,13 +292,13 @@ def _cross_entropy(logits: Tensor, positive: Tensor) -> Tensor:
 
 
 def _symmetric(to_text: Tensor, to_image: Tensor, positive: Tensor) -> dict[str, Tensor]:
-    """The means of both directions' rows `(n_r,)` over all ranks, and half their sum."""
+    """The mean over all ranks of the rows `(n_r,)` of each direction, and the mean of both directions."""
     sums = all_reduce_sum(torch.stack([to_text.sum(), to_image.sum()])) / _count(positive)
     return {"loss": sums.mean(), "image_to_text": sums[0], "text_to_image": sums[1]}
 
 
 def _count(positive: Tensor) -> int:
-    """Rows of all ranks, at least one."""
+    """The number of rows of all ranks, but at least 1."""
     return max(positive.shape[1], 1)
 
 

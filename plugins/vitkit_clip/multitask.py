@@ -17,12 +17,12 @@ from vitkit.validation import at_least, in_range
 class PairMultiTask(nn.Module):
     """L_contrastive + `weight`·L_classes: the registered loss `contrastive`, and the mean cross entropy of both halves.
 
-    Call: image and text embeddings `(n d)`, labels `(n,)`, logits of halves `(n 2 k)` and their classes `(n 2)` → the parts
-    of the contrastive loss and "classification", in nats, with `label_smoothing`. `arguments` are the arguments of the
-    contrastive loss. With `weight` = 0 the total is the contrastive loss.
+    Call: image and text embeddings `(n d)`, labels `(n,)`, logits of halves `(n 2 k)` and classes of halves `(n 2)` → the
+    parts of the contrastive loss and "classification" in nats. `label_smoothing` is that of the classification. `arguments`
+    are the arguments of the contrastive loss. With `weight` = 0, "loss" is the contrastive loss.
 
-    Ranks: both losses are those of all ranks' samples. Raises `UsageError` for a negative weight, a smoothing outside [0, 1),
-    and logits and classes that do not fit.
+    Ranks: both losses are those of the samples of all ranks. Raises `UsageError` if the weight is negative, the smoothing
+    is outside [0, 1), or the shapes of logits and classes do not fit.
     """
 
     vitkit_architecture: ClassVar = {"contrastive": r"([\w.-]+:)?[\w.-]+", "arguments": {r"[a-z_]+": float | bool | None}}
@@ -48,7 +48,8 @@ class PairMultiTask(nn.Module):
         return {}, {"image": image, "text": text, "labels": labels, "logits": logits, "classes": classes}
 
     def uninformed(self, batch_size: int, num_classes: int | None = None) -> dict[str, float]:
-        """The contrastive loss's values and ln K for K = `num_classes`; without it neither "classification" nor "loss"."""
+        """The values of the contrastive loss, and ln K for K = `num_classes`; "classification" and "loss" are left out if
+        it is None."""
         stated = getattr(self.contrastive, "uninformed", None)
         parts: dict[str, float] = {} if stated is None else dict(stated(batch_size))
         contrastive = parts.pop("loss", None)

@@ -1,4 +1,4 @@
-"""A residual convolutional stem: tokens of several scales from the pixels of one half."""
+"""A residual convolutional stem: maps of several scales from the pixels of one half."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -13,14 +13,15 @@ EPS = 1e-6
 
 
 class ResidualStem(nn.Module):
-    """Images `(b c h w)` → one map `(b h_i w_i widths[i])` a stage, channels last; each stage halves both sides.
+    """Images `(b c h w)` → one map `(b h_i w_i widths[i])` per stage, channels last. Each stage halves both sides.
 
-    The first stage folds 2×2 pixels into channels before its 3×3 convolution, the others begin with a 3×3 convolution of
-    stride 2; `depth` residual blocks of two 3×3 convolutions follow, each convolution after a layer norm over channels and
-    GELU (He et al., arXiv 1603.05027). A norm uses one position only, so that samples do not depend on their batch.
+    The first stage folds 2×2 pixels into channels and then applies a 3×3 convolution. Every other stage begins with a 3×3
+    convolution of stride 2. Then each stage has `depth` residual blocks of two 3×3 convolutions. A layer norm over channels
+    and a GELU come before each of these convolutions (He et al., arXiv 1603.05027). A norm uses one position only, so that
+    a sample does not depend on its batch.
 
-    Weights are drawn by Kaiming's rule, the last convolution of a block starts at zero. Raises `UsageError` for no stage, widths
-    below one and a negative depth.
+    Weights are initialised by Kaiming's rule; the last convolution of a block starts at zero. Raises `UsageError` if there
+    is no stage, a width is below 1 or the depth is negative.
     """
 
     def __init__(self, in_chans: int, widths: Sequence[int], depth: int = 1) -> None:
@@ -35,7 +36,7 @@ class ResidualStem(nn.Module):
         self.stages = nn.ModuleList(nn.Sequential(*(_Residual(width) for _ in range(depth))) for width in widths)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        # As F.pixel_unshuffle, which does not fold an empty batch.
+        # This is F.pixel_unshuffle, which fails for an empty batch.
         folded = rearrange(images, "b c (h p) (w q) -> b h w (c p q)", p=2, q=2)
         x = self.entry(folded.permute(0, 3, 1, 2))
         maps = []
@@ -46,7 +47,7 @@ class ResidualStem(nn.Module):
 
 
 class _Norm(nn.LayerNorm):
-    """Layer norm over the channels of `(b c h w)` that lie side by side in memory, then GELU; in the given dtype."""
+    """Layer norm over the channels of `(b c h w)`, which are adjacent in memory, then GELU; in the dtype of the input."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, eps=EPS)
@@ -82,8 +83,8 @@ class _Residual(nn.Module):
 
 
 class Conv(nn.Linear):
-    """A 3×3 convolution without bias; its weight is the matrix `(out, 9·in)` of a linear map of a neighbourhood, so that
-    optimisers for matrices apply to it.
+    """A 3×3 convolution without bias. Its weight is a matrix `(out, 9·in)`, so that optimisers for matrices such as Muon
+    apply to it.
     """
 
     def __init__(self, narrow: int, wide: int, stride: int = 1) -> None:

@@ -1,4 +1,4 @@
-"""A vision transformer whose attention stack takes a label's token beside the patches."""
+"""A vision transformer whose blocks process a label token beside the patches."""
 
 from typing import Any, Literal
 
@@ -12,13 +12,13 @@ from vitkit.errors import UsageError
 class MultimodalViT(nn.Module):
     """Images `(b c h w)`, labels `(b,)` or both → features `(b d)`, by one stack of transformer blocks.
 
-    A label is a token, the embedding of its class plus one embedding that marks labels. It
-    follows the patches of backbone `vit`: patches attend to it and it attends to them. Features are
-    pooled as by `vit`: the mean over patches and label, or the CLS token.
+    A label becomes a token: the embedding of its class plus an embedding that marks labels. The token follows the patches
+    of the backbone `vit`, and patches and label attend to each other. Features are pooled as in `vit`: the mean over
+    patches and label, or the CLS token.
 
-    All classes start from the same embedding, zero, so that before training, and in a model trained without
-    labels, all classes are equally near to every image; they differ from the first training step on. The
-    other arguments are those of `vit`. Raises `UsageError` for fewer than one class and where `vit` does.
+    The embeddings of all classes start at zero. Before training, and in a model that is trained without labels, all classes
+    are therefore equally near to every image. They differ after the first training step. The other arguments are those of
+    `vit`. Raises `UsageError` if `num_classes` is below 1, and for the same reasons as `vit`.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class MultimodalViT(nn.Module):
         return self.vit(x, extra_tokens=extra_tokens, keep=keep)
 
     def label_tokens(self, labels: Tensor) -> Tensor:
-        """Labels `(b,)` → tokens `(b 1 d)`: int64 in [0, num_classes), or −1, whose token names no class.
+        """Labels `(b,)` → tokens `(b 1 d)`: int64 in [0, num_classes), or −1 for a token without a class.
 
         Raises `UsageError` as `check_labels` does.
         """
@@ -96,7 +96,7 @@ class MultimodalViT(nn.Module):
             )
 
     def encode_image(self, x: Tensor, *, keep: Tensor | None = None) -> Tensor:
-        """Images `(b c h w)` → `(b d)`; `keep` `(b k)` names the patches to look at."""
+        """Images `(b c h w)` → `(b d)`; `keep` `(b k)` are the indices of the patches that are used."""
         return self.vit.encode_image(x, keep=keep)
 
     def encode_label(self, labels: Tensor) -> Tensor:
@@ -110,9 +110,9 @@ class MultimodalViT(nn.Module):
     def label_attention(self, x: Tensor, labels: Tensor) -> Tensor:
         """The attention of the label's token to each patch: `(b h w)` over the grid of patches.
 
-        Attention rollout (Abnar and Zuidema, arXiv 2005.00928): each block's weights, averaged over heads,
-        plus the identity of the residual stream, halved; their product over blocks, the label's row, the
-        patches' columns.
+        Attention rollout (Abnar and Zuidema, arXiv 2005.00928): the matrix of a block is the mean of its weights over heads
+        and the identity (for the residual stream), in equal parts. The result is the row of the label and the columns of
+        the patches in the product of all blocks' matrices.
         """
         maps = self.vit.attention_maps(x, extra_tokens=self.label_tokens(labels)).mean(dim=2)  # (b depth n n)
         rollout = torch.eye(maps.shape[-1], device=maps.device, dtype=maps.dtype).expand(len(maps), -1, -1)

@@ -19,27 +19,26 @@ class JEPA(GradCacheable):
     A batch is `images` `(b v c h w)`, v augmented views of each, or `(b c h w)`, and `labels` int64 `(b,)`,
     −1 (`UNLABELLED`) where a sample has no label. `objective` names the views whose embeddings agree:
 
-    - "joint": the first v − 1 images alone (one image serves as both), the last image with a label, and the
-      label alone. For a share `swap` of the images the label is a wrong one, k in place of the image's y. Such a view
-      stands for the image as a member of class k: z(image, k) − ℓ_k + ℓ_y agrees with the other
-      views, where ℓ are the labels' projections, without gradient there. So a view with a label takes its class from
-      the label, and an image agrees with itself under its true label alone.
-    - "reference": every image with its true label, as the reference document has it.
-    - "images": every image alone, the baseline without labels. The backbone's label embedding is frozen.
+    - "joint": the first v − 1 images alone, the last image with a label, and the label alone. If v = 1, the image is used
+      alone and with a label. For a share `swap` of the images, a wrong label k replaces the true label y. Such a view
+      represents the image as a member of class k: z(image, k) − ℓ_k + ℓ_y agrees with the other views. Here ℓ are the
+      projections of labels, without gradient. A view with a label therefore takes its class from the label. An image agrees
+      with its unlabelled views only under its true label.
+    - "reference": every image with its true label, as in the reference document.
+    - "images": every image alone. This is the baseline without labels; the label embedding of the backbone is frozen.
 
-    Each view uses a share `keep` of its patches, drawn for each image at each step (as in FLIP, Li et al., arXiv
-    2212.00794): a step costs about that share, and views have less in common. Evaluators use all patches.
+    Each view uses a share `keep` of its patches, drawn per image and step (as in FLIP, Li et al., arXiv 2212.00794). The
+    cost of a step falls to about this share, and views have less in common. Evaluators use all patches.
 
-    A sample without a label has no view of the label alone, and its view with a label uses a token that names no
-    class. SIGReg leaves out the view of the label alone, which has as many values as there are classes and
-    cannot be Gaussian.
+    A sample without a label has no view of the label alone, and its view with a label uses a token that names no class.
+    SIGReg leaves out the view of the label alone: it has only one value per class and cannot be Gaussian.
 
-    Ranks: the loss is that of the whole batch; every trainable parameter takes part on every rank,
-    whichever labels the rank has. Swaps and patches are drawn from rank 0's global generator of torch for the whole
-    batch, so that any number of ranks gives the result of one process; each rank draws its dropout and stochastic depth.
+    Ranks: the loss is that of the whole batch. Every trainable parameter takes part on every rank, also if the rank has no
+    labels. Swaps and patches are drawn for the whole batch from torch's global generator on rank 0, so that any number of
+    ranks gives the result of one process. Each rank draws its own dropout and stochastic depth.
 
-    Raises `UsageError` for an unknown objective, `swap` outside [0, 1], `keep` outside (0, 1], images and
-    labels that do not fit, and labels outside the backbone's classes.
+    Raises `UsageError` if the objective is unknown, `swap` is outside [0, 1], `keep` is outside (0, 1], the shapes of
+    images and labels do not fit, or a label is not a class of the backbone.
     """
 
     def __init__(
@@ -64,7 +63,7 @@ class JEPA(GradCacheable):
             backbone.label_type.requires_grad_(False)
 
     def uninformed(self, batch_size: int) -> dict[str, float]:
-        """The loss and its parts for embeddings that are all zero; empty where the loss does not state them."""
+        """The loss and its parts for embeddings that are all zero; empty if the loss does not define `uninformed`."""
         stated = getattr(self.loss, "uninformed", None)
         return {} if stated is None else stated(batch_size)
 
@@ -88,7 +87,7 @@ class JEPA(GradCacheable):
         return {"features": features.unflatten(0, (views, len(labels))).transpose(0, 1)}
 
     def compute_loss(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The loss and its parts from the features of a batch, or of several batches joined."""
+        """The loss and its parts from the features of one batch, or of several joined batches."""
         views = features["features"].transpose(0, 1)  # (v b d)
         if self.objective == "joint":
             return self._joint_loss(views, features["labels"], features["given_labels"])
@@ -116,7 +115,7 @@ class JEPA(GradCacheable):
     def _joint_loss(self, features: Tensor, labels: Tensor, given_labels: Tensor) -> dict[str, Tensor]:
         views, batch = features.shape[:2]
         labelled, true_labels = labels >= 0, labels.clamp(min=0)
-        # Each class once, over all ranks: a batch norm would otherwise see it as often as there are ranks.
+        # Each class once over all ranks. If every rank had all classes, a batch norm would see each class once per rank.
         classes = torch.arange(self.backbone.num_classes, device=features.device).tensor_split(world_size())[rank()]
         label_features = self.backbone.encode_label(classes)
         projected = self.projector(torch.cat([features.flatten(0, 1), label_features])).float()
@@ -131,7 +130,7 @@ class JEPA(GradCacheable):
         return dict(self.loss(projections, present=present, regularised=-1))
 
     def _swapped(self, labels: Tensor) -> Tensor:
-        """The labels `(b,)`, a share `swap` of them replaced by other classes, drawn evenly."""
+        """The labels `(b,)`, of which a share `swap` is replaced by other classes, drawn with equal probability."""
         classes, device = self.backbone.num_classes, labels.device
         steps = draw_rows(lambda n: torch.randint(1, max(classes, 2), (n,), device=device), labels)
         swapped = draw_rows(lambda n: torch.rand(n, device=device), labels) < self.swap

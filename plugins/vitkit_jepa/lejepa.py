@@ -18,17 +18,17 @@ class LeJEPALoss(nn.Module):
 
         invariance = mean over views, samples and dimensions of (z_v − μ)²,  μ = mean over views of z_v.
 
-    `present` `(v n)` bool: false leaves a view that a sample lacks out of μ and of every mean. `SIGReg` sees
-    the first `regularised` views (None: all; negative: all but the last ones): a view with few
-    distinct values, such as the view of a label alone, cannot be Gaussian.
+    `present` `(v n)` bool is false for a view that a sample does not have. Such a view is left out of μ and of every mean.
+    `SIGReg` gets the first `regularised` views (None: all; a negative number: all but the last ones). A view with few
+    distinct values, for example the view of a label alone, cannot be Gaussian and should be left out.
 
-    Ranks: all three are those of the whole batch, the same on every rank, over parts that may differ in size;
-    gradients follow `vitkit.distributed.collectives`. Raises `UsageError` for `lamda` outside [0, 1] and
-    for other shapes.
+    Ranks: the loss and its parts are those of the whole batch and equal on every rank. The parts of the ranks may differ in
+    size. Gradients follow `vitkit.distributed.collectives`. Raises `UsageError` if `lamda` is outside [0, 1] or projections
+    have another shape.
 
-    Source: Balestriero and LeCun, LeJEPA, arXiv 2511.08544, λ = 0.05. As in lightly's `LeJEPALoss` the
-    invariance is a mean over dimensions too (the paper's norm is k times that). In lightly the centre μ is the mean
-    of global views alone; here it is the mean of all views.
+    Source: Balestriero and LeCun, LeJEPA, arXiv 2511.08544, λ = 0.05. The invariance is also a mean over dimensions, as in
+    lightly's `LeJEPALoss` (the paper's norm is k times as large). In lightly the centre μ is the mean of the global views
+    only. Here it is the mean of all views.
     """
 
     def __init__(self, lamda: float = 0.05, directions: int = 256, knots: int = 17) -> None:

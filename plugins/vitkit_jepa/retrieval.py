@@ -1,4 +1,4 @@
-"""Label retrieval: the label that a multimodal model finds for an image that it sees without one."""
+"""Label retrieval: a multimodal model gets an image without a label and finds the label."""
 
 from typing import Any, Literal
 
@@ -24,21 +24,20 @@ class LabelRetrieval:
 
         M1: argmax_k sim(E(image), E(image, label k))       M2: argmax_k sim(E(image), E(label k))
 
-    E is the model's `backbone`, followed by its `projector` with space="projector"; sim is the cosine.
-    Every image of the split is compared with every label. Labels with equal similarities share their places, so that a
-    model for which all labels are the same scores chance, 1/k and 3/k. Classes of a model that names them are matched with
-    the dataset's by name.
+    E is the model's `backbone`, followed by its `projector` with space="projector"; sim is the cosine. Every image of the
+    split is compared with every label. Labels with equal similarities share their places: a model for which all labels are
+    equal gets the chance scores 1/k and 3/k. If the model has names of classes, they are matched with the dataset's by
+    name.
 
-    `batch_size` counts images encoded with one label each at a time. Under autocast it computes in
-    its precision; similarities are fp32. The model's mode and the random state stay as they were.
+    `batch_size` is the number of images that are encoded at a time, each with one label. Under autocast the model computes
+    in the precision of autocast; similarities are fp32. The mode of the model and the random state do not change.
 
-    Ranks: each encodes its share of the images, and every rank returns the same scores.
+    Ranks: each rank encodes its share of the images, and all ranks return the same scores.
 
-    Raises `UsageError` for a model without such a backbone, for other classes than the dataset's, for images without a label,
-    an unknown `space` and a `batch_size` below one.
+    Raises `UsageError` if the model has no such backbone or other classes than the dataset, if an image has no label, if
+    `space` is unknown, or if `batch_size` is below 1.
 
-    Source: the two methods of the reference document on multimodal JEPA, which scores only the first ten
-    batches.
+    Source: the two methods of the reference document on multimodal JEPA. The document scores only the first ten batches.
     """
 
     name = "label_retrieval"
@@ -125,7 +124,7 @@ class LabelRetrieval:
         # One at a time: rows of one matrix product may differ in their last bit, and labels that are the same must tie.
         labels = torch.cat([project(backbone.encode_label(label[None])).float() for label in all_labels])
         m2 = F.cosine_similarity(alone[:, None], labels[None], dim=-1)
-        # One label after another: a batch is as large as without labels, and stays in the processor's cache.
+        # One label after another, so that a batch is as large as without labels and stays in the processor's cache.
         with_label = [
             project(backbone.encode_multimodal(images, label.expand(len(images)))).float()
             for label in all_labels

@@ -18,22 +18,23 @@ class SIGReg(nn.Module):
 
         T_s = n · Σ_j w_j [(C_sj − φ(t_j))² + S_sj²],  C_sj, S_sj = means over n of cos, sin(t_j·(a_s·z)),
 
-    averaged over directions and views. For z ~ N(0, I) its expectation is `floor`, 1.0525 for any n; for z = 0
-    it is 0.4020·n (with 17 knots on [0, 3]).
+    averaged over directions and views. For z ~ N(0, I) the expectation of T is `floor`, 1.0525 for any n. For z = 0, T is
+    0.4020·n (with 17 knots on [0, 3]).
 
-    Call: projections `(v n k)` or `(n k)` → {"loss", "sigreg"}, both T. `present` `(v n)` bool: false leaves a sample's
-    view out of means and n; a view that no sample has is left out. Phases are computed in fp32, under autocast too.
+    Call: projections `(v n k)` or `(n k)` → {"loss", "sigreg"}, both T. `present` `(v n)` bool is false for a view that a
+    sample does not have. It is left out of means and n, and a view that no sample has is left out completely. Phases are
+    computed in fp32, also under autocast.
 
-    Ranks: C, S and n are those of the whole batch, over parts that may differ in size, and every rank uses
-    rank 0's directions; T is the same on every rank, its gradient follows `vitkit.distributed.collectives`.
-    Directions come from torch's global generator.
+    Ranks: C, S and n are those of the whole batch; the parts of the ranks may differ in size. Every rank uses the
+    directions of rank 0, drawn from torch's global generator. T is equal on every rank. Its gradient follows
+    `vitkit.distributed.collectives`.
 
-    Raises `UsageError` for fewer than one direction or two knots, a limit that is not positive, or other
-    shapes.
+    Raises `UsageError` if there are fewer than one direction or two knots, if the limit is not positive, or if projections
+    have another shape.
 
-    Source: Balestriero and LeCun, LeJEPA, arXiv 2511.08544. The domain [−3, 3] by symmetry, the 17 knots and the
-    window are those of its reference code and of lightly's `SIGReg`, which draws 1,024 directions; the
-    paper's listing integrates over [−5, 5]. lightly computes in the dtype of its input and needs as many samples on each rank.
+    Source: Balestriero and LeCun, LeJEPA, arXiv 2511.08544. The domain [−3, 3] by symmetry, the 17 knots and the window are
+    those of its reference code and of lightly's `SIGReg`, which draws 1,024 directions; the paper's listing integrates over
+    [−5, 5]. lightly computes in the dtype of its input and needs the same number of samples on each rank.
     """
 
     t: Tensor
@@ -98,8 +99,8 @@ class SIGReg(nn.Module):
 class _WaveSums(torch.autograd.Function):
     """Σ_n m·cos(t_j·p) and Σ_n m·sin(t_j·p) for each t_j: p `(v n s)`, m `(v n)`, t `(knots)` → `(2 knots v s)`.
 
-    The knots are computed one after another, and again in the backward pass: autograd would keep `2·knots` tensors of
-    p's size.
+    The knots are computed one after another, and again in the backward pass. Without this, autograd would keep `2·knots`
+    tensors of p's size.
     """
 
     @staticmethod
