@@ -33,10 +33,10 @@ def search(
     seed: Annotated[int, typer.Option(help="seed of the choice of pairs")] = 0,
     path: Annotated[Path, typer.Option("--out", "-o", help="the PNG file to write")] = Path("search.png"),
 ) -> None:
-    """Search by caption or by image: the nearest images, and for an image the nearest captions.
+    """Search by caption or by image, and show the nearest images (and for an image the nearest captions).
 
-    Without --dataset and --folder it searches test pairs of the dataset of the training. An image about twice as wide as high
-    is a pair; any other is placed on both halves.
+    Without --dataset and --folder it searches test pairs of the dataset of the training. An image about twice as wide as
+    high is a pair; any other image is placed on both halves.
     """
     if path.suffix.lower() != ".png":
         raise UsageError(f"--out {path}: the file is a PNG; give a name that ends in .png")

@@ -55,8 +55,7 @@ class Contrastive(nn.Module, ABC):
 
     @abstractmethod
     def _compare(self, to_text: Tensor, to_image: Tensor, positive: Tensor) -> dict[str, Tensor]:
-        """The loss of this rank's cosines `(n_r n)`, from images to texts and from texts to images; `positive` is bool
-        `(n_r n)`."""
+        """The loss of this rank's cosines `(n_r n)`, images to texts and texts to images; `positive` is bool `(n_r n)`."""
 
 
 class _Tempered(Contrastive):
@@ -100,8 +99,7 @@ class _Tempered(Contrastive):
 
 
 class InfoNCE(_Tempered):
-    """CLIP's loss with equal captions as positives: the cross entropy of images against captions and of captions against
-    images, in nats.
+    """CLIP's loss with equal captions as positives: cross entropy between images and captions in both directions, in nats.
 
         L_i = −1/|P(i)| Σ_{p∈P(i)} log( exp(s_ip/T) / Σ_j exp(s_ij/T) ),
 

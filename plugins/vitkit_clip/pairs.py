@@ -22,7 +22,7 @@ FIXED = 10_000
 def captions(classes: Sequence[str]) -> list[str]:
     """All k² captions of k classes, the one of (left, right) at left·k + right; underscores in names become spaces.
 
-    Raises `UsageError` for fewer than two classes, and for two whose captions would be the same.
+    Raises `UsageError` if there are fewer than two classes, or if two classes would have the same caption.
     """
     _check_classes(len(classes))
     names = [name.replace("_", " ") for name in classes]
@@ -35,26 +35,28 @@ def captions(classes: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs from a labelled split of k `classes`, in batches of `batch_size` a rank: `contracts.Batches`.
+    """Pairs from a labelled split of k `classes`, in batches of `batch_size` per rank: `contracts.Batches`.
 
     A batch is `images` float32 `(b c h 2w)`, two images side by side, normalised; `left` and `right` int64 `(b,)`, their
-    classes; and `labels` int64 `(b,)`, left·k + right, the number of the caption. In an epoch every image of the split
-    is on the left once; on the right is an image of another class with probability `different`, otherwise another image of
-    the same class: a class is drawn evenly, then one of its images. The pairs of an epoch are drawn from (seed, epoch), the
-    augmentation of a batch from (seed, epoch, index, rank), so that an epoch can start at any batch.
+    classes; and `labels` int64 `(b,)`, left·k + right, the number of the caption. In an epoch every image of the split is
+    on the left once. With probability `different`, the right image has another class: the class is drawn with equal
+    probabilities, then one of its images. In the other cases the right image is another image of the same class. The pairs
+    of an epoch are drawn from (seed, epoch), the augmentation of a batch from (seed, epoch, index, rank), so that an epoch
+    can start at any batch.
 
-    Lazily read images (`contracts.LazyImages`) come on the left in the order that suits their storage. The class on the right
-    is drawn in the same way, then one of its images at most `locality` positions from the left one in that order, or in a
-    batch where that is more; if there is none, any of its images. A pair with an image that cannot be read is left out, and
-    `skipped` names the image.
+    Lazily read images (`contracts.LazyImages`) are on the left in the order of their storage. The class on the right is
+    drawn in the same way. Then one of its images is drawn that is at most `locality` positions (or one batch, if that is
+    more) from the left image in this order. If there is none, any image of the class is drawn. A pair with an image that
+    cannot be read is left out, and `skipped` names the image.
 
-    `augment` gets halves `(2b c h w)` and draws parameters for each; with `augment_pair="stacked"` it gets pairs
-    `(b c h 2w)`, where a flip exchanges left and right and makes the caption wrong: for comparison only. `mixing` mixes
+    `augment` gets halves `(2b c h w)` and draws parameters for each; With `augment_pair="stacked"` it gets pairs `(b c h
+    2w)`. A flip then exchanges left and right and makes the caption wrong; this is for comparison only. `mixing` mixes
     augmented halves of one class (`same_class=True`: no caption describes a mixture of two).
 
-    W ranks divide each W · `batch_size` pairs; the rest is left out with `drop_last`, and without it the ranks' last
-    batches differ by up to one. Raises `UsageError` for images without a label, fewer than two classes (in the split, too),
-    labels beyond them, `different` outside [0, 1], a `mixing` across classes and a `batch_size` below 1.
+    W ranks share each W · `batch_size` pairs. With `drop_last` the last, incomplete batch is left out. Without it, the
+    sizes of the ranks' last batches differ by up to one. Raises `UsageError` if an image has no label, `classes` or the
+    split have fewer than two classes, a label is not a class, `different` is outside [0, 1], `mixing` mixes different
+    classes, or `batch_size` is below 1.
     """
 
     split: ImageSplit
@@ -88,12 +90,12 @@ class Pairs:
             )
 
     def __len__(self) -> int:
-        """Batches an epoch, the same number on every rank."""
+        """The number of batches per epoch, equal on every rank."""
         return self._count(world_size())
 
     @property
     def skipped(self) -> list[str]:
-        """A line for each image that could not be read so far."""
+        """One line per image that could not be read so far."""
         return self.split.skipped
 
     @property
@@ -105,8 +107,8 @@ class Pairs:
     def fixed(self, seed: int = 0, count: int = FIXED) -> "Pairs":
         """`count` pairs for an evaluation, drawn by `seed` alone: the same in every epoch, in one order, not augmented.
 
-        Each image is on the left equally often, up to one time. Lazily read images are read into memory. Raises
-        `UsageError` for a count below 1.
+        Each image is on the left equally often, up to a difference of one. Lazily read images are read into memory. Raises
+        `UsageError` if the count is below 1.
         """
         at_least(1, count=count)
         split = self.split.in_memory()
@@ -141,7 +143,7 @@ class Pairs:
         return full + (rest > 0 and not self.drop_last)
 
     def _make(self, pair: Tensor, images: Tensor, rows: Tensor, seed: int, device: torch.device) -> dict[str, Tensor]:
-        """A batch of those pairs `(b 2)` whose images both are among `rows`, which are sorted."""
+        """A batch of the pairs `(b 2)` whose two images are among the sorted `rows`."""
         pair = pair[torch.isin(pair, rows).all(1)]
         split, flat = self.split, pair.flatten()  # (b 2) → left, right, left, right, …
         halves = split.preprocessing.pixels(images.index_select(0, torch.searchsorted(rows, flat)).to(device))  # (2b c h w)
@@ -160,10 +162,10 @@ class Pairs:
         }  # fmt: skip
 
     def _partners(self, left: Tensor, reach: int, generator: torch.Generator) -> Tensor:
-        """For each image on the left the index of the one on its right, which is read within `reach` places of it."""
+        """For each left image the index of the right image, which is read within `reach` places of the left one."""
         labels, n = self.split.labels, len(self.split)
         place = torch.arange(n)
-        if reach < n:  # otherwise all images are equally near, and `left` may not hold each of them once
+        if reach < n:  # else all images are equally near, and `left` may not hold each of them once
             place[left] = torch.arange(n)
         keys = labels * n + place
         order = keys.argsort()  # by class, and within a class by place

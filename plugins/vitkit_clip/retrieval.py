@@ -52,22 +52,23 @@ class PairRetrieval:
     | `swapped_above`               | of pairs of two classes: that caption is nearer than their own                  |
     | `zero_shot_top1` (`_top5`)    | single images, see below                                                        |
 
-    Nearness is the cosine of `projector(backbone.encode_image(pair))` and `text_projector(text.encode_text([caption]))`;
-    a projector that the model does not have is left out. In `t2i_*` a caption that no pair shows is no query. Equal cosines
-    share their places, see `vitkit_eval.ties`. In zero-shot classification a single image stands on both halves, and
-    the k captions that name one class on both sides are its candidates, so that nothing else is in the picture. Captions
-    are made from the dataset's class names, so that no metric depends on the order of the classes.
+    Nearness is the cosine of `projector(backbone.encode_image(pair))` and `text_projector(text.encode_text([caption]))`; a
+    projector that the model does not have is left out. In `t2i_*` a caption without a pair is not a query. Equal cosines
+    share their places, see `vitkit_eval.ties`. In zero-shot classification, a single image is on both halves, and its
+    candidates are the k captions that name one class on both sides. Captions are made from the dataset's class names, so
+    that no metric depends on the order of the classes.
 
-    The pairs are `Pairs(...).fixed(seed, count)` of the split. `zero_shot` single images, the classes in equal shares as far
-    as possible, are classified; 0 leaves that out. `shown` pairs stand in each figure. Scores are computed in pieces: no
-    n × k² matrix is ever in memory. Under autocast the towers compute in its precision, cosines are fp32. A model
+    The pairs are `Pairs(...).fixed(seed, count)` of the split. `zero_shot` single images (in equal shares per class as far
+    as possible) are classified; 0 leaves this out. Each figure shows `shown` pairs. Scores are computed in pieces: no n ×
+    k² matrix is ever in memory. Under autocast the towers compute in the precision of autocast; cosines are fp32. A model
     that caches its frozen text tower's features of these captions (`vitkit_clip.CLIP`) computes them once.
 
-    Ranks: each encodes its share of the pairs and captions and ranks its share of the queries; every rank returns the same.
+    Ranks: each rank encodes its share of the pairs and captions and ranks its share of the queries. All ranks return the
+    same scores.
 
-    Raises `UsageError` for a model without `backbone` and a `text` that offers `encode_text`, for towers whose spaces differ
-    in width, for numbers out of range, for images without a label, and as `Pairs`; `VitkitError` for embeddings that are not
-    finite.
+    Raises `UsageError` if the model has no `backbone` or no `text` with `encode_text`, the spaces of the towers differ in
+    width, a number is out of range, or an image has no label. Other errors are those of `Pairs`, and `VitkitError` if
+    embeddings are not finite.
 
     Source: top-1, top-10 and top-100 over the 10,000 captions of CIFAR-100 pairs follow the reference document of this
     system; R@k, mAP and median rank are those of the retrieval literature.
@@ -100,7 +101,7 @@ class PairRetrieval:
         return {"count": samples, "batch_size": 8}, {"model": model}
 
     def check(self, dataset: Any, split: SplitName = "test") -> None:
-        """Raise `UsageError` where pairs and captions cannot be made of this split."""
+        """Raise `UsageError` if this split cannot give pairs and captions."""
         captions(dataset.classes)
         check_labels(self.name, dataset, split)
         Pairs(split_of(dataset, split), dataset.classes, self.batch_size)
@@ -220,7 +221,7 @@ class EmbeddedPairs:
 
 
 def check_towers(model: Any) -> None:
-    """`UsageError` for a model that cannot compare images with texts."""
+    """Raise `UsageError` if a model cannot compare images with texts."""
     text = getattr(model, "text", None)
     if not hasattr(text, "encode_text") or getattr(model, "backbone", None) is None:
         raise UsageError(
@@ -231,7 +232,7 @@ def check_towers(model: Any) -> None:
 
 
 def half_of(model: Any) -> Preprocessing:
-    """The preprocessing of one half of a pair for a saved model; `UsageError` where it has none, or takes no pairs."""
+    """The preprocessing of one half of a pair for a saved model; `UsageError` if the model has none, or takes no pairs."""
     if not model.preprocessing:
         raise UsageError("this model was saved without preprocessing, so images cannot be prepared for it")
     pair = Preprocessing.from_json(model.preprocessing)
@@ -282,7 +283,7 @@ def _embed_pairs(model: Any, pairs: Pairs, device: torch.device) -> EmbeddedPair
 
 
 def check_embeddings(pairs: Tensor, texts: Tensor) -> None:
-    """`UsageError` where pairs `(n d)` and captions `(m d)` have no common space, `VitkitError` where they are not finite."""
+    """Raise `UsageError` if pairs `(n d)` and captions `(m d)` have no common space, `VitkitError` if they are not finite."""
     if pairs.shape[1] != texts.shape[1]:
         raise UsageError(
             f"pairs are embedded in {pairs.shape[1]} dimensions, captions in {texts.shape[1]}; both projectors need "

@@ -19,7 +19,7 @@ from vitkit_eval import nearest_items
 
 BATCH_SIZE = 250
 PAIR_WIDTH = 0.75
-"""An image is a pair from this share of a pair's ratio of width to height on."""
+"""An image is a pair if its ratio of width to height is at least this share of a pair's ratio."""
 
 
 class Gallery(Protocol):
@@ -100,7 +100,7 @@ class Nearest:
 
 @dataclass(frozen=True)
 class Answer:
-    """The images nearest to a caption or an image, a sheet of them, and for an image the nearest captions too.
+    """The images nearest to a caption or an image, a sheet of them, and for an image also the nearest captions.
 
     `unknown`: words of the caption that the text tower does not know.
     """
@@ -114,7 +114,7 @@ class Answer:
 def as_pair(image: Image.Image, half: Preprocessing) -> Tensor:
     """An image of any mode → a normalised pair `(1 c h 2w)`.
 
-    An image about as wide as a pair is a pair; any other is placed on both halves.
+    An image that is about as wide as a pair is a pair. Any other image is placed on both halves.
     """
     channels, height, width = half.shape
     if image.width * height >= PAIR_WIDTH * 2 * width * image.height:

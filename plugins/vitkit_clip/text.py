@@ -15,7 +15,7 @@ _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 
 
 def words_of(text: str) -> list[str]:
-    """A text's words in lower case: runs of letters and digits; punctuation and underscores part them."""
+    """The words of a text in lower case: runs of letters and digits, separated by punctuation and underscores."""
     return _WORD.findall(text.lower())
 
 
@@ -27,14 +27,15 @@ def vocabulary_of(texts: Iterable[str]) -> list[str]:
 class TextTransformer(nn.Module):
     """Token ids of words `(b l)` → tokens `(b l d)`, zero where there is padding.
 
-    The vocabulary is given as a list of words; id 0 is padding, 1 any word that is not in it, i + 2 the word i. Learned
-    positions, `depth` pre-norm blocks without a causal mask, a last layer norm; texts of one length go through the blocks
-    together, so that padding takes no part. `encode_text(list of str)` gives the mean over a text's tokens `(b d)`.
+    The vocabulary is a list of words. Id 0 is padding, 1 is any word that is not in the vocabulary, and i + 2 is word i.
+    The model has learned positions, `depth` pre-norm blocks without a causal mask, and a last layer norm. Texts of one
+    length go through the blocks together, so that padding takes no part. `encode_text(list of str)` gives the mean over a
+    text's tokens `(b d)`.
 
     `words_of` splits texts into words. `embed_dim`, `context_length` (the most words of a text) and `vocabulary` are
-    attributes. Weights are drawn from Normal(0, 0.02) by torch's global generator. Raises `UsageError` for an empty or
-    repeating vocabulary, dimensions that do not fit, ids outside the vocabulary, and texts that are empty, longer than
-    `context_length`, or hold no known word.
+    attributes. Weights are drawn from Normal(0, 0.02) by torch's global generator. Raises `UsageError` if the vocabulary is
+    empty or repeats a word, dimensions do not fit, or an id is outside the vocabulary; and if a text is empty, longer than
+    `context_length`, or has no word of the vocabulary.
     """
 
     vitkit_architecture: ClassVar = {"vocabulary": _WORD.pattern}
@@ -125,11 +126,11 @@ class TextTransformer(nn.Module):
         return self.pool(self(ids), ids)
 
     def pool(self, tokens: Tensor, ids: Tensor) -> Tensor:
-        """Tokens `(b l d)` and their ids `(b l)` → the mean over those that are no padding `(b d)`."""
+        """Tokens `(b l d)` and their ids `(b l)` → the mean over all tokens that are not padding `(b d)`."""
         return tokens.sum(dim=1) / (ids != PAD).sum(dim=1, keepdim=True).clamp(min=1)
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """Texts → ids int64 `(b l)`, l the most words that one of them has; errors as the class says."""
+        """Texts → ids int64 `(b l)`, where l is the largest number of words of a text; the class lists the errors."""
         if isinstance(texts, str):
             raise UsageError(f"encode_text takes a list of texts; given one text, {texts!r:.80}: put it into a list")
         rows = [self._numbers(text) for text in texts]

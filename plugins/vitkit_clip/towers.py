@@ -146,7 +146,7 @@ class HalvesTower(nn.Module):
         return rearrange(weights, "b (two h w) -> b h (two w)", two=2, h=self.rows)
 
     def _stemmed(self, x: Tensor) -> list[Tensor]:
-        """The stem's earlier maps, one a half, and the tokens of pairs `(b 2n d)` that enter the joint blocks."""
+        """The earlier maps of the stem, one per half, and the tokens of pairs `(b 2n d)` that enter the joint blocks."""
         images = rearrange(x, "b c h (two w) -> (b two) c h w", two=2)
         *earlier, last = self.stem(images)
         tokens = self.own(last.flatten(1, 2) + self.positions)  # (2b n d)

@@ -13,16 +13,17 @@ from vitkit_eval.features import check_labels, classification, model_classes, na
 
 
 class Accuracy:
-    """Accuracy of the model's own `classifier`: `accuracy_top1`, with more than ten classes `accuracy_top5` too.
+    """Accuracy of the model's own `classifier`: `accuracy_top1`, and with more than ten classes `accuracy_top5`.
 
-    Nothing is fitted: logits are classifier(encode_image(x)) of every image of the split, or of `test_size` of them, the
-    classes in equal shares as far as possible, chosen by `seed`. Equal logits share their places. Classes of a model that
-    names them are matched with the dataset's by name. Under autocast features and logits are computed in its precision.
+    Nothing is fitted: logits are classifier(encode_image(x)) of every image of the split. `test_size` limits the number of
+    images (chosen by `seed`, in equal shares per class as far as possible). Equal logits share their places (see
+    `vitkit_eval.ties`). If the model has names of classes, they are matched with the dataset's by name. Under autocast
+    features and logits are computed in the precision of autocast.
 
-    Ranks: each encodes its share of the images, and every rank returns the same scores.
+    Ranks: each rank encodes its share of the images, and all ranks return the same scores.
 
-    Raises `UsageError` for a model without a classifier, for other classes than the dataset's, for images without a label,
-    and as `extract_features` does.
+    Raises `UsageError` if the model has no classifier or other classes than the dataset, or if an image has no label. Other
+    errors are those of `extract_features`.
     """
 
     name = "accuracy"
@@ -38,7 +39,7 @@ class Accuracy:
         return {}, {"model": model}
 
     def check(self, dataset: Any, split: SplitName = "test") -> None:
-        """Raise `UsageError` where an image of this split has no label."""
+        """Raise `UsageError` if an image of this split has no label."""
         check_labels(self.name, dataset, split)
 
     def __call__(self, model: Any, dataset: Any, split: SplitName = "test") -> Scores:

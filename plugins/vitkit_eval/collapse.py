@@ -21,20 +21,20 @@ AUGMENT = Compose([RandomAffine(degrees=15, translate=0.1, scale=(0.85, 1.15), s
 
 
 class RankMe(FeatureEvaluator):
-    """The effective number of dimensions of the features, the exponential of the entropy of their spectrum: `rankme`.
+    """The effective number of dimensions of the features, which is the exponential of the entropy of their spectrum: `rankme`.
 
         RankMe(Z) = exp(−Σ_k p_k ln p_k),   p_k = σ_k(Z) / Σ_j σ_j(Z) + 1e-7,
 
-    σ_k are the singular values of the features Z `(n d)`. It lies between 1, where all features are on one line, and
-    min(n, d), where all directions vary alike. Z is not centred: a constant feature vector has 1 too. A higher value goes
-    with better linear probes of one method (Garrido et al., arXiv 2210.02885); values of different widths d are not
+    σ_k are the singular values of the features Z `(n d)`. RankMe is 1 if all features are on one line, and min(n, d) if all
+    directions vary equally. Z is not centred, so RankMe of a constant feature vector is also 1. Among models of one method,
+    a higher value goes with better linear probes (Garrido et al., arXiv 2210.02885). Values for different widths d are not
     comparable.
 
-    `test_size` caps the images, in equal shares of the labels as far as possible, chosen by `seed`; at least as many images
-    as dimensions are needed for the full range. Labels are not used. Under autocast the features are computed in its
-    precision, the spectrum in fp64.
+    `test_size` limits the number of images (chosen by `seed`, in equal shares per label as far as possible); The full range
+    needs at least as many images as dimensions. Labels are not used. Under autocast the features are computed in the
+    precision of autocast, and the spectrum in fp64.
 
-    Ranks: each encodes its share of the images, and every rank returns the same score. Errors are those of
+    Ranks: each rank encodes its share of the images, and all ranks return the same score. Errors are those of
     `extract_features`.
     """
 
@@ -53,16 +53,16 @@ class RankMe(FeatureEvaluator):
 class AlphaReQ(FeatureEvaluator):
     """The decay of the eigenvalues of the features' covariance, λ_j ∝ j^−α: `alpha_req`.
 
-    α is the negative slope of the least-squares line through (ln j, ln λ_j), j = 1 … of the eigenvalues above
-    1e-6·λ₁. Near 1 features tend to generalise best; a larger α means that few directions dominate, a smaller one that
-    many directions of noise are kept (Agrawal et al., α-ReQ, NeurIPS 2022). The direction of the metric is "min", since
-    a collapse raises α; below 1 a lower value is no better.
+    α is the negative slope of the least-squares line through (ln j, ln λ_j), j = 1 … of the eigenvalues above 1e-6·λ₁.
+    Features with α near 1 tend to generalise best. With a larger α, few directions dominate. With a smaller α, the features
+    contain many directions of noise (Agrawal et al., α-ReQ, NeurIPS 2022). The direction of the metric is "min", because a
+    collapse raises α. Below 1, a lower value is not better.
 
-    `test_size` caps the images, in equal shares of the labels as far as possible, chosen by `seed`. Labels are not used.
-    Under autocast the features are computed in its precision, the spectrum in fp64.
+    `test_size` limits the number of images (chosen by `seed`, in equal shares per label as far as possible). Labels are not
+    used. Under autocast the features are computed in the precision of autocast, and the spectrum in fp64.
 
-    Ranks: each encodes its share of the images, and every rank returns the same score. Raises `UsageError` for features with
-    fewer than two such eigenvalues, and as `extract_features` does.
+    Ranks: each rank encodes its share of the images, and all ranks return the same score. Raises `UsageError` if fewer than
+    two eigenvalues are above this limit. Other errors are those of `extract_features`.
     """
 
     name = "alpha_req"
@@ -86,15 +86,15 @@ class AlphaReQ(FeatureEvaluator):
 
 
 class FeatureStd(FeatureEvaluator):
-    """The mean standard deviation of the features' dimensions, of features scaled to length one: `feature_std`.
+    """The mean over dimensions of the standard deviation of features that are scaled to length one: `feature_std`.
 
-    It is reported times √d: 1 for features spread evenly over the sphere in d dimensions, 0 where all are at one point
-    (Chen and He, SimSiam, arXiv 2011.10566, who plot it against 1/√d).
+    The value is multiplied by √d. It is 1 if features are spread evenly over the sphere in d dimensions, and 0 if all
+    features are equal (Chen and He, SimSiam, arXiv 2011.10566, who plot it against 1/√d).
 
-    `test_size` caps the images, in equal shares of the labels as far as possible, chosen by `seed`. Labels are not used.
-    Under autocast the features are computed in its precision, the deviation in fp64.
+    `test_size` limits the number of images (chosen by `seed`, in equal shares per label as far as possible). Labels are not
+    used. Under autocast the features are computed in the precision of autocast, and the deviation in fp64.
 
-    Ranks: each encodes its share of the images, and every rank returns the same score. Errors are those of
+    Ranks: each rank encodes its share of the images, and all ranks return the same score. Errors are those of
     `extract_features`.
     """
 
@@ -114,16 +114,17 @@ class LiDAR:
         Σ_b = cov of the images' means over views,   Σ_w = mean covariance of the views of an image + δI,
         LiDAR = exp(−Σ_k p_k ln p_k),   p_k = λ_k / Σ_j λ_j + 1e-7,   λ_k the eigenvalues of Σ_w^−½ Σ_b Σ_w^−½.
 
-    It is RankMe of a linear discriminant analysis in which every image is a class: directions that the views of one image
-    differ in do not count (Thilak et al., arXiv 2312.04000; there 1,000 images, 50 views, δ = 1e-4). It lies between 1 and the
-    number of dimensions, and of images less one.
+    It is RankMe of a linear discriminant analysis in which every image is a class. Directions in which the views of one
+    image differ do not count (Thilak et al., arXiv 2312.04000; there 1,000 images, 50 views, δ = 1e-4). LiDAR is at least
+    1. It is at most the number of dimensions, and at most the number of images minus one.
 
-    `images` of the split, in equal shares of the labels as far as possible, get `views` augmented views each; both are
-    chosen by `seed`. `augment` is the transform, a random affine one by default; pass that of the training to measure what
-    training made invariant. Labels are not used. Under autocast the features are computed in its precision, the rest in fp64.
+    `views` augmented views are made per image, of `images` images of the split (in equal shares per label as far as
+    possible). `seed` chooses images and views. `augment` is the transform, by default a random affine one. Give the
+    transform of the training to measure the invariance that training should give. Labels are not used. Under autocast the
+    features are computed in the precision of autocast, and the rest in fp64.
 
-    Ranks: each encodes its share of the images, and every rank returns the same score. Raises `UsageError` for fewer than two
-    images or views, a δ that is not positive, and an empty split; `VitkitError` for features that are not finite.
+    Ranks: each rank encodes its share of the images, and all ranks return the same score. Raises `UsageError` if there are
+    fewer than two images or views, δ is not positive, or the split is empty, and `VitkitError` if features are not finite.
     """
 
     name = "lidar"
@@ -141,7 +142,7 @@ class LiDAR:
         return {"images": 9, "views": 3}, {}
 
     def check(self, dataset: Any, split: SplitName = "test") -> None:
-        """Raise `UsageError` where the split has fewer than two images."""
+        """Raise `UsageError` if the split has fewer than two images."""
         if len(split_of(dataset, split)) < 2:
             raise UsageError(f"lidar compares images; the {split} split holds only one")
 
@@ -156,7 +157,7 @@ class LiDAR:
         """Features float64 `(n v d)` on the CPU, the views drawn for each image by the seed, on any number of ranks."""
         features = []
         with evaluating(model) as device:
-            # One image a batch would draw the same views on any number of ranks; whole batches a rank are as good and faster.
+            # One image per batch would draw the same views on any number of ranks. Complete batches per rank do so too, and are faster.
             for number, part in enumerate(torch.arange(len(split)).split(100)):
                 batches = split.subset(part).batches(len(part), augment=self.augment, views=self.views)
                 batch = next(iter(batches.epoch(number, seed=self.seed, device=device)))

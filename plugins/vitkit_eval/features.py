@@ -14,7 +14,7 @@ from vitkit.validation import at_least, one_of
 from vitkit_eval.ties import topk_accuracy
 
 TOP5_CLASSES = 10
-"""With more classes than these the top-5 accuracy is reported too; with fewer it says little."""
+"""If there are more classes, the top-5 accuracy is reported too. With fewer classes it means little."""
 PREFIXES: dict[SplitName, str] = {"train": "train_", "val": "val_", "test": ""}
 """What the names of metrics on a split begin with."""
 
@@ -29,12 +29,12 @@ def split_of(dataset: Any, split: SplitName) -> Any:
 
 
 def named(scores: Scores, split: SplitName) -> Scores:
-    """Scores under the names that they have on a split: `val_` before those of the validation split."""
+    """Scores with the names for a split: names for the validation split begin with `val_`."""
     return scores.prefixed(PREFIXES[split]) if PREFIXES[split] else scores
 
 
 def check_labels(evaluator: str, dataset: Any, *splits: SplitName) -> None:
-    """`UsageError` where an image of these splits has no label, or a label that belongs to no class."""
+    """Raise `UsageError` if an image of these splits has no label, or a label that is not a class."""
     for split in splits:
         labels = split_of(dataset, split).labels
         missing = int((labels == UNLABELLED).sum())
@@ -57,9 +57,9 @@ def subset_labels(split: Any, size: int | None, seed: int) -> Tensor:
 
 
 def model_classes(model: Any, dataset: Any) -> list[int]:
-    """The model's number of each of a dataset's classes, by name; `UsageError` where the names are not the same.
+    """The model's number of each class of a dataset, matched by name; `UsageError` if the names are not the same.
 
-    A model that does not name its classes has the dataset's.
+    A model without names of classes is assumed to have the dataset's classes.
     """
     names = list(getattr(model, "classes", None) or dataset.classes)
     if sorted(names) != sorted(dataset.classes):
@@ -88,10 +88,10 @@ def frozen_features(
 
 
 class FeatureEvaluator(ABC):
-    """An evaluator of the frozen features of one split: `score` sees nothing but them.
+    """An evaluator of the frozen features of one split; `score` gets only these features.
 
-    `test_size` caps the images, the classes in equal shares as far as possible, chosen by `seed`. `check` raises the
-    `UsageError` of a precondition before anything is encoded.
+    `test_size` limits the number of images (chosen by `seed`, in equal shares per class as far as possible). `check` raises
+    the `UsageError` of a precondition before anything is encoded.
     """
 
     name: ClassVar[str]
@@ -102,7 +102,7 @@ class FeatureEvaluator(ABC):
         self.test_size, self.seed = test_size, seed
 
     def check(self, dataset: Any, split: SplitName = "test") -> None:
-        """Raise `UsageError` where the evaluator cannot measure on this split."""
+        """Raise `UsageError` if the evaluator cannot measure on this split."""
         if self.needs_labels:
             check_labels(self.name, dataset, split)
         split_of(dataset, split)
@@ -118,10 +118,10 @@ class FeatureEvaluator(ABC):
 
 
 class FrozenProbe(ABC):
-    """A classifier on frozen features: it is fitted to those of the training split, and measured on those of a split.
+    """A classifier on frozen features. It is fitted to features of the training split and measured on features of another split.
 
-    `train_size` and `test_size` cap the images, the classes in equal shares as far as possible, chosen by `seed`. `check`
-    raises the `UsageError` of a precondition before anything is encoded.
+    `train_size` and `test_size` limit the numbers of images (chosen by `seed`, in equal shares per class as far as
+    possible). `check` raises the `UsageError` of a precondition before anything is encoded.
     """
 
     name: ClassVar[str]
@@ -131,12 +131,12 @@ class FrozenProbe(ABC):
         self.train_size, self.test_size, self.seed = train_size, test_size, seed
 
     def check(self, dataset: Any, split: SplitName = "test") -> None:
-        """Raise `UsageError` where the probe cannot be fitted to the training split, or measured on this split."""
+        """Raise `UsageError` if the probe cannot be fitted to the training split or measured on this split."""
         check_labels(self.name, dataset, "train", split)
         self.check_train(subset_labels(dataset.train, self.train_size, self.seed), dataset.classes)
 
     def check_train(self, labels: Tensor, classes: list[str]) -> None:
-        """Raise `UsageError` for training labels `(n,)` that the probe cannot be fitted to."""
+        """Raise `UsageError` if the probe cannot be fitted to the training labels `(n,)`."""
         if len(labels.unique()) < 2:
             raise UsageError("a classifier needs training images of at least two classes")
 
@@ -161,7 +161,7 @@ def classification(
     note: str,
     frozen: str = "encoder",
 ) -> Scores:
-    """`<name>_top1`, with more than ten classes `<name>_top5` too, and the confusion matrix, of scores `(n k)`."""
+    """`<name>_top1`, with more than ten classes `<name>_top5`, and the confusion matrix, from scores `(n k)`."""
     k = len(classes)
     tops = (1, 5) if k > TOP5_CLASSES else (1,)
     counts = confusion_matrix(labels, scores.argmax(dim=1), k)

@@ -21,19 +21,21 @@ NORMAL_95 = 1.96
 class FewShot(FrozenProbe):
     """Accuracy from s training images of each class: `few_shot_1_top1`, `few_shot_5_top1`, `few_shot_10_top1`.
 
-    Features are scaled to length one; an image belongs to the class whose centroid, the mean over its s images, is
-    nearest by Euclidean distance; equally near ones share their places (SimpleShot's L2N, Wang et al.,
-    arXiv 1911.04623; nearest centroid as in prototypical networks, Snell et al., arXiv 1703.05175). The score is the mean
-    over `draws` of s images a class, chosen by `seed`, on all images of the split; the protocol's note has its 95 % interval,
-    ± 1.96 standard errors over the draws. The s images of a draw are among the images of a larger s.
+    Features are scaled to length one. The centroid of a class is the mean over its s images. An image is assigned to the
+    class with the nearest centroid by Euclidean distance; equally near centroids share their places (SimpleShot's L2N, Wang
+    et al., arXiv 1911.04623; nearest centroid as in prototypical networks, Snell et al., arXiv 1703.05175). The score is
+    the mean over `draws` random choices of s images per class, made by `seed`, and over all images of the split. The note
+    of the protocol contains the 95 % interval: ± 1.96 standard errors over the draws. In one draw, the images for a smaller
+    s are among the images for a larger s.
 
-    `train_size` and `test_size` cap the images to draw from and to measure on, the classes in equal shares as far as
-    possible. Under autocast the features are computed in its precision, everything else in fp32.
+    `train_size` limits the images from which the draws choose, and `test_size` the images on which the score is measured,
+    in equal shares per class as far as possible. Under autocast the features are computed in the precision of autocast, and
+    everything else in fp32.
 
-    Ranks: each encodes its share of the images, and every rank returns the same scores.
+    Ranks: each rank encodes its share of the images, and all ranks return the same scores.
 
-    Raises `UsageError` for shots or draws below 1, for a class with fewer training images than shots, for images without a
-    label, and as `extract_features` does.
+    Raises `UsageError` if shots or draws are below 1, a class has fewer training images than shots, or an image has no
+    label. Other errors are those of `extract_features`.
     """
 
     name = "few_shot"
@@ -97,7 +99,7 @@ class FewShot(FrozenProbe):
 
 
 def centroid_scores(features: Tensor, centroids: Tensor) -> Tensor:
-    """Scores `(n k)` that are highest for the centroid `(k d)` nearest to each of features `(n d)`: x·c − ‖c‖²/2."""
+    """Scores `(n k)` of features `(n d)` for centroids `(k d)`, highest for the nearest centroid: x·c − ‖c‖²/2."""
     with torch.autocast(features.device.type, enabled=False):
         return features @ centroids.T - centroids.square().sum(dim=1) / 2
 

@@ -18,20 +18,20 @@ SIMILARITIES = 2**25
 
 
 class KNN(FrozenProbe):
-    """Accuracy of the nearest training images' vote: `knn_top1`, with more than ten classes `knn_top5` too.
+    """Accuracy of a vote of the nearest training images: `knn_top1`, and with more than ten classes `knn_top5`.
 
-    Each of the `k` nearest by cosine similarity s votes for its class with weight exp(s/T); of equally near images the
-    earlier ones of the training set vote. Equal votes share their places; a class without a vote is never a hit (Wu et al.,
-    arXiv 1805.01978; k = 20 and T = 0.07 as in DINO, arXiv 2104.14294).
+    The `k` nearest training images by cosine similarity s vote for their classes, with weight exp(s/T). Among equally near
+    images, the earlier ones of the training set vote. Classes with equal votes share their places. A class without a vote
+    is never a hit (Wu et al., arXiv 1805.01978; k = 20 and T = 0.07 as in DINO, arXiv 2104.14294).
 
-    `train_size` and `test_size` cap the images, the classes in equal shares as far as possible, chosen by `seed`. The
-    dataset's true labels are used, also of images whose label training did not use. Under autocast the features are
-    computed in its precision, everything else in fp32.
+    `train_size` and `test_size` limit the numbers of images (chosen by `seed`, in equal shares per class as far as
+    possible). The true labels of the dataset are used, also for images whose labels were not used in training. Under
+    autocast the features are computed in the precision of autocast, and everything else in fp32.
 
-    Ranks: each encodes its share of the images and counts the votes of its share; every rank returns the same scores.
+    Ranks: each rank encodes its share of the images and counts the votes for its share. All ranks return the same scores.
 
-    Raises `UsageError` where `k` exceeds the training set, for fewer than two classes in it, for images without a label, and
-    as `extract_features` does.
+    Raises `UsageError` if the training set has fewer than `k` images or fewer than two classes, or if an image has no
+    label. Other errors are those of `extract_features`.
     """
 
     name = "knn"
@@ -67,8 +67,8 @@ class KNN(FrozenProbe):
 def vote(train: Tensor, labels: Tensor, test: Tensor, classes: int, *, k: int, temperature: float) -> Tensor:
     """The weighted votes int64 `(m c)` of the `k` nearest of training features `(n d)` for test features `(m d)`.
 
-    The nearest image's vote is 2³², and the others' are whole numbers too, so that sums do not depend on their order. Ranks:
-    each counts every W-th chunk of the test features, and all of them return all votes.
+    All votes are whole numbers, and the vote of the nearest image is 2³². Sums of votes therefore do not depend on their
+    order. Ranks: each of W ranks counts every W-th chunk of the test features, and all ranks return all votes.
     """
     train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
     votes = torch.zeros(len(test), classes, dtype=torch.int64, device=test.device)

@@ -18,21 +18,22 @@ from vitkit_eval.features import FrozenProbe, classification
 
 
 class LinearProbe(FrozenProbe):
-    """Accuracy of a linear classifier on frozen features: `linear_top1`, with more than ten classes `linear_top5` too.
+    """Accuracy of a linear classifier on frozen features: `linear_top1`, and with more than ten classes `linear_top5`.
 
     Minimises Σᵢ CE(W·xᵢ + b, yᵢ) + ‖W‖²/(2·C) over standardised training features by L-BFGS, as scikit-learn's
-    `LogisticRegression(C=C)` does. C = 1, its default, weighs ‖W‖² like one sample: a negligible weight for tens of
-    thousands of images, and enough to keep W finite where a few images can be separated without an error. The protocol's
-    note says where the fit has not converged within `max_iter` iterations.
+    `LogisticRegression(C=C)` does. With the default C = 1, ‖W‖² has the weight of one sample. This is negligible for tens
+    of thousands of images, and keeps W finite if a few images can be separated without an error. If the fit does not
+    converge within `max_iter` iterations, the note of the protocol says it.
 
-    `train_size` and `test_size` cap the images, the classes in equal shares as far as possible, chosen by `seed`. The
-    dataset's true labels are used, also of images whose label training did not use. Under autocast the features are
-    computed in its precision, everything else in fp32.
+    `train_size` and `test_size` limit the numbers of images (chosen by `seed`, in equal shares per class as far as
+    possible). The true labels of the dataset are used, also for images whose labels were not used in training. Under
+    autocast the features are computed in the precision of autocast, and everything else in fp32.
 
-    Ranks: each encodes its share of the images and computes the gradient of its share of the features; every rank returns the
-    same scores.
+    Ranks: each rank encodes its share of the images and computes the gradient for its share of the features. All ranks
+    return the same scores.
 
-    Raises `UsageError` for fewer than two classes in training, for images without a label, and as `extract_features` does.
+    Raises `UsageError` if the training images have fewer than two classes, or if an image has no label. Other errors are
+    those of `extract_features`.
     """
 
     name = "linear_probe"
@@ -65,7 +66,7 @@ class LinearProbe(FrozenProbe):
 
 
 def moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation `(d,)` of features `(n d)`; 1 for a feature that is constant but for rounding."""
+    """Mean and standard deviation `(d,)` of features `(n d)`; the deviation is 1 for a feature that is constant up to rounding."""
     mean, std = features.mean(dim=0), features.std(dim=0, correction=0)
     rounding = 10 * torch.finfo(features.dtype).eps * features.abs().amax(dim=0)
     return mean, std.where(std > rounding, torch.ones_like(std))
@@ -85,11 +86,11 @@ def fit_logistic(
 ) -> LogisticFit:
     """Weights and biases that minimise the mean of CE(W·x + b, y) plus ‖W‖²/(2·C·n) over features `(n d)`, labels `(n,)`.
 
-    Full-batch L-BFGS from zero in the features' precision, until no entry of the gradient exceeds 1e-5, or a step changes
-    the loss by less than 1e-9, or for `max_iter` iterations; biases are not regularised. Labels are in [0, classes), at
-    least two different ones.
+    L-BFGS over the full batch starts from zero, in the precision of the features. It stops if no entry of the gradient
+    exceeds 1e-5, if a step changes the loss by less than 1e-9, or after `max_iter` iterations. Biases are not regularised.
+    Labels are in [0, classes), with at least two different values.
 
-    Ranks: each computes the gradient of its share of the rows, and all of them return the same.
+    Ranks: each rank computes the gradient of its share of the rows, and all ranks return the same result.
     """
     n, d = features.shape
     weight, bias = features.new_zeros(classes, d), features.new_zeros(classes, 1)

@@ -1,4 +1,5 @@
-"""Retrieval by cosine: places of the relevant items, computed in pieces so that the matrix of all scores never is in memory."""
+"""Retrieval by cosine: the places of the relevant items. They are computed in pieces, so that the matrix of all scores is
+never in memory."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,14 +44,14 @@ def rank_relevant(queries: Tensor, items: Tensor, query: Tensor, item: Tensor, *
     The p relevant pairs are (`query`, `item`), two int64 `(p,)`, each pair once. Equal scores are in random order, see
     `vitkit_eval.ties`. A relevant item whose score is NaN is the last; another item whose score is NaN counts as higher.
 
-    About `cells` scores at most, but those of one query at least, are held at once. Scores are computed in fp32, under
-    autocast too.
+    About `cells` scores are in memory at a time, and at least the scores of one query. Scores are computed in fp32, also
+    under autocast.
 
-    Ranks: every rank gives the same embeddings, ranks its share of the queries in the same pieces as one process would, and
-    returns the same.
+    Ranks: every rank must give the same embeddings. It ranks its share of the queries in the same pieces as one process
+    would, and all ranks return the same result.
 
-    Raises `UsageError` for embeddings that are not two matrices of one width, for empty ones, and for pairs outside of them or
-    given twice.
+    Raises `UsageError` if the embeddings are not two matrices of one width, if one is empty, or if a pair is out of range
+    or given twice.
     """
     _check(queries, items, query, item)
     n, m = len(queries), len(items)

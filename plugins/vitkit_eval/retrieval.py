@@ -21,7 +21,7 @@ def retrieval_scores(
 ) -> Scores:
     """`<name>_top{k}` (see `hit_rate`), `<name>_map` and `<name>_median_rank`, and with `recalls` `<name>_recall{k}`.
 
-    Where every query has one relevant item, recall equals the hit rate. Names are those of the test split.
+    If every query has one relevant item, recall equals the hit rate. Names are those of the test split.
     """
     relevant = ranking.query.unique_consecutive(return_counts=True)[1]
     queries, items = len(relevant), ranking.items

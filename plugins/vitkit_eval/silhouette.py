@@ -17,17 +17,18 @@ DISTANCES = 2**24
 class Silhouette(FeatureEvaluator):
     """Mean silhouette coefficient of a split's images in feature space, the true classes as clusters: `silhouette`.
 
-    s(i) = (b − a)/max(a, b) in [−1, 1], where a is image i's mean Euclidean distance to the others of its class, b the
-    least mean distance to another class; 0 for the only image of its class (Rousseeuw 1987, as scikit-learn's
-    `silhouette_score`). Zero means that classes overlap.
+    s(i) = (b − a)/max(a, b) in [−1, 1], where a is the mean Euclidean distance of image i to the other images of its class,
+    and b is the smallest mean distance to the images of another class. s(i) is 0 for the only image of a class (Rousseeuw
+    1987, as in scikit-learn's `silhouette_score`). Zero means that classes overlap.
 
-    `test_size` caps the images, the classes in equal shares as far as possible, chosen by `seed`: time grows with its square.
-    Under autocast the features are computed in its precision, distances in fp64.
+    `test_size` limits the number of images (chosen by `seed`, in equal shares per class as far as possible). Time grows
+    with the square of this number. Under autocast the features are computed in the precision of autocast, and distances in
+    fp64.
 
-    Ranks: each encodes its share of the images and measures its share of the distances; every rank returns the same score.
+    Ranks: each rank encodes its share of the images and measures its share of the distances. All ranks return the same score.
 
-    Raises `UsageError` for fewer than two classes among the images, for images without a label, and as `extract_features`
-    does.
+    Raises `UsageError` if the images have fewer than two classes, or if an image has no label. Other errors are those of
+    `extract_features`.
     """
 
     name = "silhouette"

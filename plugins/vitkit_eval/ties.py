@@ -1,7 +1,7 @@
 """The one rule for equal scores: they are in random order, and a metric is its expected value over these orders.
 
-So a model that gives every candidate the same score gets exactly the score of guessing, whatever the order of its candidates.
-A candidate whose score is NaN is the last one; another candidate whose score is NaN counts as higher.
+A model that gives every candidate the same score therefore gets exactly the score of guessing, for any order of the
+candidates. A candidate whose score is NaN is the last one; another candidate whose score is NaN counts as higher.
 """
 
 import torch
@@ -26,7 +26,7 @@ def share_in_top(higher: Tensor, equal: Tensor, k: int) -> Tensor:
 def topk_accuracy(scores: Tensor, labels: Tensor, k: int = 1) -> float:
     """The share of samples whose label is among the `k` highest of scores `(n c)`; equal scores share their places.
 
-    A label whose score is −inf is no hit, even where fewer than `k` classes have a finite score.
+    A label whose score is −inf is not a hit, even if fewer than `k` classes have a finite score.
     """
     target = scores.gather(1, labels[:, None])[:, 0]
     hits = share_in_top(*places(scores, target), k)
@@ -34,10 +34,10 @@ def topk_accuracy(scores: Tensor, labels: Tensor, k: int = 1) -> float:
 
 
 def highest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The `k` highest of scores `(n c)` and their columns, each `(n k)`, best first; where a choice is needed, lower columns."""
+    """The `k` highest of scores `(n c)` and their columns, each `(n k)`, best first; among equal scores the lower columns."""
     values, columns = scores.topk(min(k + 1, scores.shape[1]), dim=1)
     if values.shape[1] > k:
-        # topk takes any of the equal ones, which matters where they lie on both sides of the k-th place.
+        # topk takes any of the equal ones. This matters if equal ones are on both sides of the k-th place.
         tied = (values[:, k] == values[:, k - 1]).nonzero()[:, 0]
         rows, level = scores[tied], values[tied, k - 1 : k]
         equal, room = rows == level, k - (rows > level).sum(dim=1, keepdim=True)

@@ -11,12 +11,13 @@ from vitkit.training import parse_arguments
 def training_data(model: Any, run: str) -> data.ImageDataset:
     """The dataset that the model saved in `run` was trained on, built again by its recorded name.
 
-    A config can come from a stranger, so that no path or address that it records is opened: a dataset with such arguments has
-    to be named by hand. A name can stand for other data than in training (a folder called `digits`, renamed class folders):
-    classes and labels are compared with the recorded digest, or with the model's classes where an earlier version recorded none.
+    A config can come from a stranger, so no path or address that it records is opened. A dataset with such arguments must
+    be named by the user. A name can mean other data than in training (a folder called `digits`, renamed class folders). The
+    digest of classes and labels is therefore compared with the recorded digest. If an earlier version recorded no digest,
+    the classes are compared with those of the model.
 
-    Raises `UsageError` for a model without a recorded dataset, for recorded arguments that are texts, and for a dataset that
-    differs; other errors are those of `vitkit.data.build`.
+    Raises `UsageError` if the model has no recorded dataset, a recorded argument is a text, or the dataset differs. Other
+    errors are those of `vitkit.data.build`.
     """
     name, record = model.config.get("dataset"), model.config.get("data")
     if not isinstance(name, str):

@@ -1,4 +1,4 @@
-"""A frozen encoder on images of another dataset than it was trained on."""
+"""A frozen encoder, measured on another dataset than that of the training."""
 
 from dataclasses import replace
 from typing import Any
@@ -19,19 +19,19 @@ from vitkit_eval.linear import LinearProbe
 class Transfer:
     """The frozen encoder on another `dataset`: `transfer_knn_top1`, `transfer_linear_top1`, and the same for its pixels.
 
-    The other dataset's images are brought to the size and channels of the dataset that the model is evaluated on and
-    normalised with its mean and standard deviation, see `adapted`. `knn` (`k` neighbours) and `linear_probe` (`C`)
-    then measure the encoder's features of its training split and the chosen split, and, by the same protocol, the
-    pixels that the encoder gets: `pixels_knn_top1`, `pixels_linear_top1`. Those do not depend on the model and are measured
-    once. With more than ten classes each has its top-5 too.
+    The images of the other dataset are converted to the size and channels of the dataset on which the model is evaluated,
+    and normalised with its mean and standard deviation (see `adapted`). `knn` (`k` neighbours) and `linear_probe` (`C`)
+    then measure the features of the encoder. The same protocol measures the pixels that the encoder gets:
+    `pixels_knn_top1`, `pixels_linear_top1`. The scores of pixels do not depend on the model and are measured once. With
+    more than ten classes, each metric also has a top-5 form.
 
-    `train_size` and `test_size` cap the images, the classes in equal shares as far as possible, chosen by `seed`.
-    `dataset` is built with the evaluator, so that a missing one is noticed before training.
+    `train_size` and `test_size` limit the numbers of images (chosen by `seed`, in equal shares per class as far as
+    possible). `dataset` is built together with the evaluator, so that a missing dataset is an error before the training.
 
-    Ranks: each encodes its share of the images, and every rank returns the same scores.
+    Ranks: each rank encodes its share of the images, and all ranks return the same scores.
 
-    Raises `UnknownNameError` and `DatasetError` as `vitkit.data.build` does, and `UsageError` as `knn`, `linear_probe`
-    and `adapted` do.
+    Errors are those of `vitkit.data.build` (`UnknownNameError`, `DatasetError`) and those of `knn`, `linear_probe` and
+    `adapted` (`UsageError`).
     """
 
     name = "transfer"
@@ -57,7 +57,7 @@ class Transfer:
         return {"train_size": 60, "test_size": 30}, {}
 
     def check(self, dataset: Any, split: SplitName = "test") -> None:
-        """Raise `UsageError` where the probes cannot measure on the other dataset's split."""
+        """Raise `UsageError` if the probes cannot measure on this split of the other dataset."""
         for probe in self.probes:
             probe.check(self.dataset, split)
 
@@ -94,9 +94,10 @@ class Pixels:
 def adapted(split: ImageSplit, preprocessing: Preprocessing) -> ImageSplit:
     """A split with batches for a model that was trained on images prepared by `preprocessing`.
 
-    Images are padded or resized as their dataset's `fit` says, to the size of `preprocessing`, and normalised with its
-    mean and std. Grey images are repeated for a model of three channels; coloured ones become luma (ITU-R BT.601) for a
-    model of one, a copy in memory. Raises `UsageError` for other numbers of channels that differ.
+    Images are padded or resized to the size of `preprocessing`, by the `fit` of their dataset, and normalised with the mean
+    and std of `preprocessing`. For a model with three channels, grey images are repeated. For a model with one channel,
+    colours become luma (ITU-R BT.601), as a copy in memory. Raises `UsageError` for other differences between the numbers
+    of channels.
     """
     given, wanted = split.images.shape[1], preprocessing.shape[0]
     preprocessing = replace(preprocessing, fit=split.preprocessing.fit)

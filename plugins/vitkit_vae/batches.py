@@ -23,16 +23,17 @@ Positives = Literal["class", "augmented"]
 class TripletBatches:
     """A split in shuffled batches of `images`, `positives` and `negatives`, each `(b c h w)`, with the anchors' `labels`.
 
-    Each image is an anchor once an epoch. Its positive is another image of its class, or itself if there is no other; with
-    `positives` "augmented" it is the anchor, augmented again. Its negative is drawn evenly from all images of other classes.
-    Everything is drawn from (seed, epoch, index, rank). A step takes three forward passes; mining in the batch takes one. The
-    rest of an epoch that does not fill a batch is left out.
+    Each image is an anchor once per epoch. The positive is another image of its class, or the anchor itself if there is no
+    other. With `positives` "augmented" the positive is the anchor, augmented again. The negative is drawn with equal
+    probability from all images of other classes. Everything is drawn from (seed, epoch, index, rank). A step takes three
+    forward passes; mining in the batch takes one. Images at the end of an epoch that do not fill a batch are left out.
 
-    Lazily read images (`contracts.LazyImages`) come as anchors in the order that suits their storage; positives and negatives
-    come from anywhere, which can be slow; mining in the batch avoids that. A triplet with an image that cannot be read is left
-    out, and `skipped` names the image.
+    Lazily read images (`contracts.LazyImages`) are anchors in the order of their storage. Their positives and negatives are
+    at any position, which can be slow to read. Mining in the batch avoids this. A triplet with an image that cannot be read
+    is left out, and `skipped` names the image.
 
-    Raises `UsageError` for a `batch_size` below 1, an unknown kind of positives, images without a label and a single class.
+    Raises `UsageError` if `batch_size` is below 1, the kind of positives is unknown, an image has no label, or there is
+    only one class.
     """
 
     split: ImageSplit
@@ -54,7 +55,7 @@ class TripletBatches:
 
     @property
     def skipped(self) -> list[str]:
-        """A line for each image that could not be read so far."""
+        """One line per image that could not be read so far."""
         return self.split.skipped
 
     def __len__(self) -> int:
@@ -82,7 +83,7 @@ class TripletBatches:
         return [part.tensor_split(world)[rank] for part in order.split(size)[: self._count(world)]]
 
     def _make(self, triplet: Tensor, images: Tensor, rows: Tensor, seed: int, device: torch.device) -> dict[str, Tensor]:
-        """A batch of those triplets `(3 b)` whose images all are among `rows`, which are sorted."""
+        """A batch of the triplets `(3 b)` whose three images are among the sorted `rows`."""
         triplet = triplet[:, torch.isin(triplet, rows).all(0)]
         preprocessing, generator = self.split.preprocessing, torch.Generator(device).manual_seed(seed)
         batch = {}

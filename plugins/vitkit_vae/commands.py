@@ -37,7 +37,7 @@ def sample(
     ] = False,
     path: Annotated[Path, typer.Option("--out", "-o", help="the PNG file to write")] = Path("samples.png"),
 ) -> None:
-    """Make images from random latents: a grid of samples; with a conditional decoder, a column for each class."""
+    """Make images from random latents: a grid of samples, or one column per class with a conditional decoder."""
     _check_output(path)
     _check_count(count)
     from vitkit_vae.generate import classes_of, decoder_of, fit_gaussian, sample_sheet
@@ -150,7 +150,7 @@ def _check_count(count: int) -> None:
 
 
 def _check_output(path: Path) -> None:
-    """Refused before any work is done."""
+    """Checked before any work is done."""
     if path.suffix.lower() != ".png":
         raise UsageError(f"--out {path}: the file is a PNG; give a name that ends in .png")
     from vitkit.files import check_output

@@ -18,17 +18,19 @@ KERNELS = {2: (0, 0), 3: (1, 1), 4: (1, 0)}
 class ConvDecoder(nn.Module):
     """Latents `(b in_dim)` → images `(b out_dim h w)` in [0, 1] of `img_size` pixels.
 
-    A linear map to a grid of 256 channels, then three transposed convolutions that double it: 4×4×256 → 8×8×128 →
-    16×16×64 → 32×32×`out_dim`. A layer norm over the channels and GELU come before each, a sigmoid at the end. The first
-    grid has ⌈side/8⌉ positions a side, and the result is cropped to `img_size` at its centre: 28×28 from 32×32.
+    A linear map to a grid of 256 channels, then three transposed convolutions that double it: 4×4×256 → 8×8×128 → 16×16×64
+    → 32×32×`out_dim`. A layer norm over the channels and GELU come before each convolution, and a sigmoid comes at the end.
+    The first grid has ⌈side/8⌉ positions per side. The result is cropped to `img_size` at its centre, for example from
+    32×32 to 28×28.
 
-    With a `kernel_size` of 4 the convolutions overlap evenly; with 3 unevenly, in 0.75 of the time of a step; with 2 they do not
-    overlap, in half of the time: then each position of the first grid decodes 8×8 pixels independently.
+    With a `kernel_size` of 4 the convolutions overlap evenly. With 3 they overlap unevenly, and a step takes 0.75 of the
+    time. With 2 they do not overlap, and a step takes half of the time; each position of the first grid then decodes 8×8
+    pixels independently.
 
     With `num_classes` it is a conditional decoder: the embedding of the class, of `in_dim` dimensions, is added to the latent;
     nothing is added for label −1 or without labels.
 
-    Raises `UsageError` for dimensions below one, latents of another width, and labels that do not fit.
+    Raises `UsageError` if a dimension is below 1, latents have another width, or labels do not fit.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class ConvDecoder(nn.Module):
         return self.logits(z, labels).float().sigmoid()
 
     def logits(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
-        """As `forward`, before the sigmoid."""
+        """The values of `forward` before the sigmoid."""
         if z.ndim != 2 or z.shape[1] != self.in_dim:
             raise UsageError(f"latents are {tuple(z.shape)}; expected (batch, {self.in_dim})")
         if labels is not None:

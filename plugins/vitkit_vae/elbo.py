@@ -28,8 +28,8 @@ class ReconstructionLoss(nn.Module):
     channels, then the mean over images. The BCE of grey pixels does not fall to 0: its lowest value is the entropy of x.
     Call: logits, images → {"loss"}. Computed in fp32.
 
-    Ranks: the mean is over the whole batch, the same on every rank. Raises `UsageError` for another kind or reduction and for
-    shapes that differ.
+    Ranks: the mean is over the whole batch and equal on every rank. Raises `UsageError` if the kind or reduction is
+    unknown, or shapes differ.
     """
 
     def __init__(self, kind: Kind = "mse", reduction: Reduction = "pixel") -> None:
@@ -43,7 +43,7 @@ class ReconstructionLoss(nn.Module):
         return {}, {"logits": torch.randn(samples, 1, 4, 4), "images": torch.rand(samples, 1, 4, 4)}
 
     def uninformed_pixels(self, mean: Sequence[float], std: Sequence[float], pixels: int) -> float | None:
-        """The value of x̂ = `mean`, one number a channel, for images with this mean and standard deviation a channel.
+        """The value for x̂ = `mean` (one number per channel), for images with this mean and standard deviation per channel.
 
         "mse": mean of std²; "bce": the entropy −m·ln m − (1 − m)·ln(1 − m) of each mean m; "l1": None, since it does not
         follow from these moments. `pixels` counts the pixels of a channel, for the reduction "image".
@@ -77,11 +77,11 @@ class ReconstructionLoss(nn.Module):
 class KLLoss(nn.Module):
     """KL(N(μ, diag σ²) ‖ N(0, I)) = −½ Σ_j (1 + log σ_j² − μ_j² − σ_j²), in nats.
 
-    `reduction` "image" is that sum over the latent's dimensions, "dimension" their mean; then the mean over images. Call:
-    μ, log σ², both `(b z)` → {"loss"}. Computed in fp32.
+    `reduction` "image" sums over the dimensions of the latent, and "dimension" takes their mean. Then follows the mean over
+    images. Call: μ, log σ², both `(b z)` → {"loss"}. Computed in fp32.
 
-    Ranks: the mean is over the whole batch, the same on every rank. Raises `UsageError` for another reduction and for shapes
-    that differ. Source: Kingma and Welling, arXiv 1312.6114, appendix B.
+    Ranks: the mean is over the whole batch and equal on every rank. Raises `UsageError` if the reduction is unknown, or
+    shapes differ. Source: Kingma and Welling, arXiv 1312.6114, appendix B.
     """
 
     def __init__(self, reduction: LatentReduction = "image") -> None:

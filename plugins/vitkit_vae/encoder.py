@@ -19,14 +19,15 @@ LOG_VAR_START = -4.0
 class VAEEncoder(nn.Module):
     """Images `(b c h w)` → μ and log σ² `(b latent_dim)` → z → embeddings `(b embedding_dim)`.
 
-    Backbone `vit` gives tokens; a linear map of the pooled tokens gives μ and log σ²; `embed`, two linear
-    layers with GELU between them, maps a latent to its embedding. `depths` pools the tokens after each of these numbers
-    of blocks, 1 … depth, and concatenates them: a hierarchical embedding ("all": after every block; None: after the last).
+    The backbone `vit` gives tokens. A linear map of the pooled tokens gives μ and log σ². `embed`, two linear layers with
+    GELU between them, maps a latent to its embedding. `depths` lists numbers of blocks, 1 … depth. The tokens after each of
+    them are pooled and concatenated, which gives a hierarchical embedding ("all": after every block; None: after the last
+    block).
 
-    log σ² = 10·tanh(a/10) of the linear map's output a: it lies in [−10, 10], σ in [0.0067, 148], for any a. Latents are
-    computed in fp32. At first log σ² is near −4 and μ near 0. The other arguments are those of `vit`.
+    log σ² = 10·tanh(a/10) of the linear map's output a: for any a, it lies in [−10, 10] and σ in [0.0067, 148]. Latents are
+    computed in fp32. Before training, log σ² is near −4 and μ near 0. The other arguments are those of `vit`.
 
-    Raises `UsageError` for dimensions below one, depths that are empty or outside 1 … depth, and where `vit` does.
+    Raises `UsageError` if a dimension is below 1 or `depths` are empty or outside 1 … depth. Other errors are those of `vit`.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class VAEEncoder(nn.Module):
 def sample_latent(mu: Tensor, log_var: Tensor, *, views: int = 1) -> Tensor:
     """z = μ + σ·ε with ε ~ N(0, I): `(v·b z)`, all first views before all second ones.
 
-    ε is drawn for the whole batch from rank 0's global generator of torch: the same on any number of ranks.
+    ε is drawn for the whole batch from torch's global generator on rank 0, so that it is equal for any number of ranks.
     """
     samples = mu[: len(mu) // views]
     noise = draw_rows(lambda n: torch.randn(n, views, mu.shape[1], device=mu.device, dtype=mu.dtype), samples)

@@ -9,7 +9,7 @@ from vitkit.registry import Component
 def vae_evaluators(
     model: Any, *, train_size: int | None = None, transfer: Component | None = None
 ) -> tuple[list[Any], list[Any]]:
-    """The evaluators of a `MultiTaskVAE` for every evaluation, and further ones for the last.
+    """The evaluators of a `MultiTaskVAE`: those of every evaluation, and additional ones for the last evaluation.
 
     Every evaluation has `knn`, with a classifier `accuracy`, with a decoder `reconstruction`; the last one also has `few_shot`,
     `active_units`, `silhouette`, and `transfer` if its argument `dataset` names one. `train_size` caps the training images

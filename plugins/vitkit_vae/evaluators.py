@@ -26,17 +26,17 @@ class Reconstruction:
 
     MSE is the mean of squared differences over images, channels and pixels; PSNR, in dB, the mean over images of
     10·log₁₀(1/MSE) of each, at most 100. The MSE's chance level is that of the split's mean image, the best that a decoder
-    without information about the image reaches. The latent is the mean μ, nothing is drawn; a conditional decoder
-    gets the true class.
+    without information about the image reaches. The latent is the mean μ; nothing is random. A conditional decoder gets the
+    true class.
 
-    `test_size` caps the images, the classes in equal shares as far as possible, chosen by `seed`; `shown` of them stand in the
-    figure, originals above reconstructions. Labels are needed only by a conditional decoder. Under autocast the model computes
-    in its precision, errors are fp32.
+    `test_size` limits the number of images (chosen by `seed`, in equal shares per class as far as possible); `shown` of
+    them stand in the figure, originals above reconstructions. Only a conditional decoder needs labels. Under autocast the
+    model computes in the precision of autocast; errors are fp32.
 
     Ranks: each reconstructs its share of the images, and every rank returns the same scores.
 
-    Raises `UsageError` for a model without a decoder, for reconstructions of another shape than the images, and for images
-    without a label where the decoder is conditional; `VitkitError` for reconstructions that are not finite.
+    Raises `UsageError` if the model has no decoder, reconstructions have another shape than the images, or an image has no
+    label and the decoder is conditional. Raises `VitkitError` if reconstructions are not finite.
     """
 
     name = "reconstruction"
@@ -84,15 +84,15 @@ class Reconstruction:
 class ActiveUnits:
     """The number of dimensions of the latent that carry information about the image: `active_units`.
 
-    Unit u is active where Var_x(μ_u(x)) > `threshold` over the images (Burda et al., arXiv 1509.00519, whose
-    threshold is 0.01): a unit that the KL divergence has switched off has the same mean for every image.
+    Unit u is active if Var_x(μ_u(x)) > `threshold` over the images (Burda et al., arXiv 1509.00519, whose threshold is
+    0.01): a unit that the KL divergence has switched off has the same mean for every image.
 
-    `test_size` caps the images, the classes in equal shares as far as possible, chosen by `seed`. Labels are not used. Under
-    autocast the encoder computes in its precision, the variance is fp64.
+    `test_size` limits the number of images (chosen by `seed`, in equal shares per class as far as possible). Labels are not
+    used. Under autocast the encoder computes in the precision of autocast; the variance is fp64.
 
-    Ranks: each encodes its share of the images, and every rank returns the same score.
+    Ranks: each rank encodes its share of the images, and all ranks return the same score.
 
-    Raises `UsageError` for a model whose backbone has no latent, and `VitkitError` for latents that are not finite.
+    Raises `UsageError` if the backbone of the model has no latent, and `VitkitError` if latents are not finite.
     """
 
     name = "active_units"

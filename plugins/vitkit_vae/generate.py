@@ -15,7 +15,7 @@ from vitkit.models import evaluating, extract_features
 
 DECODED_AT_ONCE = 256
 CLASS_IMAGES = 1_000
-"""Images of a class whose latents are averaged, at most."""
+"""The largest number of images of a class whose latents are averaged."""
 FITTED_IMAGES = 2_000
 """Images to whose latents a Gaussian is fitted, at most."""
 EMBEDDINGS_SHOWN = 2_000
@@ -75,9 +75,9 @@ class Gaussian:
 def fit_gaussian(model: Any, split: ImageSplit, *, seed: int = 0) -> Gaussian:
     """The Gaussian that fits the latents of a split's images: their mean, and Cov(μ) + diag(mean σ²).
 
-    Where the KL divergence weighs little, latents are far from N(0, I), and samples from it do not look like images
-    (ex-post density estimation of Ghosh et al., arXiv 1903.12436, with one Gaussian). It uses up to 2,000 images, the classes
-    in equal shares as far as possible, chosen by `seed`.
+    If the KL divergence has a small weight, latents are far from N(0, I), and samples from N(0, I) do not look like images
+    (ex-post density estimation of Ghosh et al., arXiv 1903.12436, with one Gaussian). The fit uses up to 2,000 images,
+    chosen by `seed` in equal shares per class as far as possible.
     """
     chosen = split.stratified_subset(FITTED_IMAGES, seed=seed)
     parts = [posterior(model, _prepared(model, chosen, some)[1]) for some in torch.arange(len(chosen)).split(DECODED_AT_ONCE)]
@@ -90,7 +90,7 @@ def fit_gaussian(model: Any, split: ImageSplit, *, seed: int = 0) -> Gaussian:
 def decode(model: Any, latents: Tensor, labels: Tensor | None = None) -> Tensor:
     """Latents `(n z)` → images float32 `(n c h w)` in [0, 1]; a conditional decoder takes labels int64 `(n,)`.
 
-    Raises `UsageError` for labels given to a decoder without classes, and for latents of another width.
+    Raises `UsageError` if a decoder without classes gets labels, or latents have another width.
     """
     decoder, backbone = decoder_of(model), encoder_of(model)
     if labels is not None and classes_of(decoder) is None:
@@ -172,10 +172,10 @@ def class_end(model: Any, split: ImageSplit, name: str, classes: Sequence[str]) 
 def interpolation_sheet(
     model: Any, ends: Sequence[tuple[End, End]], *, steps: int = 8, classes: Sequence[str] = ()
 ) -> Sheet:
-    """A row for each pair of ends: decoded latents between them, and the ends' images at either side.
+    """One row per pair of ends: the decoded latents between them, and the images of the ends at both sides.
 
-    A conditional decoder decodes each row twice where the ends differ in class: as the first end's class and as the
-    second's. Ends without a label are decoded without a class.
+    A conditional decoder decodes each row twice if the ends differ in class: with the class of the first end, and with the
+    class of the second. Ends without a label are decoded without a class.
     """
     conditional = classes_of(decoder_of(model)) is not None
     images, captions, columns = [], [], 0
@@ -258,8 +258,8 @@ def reconstruction_figure(
 def attention_figure(model: Any, split: ImageSplit, classes: Sequence[str], *, count: int = 16, seed: int = 0) -> Attention:
     """The attention of the last block of the backbone's `vit`, the mean over its heads.
 
-    With a CLS token it is the CLS token's attention to each patch, otherwise the mean attention of all patches to each patch;
-    each map is scaled so that its highest value is 1.
+    With a CLS token, it is the attention of the CLS token to each patch. Without one, it is the mean attention of all
+    patches to each patch. Each map is scaled so that its highest value is 1.
     """
     vit = model.backbone.vit
     chosen = split.stratified_subset(count, seed=seed)
@@ -300,7 +300,7 @@ def figures(model: Any, dataset: Any, *, seed: int = 0) -> dict[str, ReportFigur
 
 
 def _pairs(model: Any, split: ImageSplit, classes: Sequence[str], seed: int, most: int = 4) -> list[tuple[End, End]]:
-    """Up to `most` pairs of images, of two classes each where there are two."""
+    """Up to `most` pairs of images, with two different classes per pair if there are two."""
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))[:200]
     by_class: dict[int, list[int]] = {}
     for index in order.tolist():

@@ -21,9 +21,10 @@ def scheduled(
     steps: int,
     epoch_steps: int,
 ) -> tuple[Any, LRScheduler]:
-    """Muon with AdamW or AdamW alone, and a schedule over `steps` steps, of which an epoch has `epoch_steps`.
+    """Muon with AdamW, or AdamW alone, and a schedule over `steps` steps; an epoch has `epoch_steps` steps.
 
-    "cosine": 100 steps of warm-up, an epoch at most, then a cosine to zero; "step": times 0.3 after each third.
+    "cosine": 100 steps of warm-up (at most one epoch), then a cosine to zero. "step": the learning rate is multiplied by
+    0.3 after each third.
     """
     made = muon_adamw(model, lr=lr, only_adamw=model.parameters() if optimizer == "adamw" else ())
     if schedule == "step":

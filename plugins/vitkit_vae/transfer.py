@@ -1,4 +1,4 @@
-"""Features of a frozen encoder for images of another dataset than it was trained on."""
+"""Features of a frozen encoder for images of another dataset than that of the training."""
 
 from typing import Any, Literal
 
@@ -17,17 +17,17 @@ from vitkit_eval import Transfer, adapted
 class PatchFeatures(nn.Module):
     """The whitened tokens of a backbone's patches after `depth` blocks: images `(b c h w)` → `(b components)`.
 
-    t = concatenated standardised tokens `(b patches·d)`; the feature is t·V/√λ with the
-    `components` eigenvectors V of t's covariance that have the largest eigenvalues λ, fewer where there are fewer dimensions or
-    images. Means, standard deviations and covariance are those of up to `samples` images of `split`, the classes in equal
-    shares as far as possible, chosen by `seed`; labels are not used otherwise.
+    t = concatenated standardised tokens `(b patches·d)`; the feature is t·V/√λ with the `components` eigenvectors V of t's
+    covariance that have the largest eigenvalues λ (fewer if there are fewer dimensions or images). Means, standard
+    deviations and covariance are those of up to `samples` images of `split`, chosen by `seed` in equal shares per class as
+    far as possible. Labels have no other use.
 
-    An embedding, and a pooled feature, keep the differences between the classes of their training; for other images the first
-    blocks' tokens in their places hold more. Among cosine neighbours a few directions that all images vary in would outweigh
-    the others, which whitening prevents.
+    Embeddings and pooled features keep mainly the differences between the classes of the training. For other images, the
+    concatenated tokens of the first blocks contain more information. Without whitening, a few directions in which all
+    images vary would dominate the cosine.
 
-    Raises `UsageError` for a backbone without a `vit`, a split of fewer than two images, no components, and a depth that the
-    `vit` does not have.
+    Raises `UsageError` if the backbone has no `vit`, the split has fewer than two images, `components` is below 1, or the
+    `vit` does not have this depth.
     """
 
     mean: Tensor
@@ -79,8 +79,9 @@ class PatchFeatures(nn.Module):
 class PatchTransfer(Transfer):
     """`transfer` with `PatchFeatures` of the model's backbone, fitted to the other dataset's training images.
 
-    `features` "patches": whitened tokens after the first block; "embedding": the model's own `encode_image`, as in `transfer`.
-    Metrics, other arguments, ranks and errors are those of `transfer`; `UsageError` also for a backbone without a `vit`.
+    `features` "patches": whitened tokens after the first block; "embedding": the model's own `encode_image`, as in
+    `transfer`. Metrics, other arguments, ranks and errors are those of `transfer`. It also raises `UsageError` if the
+    backbone has no `vit`.
     """
 
     name = "patch_transfer"

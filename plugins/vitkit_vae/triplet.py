@@ -16,25 +16,26 @@ _LEAST_SQUARE = 1e-12  # of a distance, whose root has no gradient at zero
 
 
 class TripletLoss(nn.Module):
-    """Mean over triplets of max(0, d(a, p) − d(a, n) + margin): an anchor, a sample of its class, one of another class.
+    """Mean over triplets of max(0, d(a, p) − d(a, n) + margin): an anchor a, a sample p of its class, a sample n of another class.
 
-    d is the Euclidean distance of embeddings scaled to length 1, in [0, 2], or of the embeddings as they are where
-    `normalize` is false. Call with embeddings `(b e)` and labels int64 `(b,)`, where −1 belongs to no triplet, or with
-    `positives` and `negatives` `(b e)`, one of each for every anchor. → {"loss", "active"}: "active" is the share of triplets
-    with a loss above zero. `mining` chooses the triplets of a batch:
+    d is the Euclidean distance of embeddings that are scaled to length 1, in [0, 2]. If `normalize` is false, embeddings
+    are not scaled. Call with embeddings `(b e)` and labels int64 `(b,)`, where a sample with label −1 is in no triplet; or
+    with `positives` and `negatives` `(b e)`, one of each per anchor. → {"loss", "active"}: "active" is the share of
+    triplets with a loss above zero. `mining` chooses the triplets of a batch:
 
-    - "random": for each anchor one positive and one negative, drawn evenly by torch's global generator.
-    - "batch_hard": for each anchor its farthest positive and nearest negative (Hermans et al., arXiv 1703.07737). From the
-      first step on it may pull all embeddings into one point, where the loss is the margin.
+    - "random": for each anchor one positive and one negative, drawn with equal probability from torch's global generator.
+    - "batch_hard": for each anchor its farthest positive and nearest negative (Hermans et al., arXiv 1703.07737). It may
+      pull all embeddings into one point from the first step on. The loss is then the margin.
     - "semi_hard": for each anchor and positive the nearest negative that is farther than the positive, if it is within
       the margin (Schroff et al., FaceNet, arXiv 1503.03832, whose distance is the squared one).
-    - "given": only those of `positives` and `negatives`, which have to be given.
+    - "given": only the triplets of `positives` and `negatives`, which must be given.
 
     A batch without a triplet (one class, no class with two members, or no semi-hard negative) has loss 0 and active 0, with
     gradient 0. Computed in fp32.
 
-    Ranks: each mines positives and negatives for its anchors among all ranks' samples, and the loss is the whole batch's
-    mean, the same on every rank. Raises `UsageError` for another mining, a margin below 0, and shapes that do not fit.
+    Ranks: each rank mines positives and negatives for its anchors among the samples of all ranks. The loss is the mean over
+    the whole batch and equal on every rank. Raises `UsageError` if the mining is unknown, the margin is below 0, or shapes
+    do not fit.
     """
 
     def __init__(self, margin: float = 0.2, mining: Mining = "semi_hard", normalize: bool = True) -> None:
@@ -48,7 +49,7 @@ class TripletLoss(nn.Module):
         return {}, {"embeddings": torch.randn(samples, 8), "labels": torch.arange(samples) % 3}
 
     def uninformed(self, batch_size: int) -> dict[str, float]:
-        """The limit for embeddings that differ by nothing but a little noise: all distances are equal, the loss is the margin."""
+        """The limit for embeddings that differ only by a little noise: all distances are equal, and the loss is the margin."""
         return {"loss": self.margin}
 
     def forward(

@@ -25,27 +25,28 @@ CLASSIFIER_WIDTH = 128
 class MultiTaskVAE(GradCacheable):
     """Batches of images and labels → {"loss", "classification", "triplet", "reconstruction", "kl"}, see each loss.
 
-    The backbone maps images to μ and σ²; z = μ + σ·ε is embedded, the embedding is classified, and the decoder maps
-    z to an image. Parts that `loss` weighs with 0, or whose `classifier` or `decoder` is not given, are not computed.
-    `mean` and `std` are those of the images' normalisation: reconstructions are compared with pixels in [0, 1]. Losses that
-    are not given are means, over pixels and over the latent's dimensions; the default weights fit them. A batch is
+    The backbone maps images to μ and σ²; z = μ + σ·ε is embedded, the embedding is classified, and the decoder maps z to an
+    image. Parts that `loss` weighs with 0, or whose `classifier` or `decoder` is not given, are not computed. `mean` and
+    `std` are those of the normalisation of images: reconstructions are compared with pixels in [0, 1]. Losses that are not
+    given are means over pixels and over dimensions of the latent; the default weights fit these means. A batch is one of
 
     - `images` `(b c h w)` and `labels` int64 `(b,)`, −1 (`UNLABELLED`) for none: one pass; triplets are mined among its images.
-    - `images` `(b v c h w)`: v views of each, all in one pass. The first is the anchor. With `supervised` the images of one
-      label form a class, otherwise the views of one image, and labels are ignored.
+    - `images` `(b v c h w)`: v views of each, all in one pass. The first is the anchor. With `supervised`, images with the
+      same label form a class. Without it, the views of one image form a class and labels are ignored.
     - with `positives` and `negatives` `(b c h w)` beside `images`: three passes, each with gradient; see `TripletBatches`.
     - with `partners` int64 `(b,)` and `weights` `(b,)` of mixed images: in the cross-entropy label i counts `weights[i]`, its
       partner 1 − `weights[i]`; a triplet takes the heavier of the two; a conditional decoder gets no class for a mixture.
 
-    Only anchors are reconstructed and have a KL term; every view is classified; positives and negatives are only embedded.
+    Only anchors are reconstructed and have a KL term. Every view is classified. Positives and negatives are only embedded.
     A decoder with `num_classes` gets the labels.
 
-    Ranks: every part is the whole batch's mean, the same on every rank, over parts that may differ in size; gradients follow
-    `vitkit.distributed.collectives`; ε is also drawn for the whole batch. With gradient accumulation (see
-    `vitkit.training.gradcache`) triplets are mined among all accumulated images, and the classifier sees all their embeddings.
+    Ranks: every part of the loss is the mean over the whole batch and equal on every rank; the ranks' parts of the batch
+    may differ in size. Gradients follow `vitkit.distributed.collectives`. ε is also drawn for the whole batch. With
+    gradient accumulation (see `vitkit.training.gradcache`) triplets are mined among all accumulated images, and the
+    classifier sees all their embeddings.
 
-    Raises `UsageError` where no weighted part is left, for a classifier without `supervised`, for a triplet loss without
-    labels on single views, and for shapes that do not fit.
+    Raises `UsageError` if no part with a weight is left, if a classifier is given without `supervised`, if a triplet loss
+    has neither labels nor several views, or if shapes do not fit.
     """
 
     mean: Tensor
@@ -108,9 +109,10 @@ class MultiTaskVAE(GradCacheable):
     ) -> "MultiTaskVAE":
         """The model of the VAE recipes, for a dataset: each part is built through its registry.
 
-        The backbone is `encoder` with the arguments `vit` of its vision transformer. The classifier, of 128 hidden dimensions,
-        is left out where its weight is 0 or without `supervised`, the decoder (see `ConvDecoder`) where its weight is 0. The KL
-        weight grows over the share `kl_warmup` of `steps` training steps; with progressive weights a part grows over a sixth.
+        The backbone is `encoder` with the arguments `vit` of its vision transformer. The classifier has 128 hidden
+        dimensions. It is left out if its weight is 0, or without `supervised`. The decoder (see `ConvDecoder`) is left out
+        if its weight is 0. The KL weight grows over the share `kl_warmup` of `steps` training steps. With progressive
+        weights, the weight of a part grows over a sixth of the steps.
         """
         channels, height, width = data.shape
         classes = len(data.classes)
@@ -187,7 +189,7 @@ class MultiTaskVAE(GradCacheable):
         return features
 
     def compute_loss(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The loss and its parts from the features of a batch, or of several batches joined."""
+        """The loss and its parts from the features of one batch, or of several joined batches."""
         parts: dict[str, Tensor] = {}
         active = None
         if "embeddings" in features:

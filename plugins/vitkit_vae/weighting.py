@@ -16,23 +16,24 @@ REFERENCE_WEIGHTS = {"classification": 0.5, "triplet": 1.0, "reconstruction": 1.
 
 
 class MultiTaskLoss(nn.Module):
-    """L = Σ_i r_i(t)·w_i·L_i over named losses, with t the step that `set_step` names (`run.fit` does), at first 0.
+    """L = Σ_i r_i(t)·w_i·L_i over named losses. t is the training step: 0, until `set_step` sets it (`run.fit` calls it).
 
-    `weights` are the w_i, at least 0. By `mode` they
+    `weights` are the w_i, each at least 0. `mode` defines how weights change during training:
 
-    - "fixed": stay as they are;
-    - "uncertainty": are learned for all but "kl": exp(−s_i)·L_i + ½·s_i replaces w_i·L_i, where s_i = log σ_i² starts at
-      −log w_i (Kendall et al., arXiv 1705.07115: 1/σ²·L + log σ for a classification; its 1/(2σ²) for a regression only
-      shifts s_i). The loss can then be negative;
-    - "progressive": start one after another in the order of `weights`; each grows linearly over `stage` steps, after the one
-      before it; the first has its full weight from the start. By default the classification is first.
+    - "fixed": weights do not change.
+    - "uncertainty": all weights except that of "kl" are learned. exp(−s_i)·L_i + ½·s_i replaces w_i·L_i, where s_i = log
+      σ_i² starts at −log w_i (Kendall et al., arXiv 1705.07115: 1/σ²·L + log σ for a classification; the paper's 1/(2σ²)
+      for a regression only shifts s_i). The loss can become negative.
+    - "progressive": losses start one after another, in the order of `weights`. The first has its full weight from the
+      start. The weight of each other loss grows linearly over `stage` steps, after that of the loss before it. By default
+      the classification is first.
 
-    With `warmup` > 0 the weight of "kl" grows linearly over that many steps, in every mode (Bowman et al., arXiv 1511.06349).
-    Otherwise, and outside training, r_i = 1. Call: {name: scalar L_i} → {"loss", name: L_i, ...}, and with learned weights
-    "weight_<name>" = exp(−s_i). A loss that is not given does not count, nor does one with weight 0.
+    With `warmup` > 0 the weight of "kl" grows linearly over the first `warmup` steps, in every mode (Bowman et al., arXiv
+    1511.06349). In all other cases, and outside training, r_i = 1. Call: {name: scalar L_i} → {"loss", name: L_i, ...}, and
+    with learned weights "weight_<name>" = exp(−s_i). A loss that is not given, or has weight 0, is not part of the sum.
 
-    Ranks: L_i that are the same on every rank give the same loss on every rank. Raises `UsageError` for another mode, weights
-    that are negative, not finite or all 0, negative counts of steps, and a loss without a weight.
+    Ranks: the loss is equal on every rank if the L_i are. Raises `UsageError` if the mode is unknown, weights are negative,
+    not finite or all 0, a number of steps is negative, or a loss has no weight.
     """
 
     vitkit_architecture: ClassVar = {"weights": {r"[a-z_]+": float}}
@@ -68,9 +69,9 @@ class MultiTaskLoss(nn.Module):
         return {"mode": "uncertainty"}, {"parts": {name: torch.rand(()) for name in REFERENCE_WEIGHTS}}
 
     def uninformed(self, batch_size: int, parts: Mapping[str, float] | None = None) -> dict[str, float]:
-        """The uninformed values of `parts`, and with fixed weights their weighted sum "loss" where all used parts are given.
+        """The uninformed values `parts`, and with fixed weights their weighted sum "loss" if all used parts are given.
 
-        With weights that change during training the sum has no fixed value.
+        If weights change during training, the sum has no fixed value.
         """
         given = dict(parts or {})
         if self.mode == "fixed" and given and set(self.used) <= given.keys():
