@@ -1,6 +1,6 @@
 """One epoch that has been trained, as `run.fit` yields it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -45,17 +45,23 @@ class Epoch:
         They compute in the run's precision, and features of the same images are computed once for all of them. An evaluator whose
         conditions the data does not meet (it raises `UsageError`) is left out with a line, so that the training is not lost.
         """
-        scores = Scores()
-        with self._session.autocast(), feature_cache():
-            for evaluator in evaluators:
-                try:
-                    scores |= evaluator(model, data) if split == "test" else evaluator(model, data, split=split)
-                except UsageError as error:
-                    name = getattr(getattr(evaluator, "spec", None), "name", type(evaluator).__name__)
-                    self._session.say(f"the evaluator {printable(name)} is left out: {printable(error)}")
+        scores = measure(self._session, model, data, evaluators, split)
         if scores:
             self.log(scores)
         return scores
 
 
-__all__ = ["Epoch"]
+def measure(session: Session, model: nn.Module, data: Any, evaluators: Iterable[Evaluator], split: SplitName) -> Scores:
+    """The joined scores of evaluators, see `Epoch.evaluate`; nothing is logged."""
+    scores = Scores()
+    with session.autocast(), feature_cache():
+        for evaluator in evaluators:
+            try:
+                scores |= evaluator(model, data) if split == "test" else evaluator(model, data, split=split)
+            except UsageError as error:
+                name = getattr(getattr(evaluator, "spec", None), "name", type(evaluator).__name__)
+                session.say(f"the evaluator {printable(name)} is left out: {printable(error)}")
+    return scores
+
+
+__all__ = ["Epoch", "measure"]
