@@ -21,7 +21,7 @@ SLOW_IMPORT_SECONDS = 5.0
 
 
 def doctor(context: typer.Context) -> None:
-    """Show plugins, versions, devices and datasets, and name what is broken; the exit code is 1 where something is."""
+    """Show plugins, versions, devices and datasets, and name what is broken; the exit code is 1 if something is broken."""
     root = context.find_root()
     assert isinstance(root.command, Commands)
     broken = _plugins(root.command.built_in(root)) + _unreadable_metadata()

@@ -2,6 +2,7 @@
 
 torch's `fully_shard` gives every rank a part of each weight, its gradient and its optimiser state as a `DTensor`.
 `torch.distributed.checkpoint.state_dict` does the same for torch's optimisers; it does not know optimisers that are chained of several.
+`vitkit.training.accelerator` switches FSDP2 on.
 """
 
 import copy

@@ -1,4 +1,8 @@
-"""Files that come from somebody else, read within bounds of work and memory."""
+"""Files that come from somebody else, read within bounds of work and memory.
+
+`vitkit.component_arguments.check_architecture` checks the components that such a file names. `vitkit.models.memory_limit` limits the
+memory that building them takes.
+"""
 
 import hashlib
 import json

@@ -4,7 +4,7 @@ import inspect
 
 from torch import nn
 
-from vitkit.arguments import check_architecture, names_resource
+from vitkit.component_arguments import check_architecture, names_resource
 from vitkit.errors import ArgumentsError, ConformanceError
 from vitkit.testing.cases import Case
 
@@ -50,7 +50,8 @@ def check_spec(case: Case) -> str:
 def check_arguments_of_strangers(case: Case) -> str:
     """For information: arguments that name weights, files or addresses, and arguments that a saved model could not be loaded with.
 
-    A stranger chooses the arguments in a saved model. `vitkit.load` refuses those that are not architecture, see `vitkit.arguments`.
+    A stranger chooses the arguments in a saved model. `vitkit.load` refuses arguments that are not architecture
+    (see `vitkit.component_arguments`).
     """
     if case.kind in ("dataset", "evaluator"):
         return "never built from a saved model"
