@@ -176,7 +176,7 @@ def test_metrics_stand_beside_their_value_for_the_untrained_network(run):
     model, data, weight_norm = Classifier(), build("digits").resized(8), WeightNorm()
     before = float(model.classifier.linear.weight.detach().norm())
     run.measure_untrained(model, data, weight_norm, Refusing())
-    assert not run.directory.exists()
+    assert not (run.directory / "summary.json").exists()
     for epoch in fit(run, model, small()):
         epoch.evaluate(model, data, weight_norm)
         epoch.evaluate(model, data, weight_norm, split="val")
