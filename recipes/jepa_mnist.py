@@ -16,7 +16,7 @@ from vitkit_jepa import JEPA
 
 DATASET = "mnist"
 PRESETS = {
-    "quick": {}, "digits": {"epochs": 60, "img_size": 16, "patch_size": 4},
+    "quick": {}, "digits": {"epochs": 18, "batch_size": 64, "lr": 8e-3, "eval_every": 9, "img_size": 16, "patch_size": 4},
     "full": {"epochs": 50, "img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 3},
 }  # fmt: skip
 ALIASES = {"emb_dim": "embed_dim", "objective": {"seed": "reference"}}
