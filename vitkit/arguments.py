@@ -54,7 +54,7 @@ def signature_of(name: str, factory: Callable[..., Any]) -> str:
 
 
 def check_arguments(what: str, factory: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
-    """Raise `ArgumentsError` where keyword arguments do not fit a signature, by name or by plain type."""
+    """Raise `ArgumentsError` if keyword arguments do not fit a signature, by name or by plain type."""
     try:
         signature = _signature(factory)
     except (TypeError, ValueError):

@@ -25,7 +25,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; when the block ends without an exception, it replaces `path` in one step.
 
     When the block raises, `path` is unchanged and no temporary file is left. A file that is replaced keeps its permissions; a new
-    file gets those of the umask. A symbolic link is replaced and never followed. Raises `RunError` where the file cannot be written.
+    file gets those of the umask. A symbolic link is replaced and never followed. Raises `RunError` if the file cannot be written.
     """
     path = Path(path)
     temporary: Path | None = None
@@ -49,7 +49,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def _mode(path: Path) -> int | None:
-    """The permissions of a regular file, None where there is none."""
+    """The permissions of a regular file, None if there is none."""
     try:
         status = path.lstat()
     except FileNotFoundError:
@@ -101,7 +101,7 @@ def check_output(
 
 def explain(path: Path, error: OSError) -> str:
     """`cannot write PATH: No space left on device; free some room, ...`."""
-    solution = _SOLUTIONS.get(error.errno or 0, "nothing was left half-written")
+    solution = _SOLUTIONS.get(error.errno or 0, "no incomplete file was left")
     return f"cannot write {printable(path)}: {error.strerror or error}; {solution}"
 
 

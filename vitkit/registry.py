@@ -77,7 +77,7 @@ class Spec:
         return REGISTRIES[self.kind].build(f"{self.distribution}:{self.name}", **self.kwargs)
 
     def check_architecture(self, largest: int = sys.maxsize) -> None:
-        """Raise `ArgumentsError` where a saved model could not be built with these arguments: see `vitkit.arguments`."""
+        """Raise `ArgumentsError` if a saved model could not be built with these arguments: see `vitkit.arguments`."""
         factory = REGISTRIES[self.kind].get(f"{self.distribution}:{self.name}")
         check_architecture(f"{self.kind} {self.name!r}", factory, self.kwargs, largest)
 
@@ -100,7 +100,7 @@ class Spec:
 
     @classmethod
     def from_json(cls, data: Any) -> "Spec":
-        """The inverse of `to_json`; `UsageError` where a field is missing, of another type or too long."""
+        """The inverse of `to_json`; `UsageError` if a field is missing, of another type or too long."""
         types = {"kind": str, "name": str, "distribution": str, "kwargs": dict}
         if not isinstance(data, dict):
             raise UsageError(f"a Spec is a JSON object with {', '.join(types)}; given {type(data).__name__}")
@@ -134,7 +134,7 @@ class Entry:
         return summary_of(self.value)
 
     def load(self) -> Callable[..., Any]:
-        """Import the factory; `PluginError` where the plugin cannot be imported or registers no callable.
+        """Import the factory; `PluginError` if the plugin cannot be imported or registers no callable.
 
         The factory of a family's member is the family's factory with the member's name as its first argument.
         """
@@ -208,7 +208,7 @@ class Registry:
         """The entry of `name` or `dist:name`.
 
         A name without an entry of its own may belong to a family: `timm/resnet18` to `timm/*`. Raises `UnknownNameError`, and
-        `AmbiguousNameError` where several distributions register the name and the module's rules choose none of them.
+        `AmbiguousNameError` if several distributions register the name and the module's rules choose none of them.
         """
         distribution, _, short = name.rpartition(":")
         entries = self.entries()
@@ -294,7 +294,7 @@ def _distributions() -> Iterator[tuple[str, str, list[Any]]]:
 
 
 def version_of(distribution: str) -> str | None:
-    """The installed version of a distribution, or None where it is not installed."""
+    """The installed version of a distribution, or None if it is not installed."""
     try:
         return version(distribution)
     except (PackageNotFoundError, ValueError):

@@ -101,13 +101,13 @@ def reproduce(
 
     `source` is a run's directory, or `hf://OWNER/NAME` for a repository of the Hub; no other source is looked for on the Hub.
     `resume` continues a reproduction that was stopped in `out`. The summary is validated and the recipe read first. `confirm` is
-    then asked with the code that will run; exactly these bytes run, whatever happens to the file meanwhile. Returns None where
+    then asked with the code that will run; exactly these bytes run, whatever happens to the file meanwhile. Returns None if
     `confirm` declines or the run is interrupted.
 
     Where processor, versions, threads and settings are those recorded, on a CPU, the numbers have to be equal. Elsewhere a
     proportion p of n samples may differ by 1.96·√(2·p̃·(1 − p̃)/n) with p̃ = (n·p + 2)/(n + 4) (Agresti and Coull, 1998), and another
     metric by 5 % of its value. Raises `UsageError` for a directory without a finished run or its recipe and for a summary that is
-    not valid, `RunDirectoryError` where `out` holds nothing to resume, and `RecipeError` for a recipe with other flags than
+    not valid, `RunDirectoryError` if `out` holds nothing to resume, and `RecipeError` for a recipe with other flags than
     recorded.
     """
     if resume and out is None:

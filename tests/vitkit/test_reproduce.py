@@ -102,7 +102,7 @@ def test_nothing_runs_without_consent(vitkit, done, monkeypatch, tmp_path):
     (done / "recipe.py").write_text("raise AssertionError('it ran')")
     silent = vitkit("reproduce", "first", "--out", "second")
     assert silent.returncode == 2
-    assert "nobody can be asked whether this code may run; give --yes if you trust it" in silent.stderr
+    assert "there is no terminal to confirm that this code may run; give --yes if you trust it" in silent.stderr
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     monkeypatch.setattr("typer.confirm", lambda *_, **__: False)
     assert vitkit("reproduce", "first", "--out", "second").returncode == 130

@@ -1,4 +1,4 @@
-"""`vitkit check`: the conformance kit from the shell."""
+"""`vitkit check`: the conformance checks on the command line."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,7 +21,7 @@ def check(
     arguments: Annotated[list[str] | None, typer.Option("--arg", help="an argument of the component, NAME=VALUE")] = None,
     kind: Annotated[str | None, typer.Option(help="only this kind: backbone, head, loss, dataset or evaluator")] = None,
 ) -> None:
-    """Check that components follow the contract of their kind; the exit code is 1 where one does not."""
+    """Check that components follow the contract of their kind; the exit code is 1 if one does not."""
     from vitkit.testing import examine, find
     from vitkit.training.recipe import parse_arguments
 

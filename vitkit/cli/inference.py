@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vitkit.models.model import Model
 
 PROGRESS_SECONDS = 30.0
-"""Seconds between two lines of progress where there is no terminal."""
+"""Seconds between two lines of progress without a terminal."""
 LISTED_PROBLEMS = 20
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="a directory that a run saved into, or a Hub repository OWNER/NAME")]
@@ -30,7 +30,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an earlier
 
 def embed(
     model: ModelName,
-    images: Annotated[list[str], typer.Argument(metavar="IMAGES", help="a folder, a dataset's name, or picture files")],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGES", help="a folder, a dataset's name, or image files")],
     output: Annotated[Path, typer.Option("--output", "-o", help="the .safetensors file to write")],
     split: Annotated[Literal["train", "val", "test"], typer.Option(help="the split of a dataset")] = "test",
     batch_size: Annotated[int, typer.Option(help="images encoded at a time")] = 256,
@@ -66,7 +66,7 @@ def embed(
 
 def predict(
     model: ModelName,
-    images: Annotated[list[str], typer.Argument(metavar="IMAGE ...", help="picture files, or folders of them")],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE ...", help="image files, or folders of them")],
     top: Annotated[int, typer.Option(help="labels to print for each image")] = 3,
     label: Annotated[list[str] | None, typer.Option(help="a text to compare with, for models of images and texts; may be repeated")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON, with all labels, for programs")] = False,
@@ -83,7 +83,7 @@ def predict(
     at_least(1, **{"--batch-size": batch_size, "--top": top})
     source = find_source(images)
     if not isinstance(source, Files):
-        raise UsageError(f"{images[0]!r} is a dataset; predict takes pictures, `vitkit eval` measures on datasets")
+        raise UsageError(f"{images[0]!r} is a dataset; predict takes images, `vitkit eval` measures on datasets")
     _print_left_out(source.left_out)
     loaded, _ = _load(model, device, "fp32")
     place = next((parameter.device for parameter in loaded.parameters()), "cpu")
@@ -174,13 +174,13 @@ def export(
 ) -> None:
     """Write a model for other runtimes, and check that it computes the same numbers.
 
-    Its input are images in [0, 1] of the size used in training, any number at a time; normalisation is part of the exported model.
+    The input is a batch of images in [0, 1], of the size used in training and of any number; normalisation is part of the exported model.
     """
     from vitkit.models.export import SUFFIX
     from vitkit.models.export import export as write
 
     if output is None and "/" in model and not Path(model).exists():
-        raise UsageError(f"{printable(model)} is no local directory, so the output has no default place; give -o FILE")
+        raise UsageError(f"{printable(model)} is no local directory, so the output has no default path; give -o FILE")
     loaded, _ = _load(model, "cpu", "fp32")
     output = output or Path(model) / f"model{SUFFIX[format]}"
     result = write(loaded, output, format=format, overwrite=overwrite)
@@ -223,21 +223,21 @@ def _dataset(name: str) -> Any:
 
 
 def _arguments(words: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """`k=5` for each evaluator, `knn.k=5` for one."""
+    """Arguments by evaluator: `k=5` is for all evaluators, `knn.k=5` for one."""
     from vitkit.training.recipe import parse_arguments
 
     arguments: dict[str, dict[str, Any]] = {name: {} for name in names}
     for word in words:
         owner, dot, _ = word.partition("=")[0].rpartition(".")
         if dot and owner not in arguments:
-            raise UsageError(f"--arg {printable(word)}: no evaluator {owner!r} is asked; expected one of {', '.join(names)}")
+            raise UsageError(f"--arg {printable(word)}: the evaluator {owner!r} is not selected; expected one of {', '.join(names)}")
         for name in [owner] if dot else names:
             arguments[name] |= parse_arguments([word.removeprefix(f"{owner}.") if dot else word])
     return arguments
 
 
 def _buildable(name: str, arguments: dict[str, dict[str, Any]]) -> bool:
-    """Whether an evaluator that nobody named can be built with the given arguments; a broken plugin only loses its own evaluator."""
+    """Whether an evaluator that was not named can be built with the given arguments; a line reports one that cannot."""
     from vitkit.registry import evaluators
 
     try:
@@ -259,7 +259,7 @@ def _holds_scores(path: Path) -> bool:
 
 @contextmanager
 def _counting(total: int, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on a terminal, elsewhere a line every half minute."""
+    """A progress bar on a terminal; without a terminal a line every half minute."""
     if err.is_terminal:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

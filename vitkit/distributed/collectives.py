@@ -68,7 +68,7 @@ def broadcast_text(text: str, *, device: torch.device | str = "cpu") -> str:
 
 
 class AnyRank:
-    """For each flag: True where any rank has raised it. The answer is the same on every rank, and one call late.
+    """For each flag: True if any rank has raised it. The answer is the same on every rank, and one call late.
 
     All ranks call it equally often. It answers for the flags of the call before, so that it never waits for a device; with one process
     it answers for the flags of this call.

@@ -131,7 +131,7 @@ def _runs_begun() -> int:
 
 
 def is_collective(error: BaseException) -> bool:
-    """True where an error comes from a collective whose other side is gone."""
+    """True if an error comes from a collective whose other side is gone."""
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "Connection closed by peer", "NCCL"))
     )

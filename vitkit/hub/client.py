@@ -75,7 +75,7 @@ def push(
     `private` makes a new repository private, `revision` names a branch (created where it is missing), `create_pr` opens a pull
     request instead. A card that a person has edited stays. `allow_secrets` publishes files that seem to hold tokens or passwords.
     Raises `UsageError` for a name that is none and a directory without a run, `CheckpointError` for a damaged model, `HubError` for
-    a file that seems to hold a secret and where the Hub or the network refuses.
+    a file that seems to hold a secret and if the Hub or the network refuses.
     """
     ready = plan(run, name, licence=licence, allow_secrets=allow_secrets)  # before anything is sent
     with explained(name):
@@ -109,8 +109,8 @@ def pull(repo: str, out: str | Path | None = None, *, revision: str | None = Non
     """Copy the run of a repository `OWNER/NAME` into `out` (default: a directory of its name).
 
     Returns the directory and the names of files that were left out: only files of a run are taken, of bounded size, with a
-    complete model, and plots that are PNG images. The directory is written completely or not at all. Raises `UsageError` where it
-    exists already, `HubError` where the Hub refuses and for a repository that is no complete run.
+    complete model, and plots that are PNG images. The directory is written completely or not at all. Raises `UsageError` if it
+    exists already, `HubError` if the Hub refuses and for a repository that is no complete run.
     """
     repo = _repo_id(repo.removeprefix(PREFIX))
     out = Path(out or repo.rpartition("/")[2])

@@ -135,7 +135,7 @@ def copy_into(repo: str, folder: Path, sizes: Mapping[str, int], out: Path) -> N
     """Copy downloaded files of these sizes into a new directory: all of them, checked there, or none.
 
     They are copied into a directory of this call's own beside `out`, which is then renamed. Of two calls at the same time one
-    succeeds. Raises `HubError` for files that are no complete run, `UsageError` where `out` is taken meanwhile, `RunError` where
+    succeeds. Raises `HubError` for files that are no complete run, `UsageError` if `out` is taken meanwhile, `RunError` if
     it cannot be written.
     """
     partial = out.with_name(f".{out.name}.{uuid4().hex}.partial")

@@ -69,7 +69,7 @@ def _message(repo: str, revision: str | None, error: Exception) -> str | None:
 
 
 def _status(error: BaseException) -> int | None:
-    """The HTTP status of the answer that an error concerns, or None where there was no answer."""
+    """The HTTP status of the answer that an error concerns, or None if there was no answer."""
     return getattr(getattr(error, "response", None), "status_code", None)
 
 

@@ -159,7 +159,7 @@ def _example(what: str, example: Callable[[int], Any], samples: int) -> tuple[di
 def find(asked: str, kind: str | None = None, **given: Any) -> list[Case]:
     """The cases of a distribution, of a registered name in every kind that has it, or of DISTRIBUTION:NAME.
 
-    Raises `UnknownNameError` where nothing installed has that name, and `UsageError` for arguments to several components.
+    Raises `UnknownNameError` if nothing installed has that name, and `UsageError` for arguments to several components.
     """
     registries = [registry for registry in REGISTRIES.values() if kind in (None, registry.kind)]
     entries = [

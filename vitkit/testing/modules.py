@@ -48,7 +48,7 @@ def objective(case: Case, results: Mapping[str, Tensor]) -> Tensor:
 
 
 def built_module(case: Case, seed: int = 0) -> nn.Module:
-    """The component; `ConformanceError` where it is not a torch module."""
+    """The component; `ConformanceError` if it is not a torch module."""
     module = case.build(seed)
     if not isinstance(module, nn.Module):
         raise ConformanceError(f"{case} is a {type(module).__name__}; expected an nn.Module, which can be trained and saved")

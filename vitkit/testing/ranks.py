@@ -101,7 +101,7 @@ def _evaluate(rank: int, folder: str, portable: tuple[Any, ...]) -> None:
 
 
 def _start(case: Case, worker: Any, *arguments: Any) -> None:
-    """Run `worker(rank, *arguments)` in two processes; `ConformanceError` where one fails."""
+    """Run `worker(rank, *arguments)` in two processes; `ConformanceError` if one fails."""
     try:
         torch.multiprocessing.start_processes(worker, arguments, nprocs=len(SIZES), start_method=_start_method(case.kind))
     except Exception as error:

@@ -17,7 +17,7 @@ from vitkit.distributed.fsdp import local, shard_state
 class ModelEma:
     """θ̄ ← d·θ̄ + (1 − d)·θ over the tensors of a model's `state_dict`; the first update copies θ.
 
-    Integer tensors, such as counters, are the model's latest. The average of a sharded model is sharded in the same way.
+    Integer tensors, such as counters, are copied from the model. The average of a sharded model is sharded in the same way.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

@@ -50,7 +50,7 @@ class Geometric(ABC):
     - `padding_mode`: "zeros" where it may read beyond the edge, which is black; "border" where it never does, so that half-pixels at
       the edge need no black mixed in.
     - `interpolation`: "nearest" where it only mirrors and moves by whole pixels, which are copied; otherwise "bilinear".
-    - `axis_aligned`: True where it only crops, stretches and mirrors; then it can also resize, in the same sampling step.
+    - `axis_aligned`: True if it only crops, stretches and mirrors; then it can also resize, in the same sampling step.
     """
 
     padding_mode: ClassVar[Literal["zeros", "border"]] = "zeros"
@@ -87,7 +87,7 @@ def cropped_views(
     """Views `(b·views c *size)` in [0, 1] of stored images uint8 `(b c h w)`, cropped and resized in one sampling step.
 
     It applies where `transform` begins with transforms that only crop and mirror; the rest of `transform` follows at the new size.
-    None where it does not begin so, and the image has to be resized first.
+    None if it does not begin so, and the image has to be resized first.
     """
     steps = list(transform.transforms) if isinstance(transform, Compose) else [transform]
     moves: list[Geometric] = []

@@ -208,7 +208,7 @@ def grey(images: Tensor) -> Tensor:
 def gaussian_blur(images: Tensor, sigma: Tensor, *, kernel_size: int) -> Tensor:
     """Convolved with a normalised Gaussian of standard deviation `sigma` pixels, cut to `kernel_size`, mirrored edges.
 
-    Raises `UsageError` where the kernel is even or larger than the image.
+    Raises `UsageError` if the kernel is even or larger than the image.
     """
     radius = kernel_size // 2
     if kernel_size % 2 == 0 or radius >= min(images.shape[2:]):

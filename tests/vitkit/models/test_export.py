@@ -113,10 +113,10 @@ def test_what_is_refused(model, saved, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="expected a name that ends with"):
         export.export(model, tmp_path / "model.onnx", format="torch-export")
     (tmp_path / "model.pt2").write_bytes(b"")
-    with pytest.raises(UsageError, match="is there already; choose another name, or give --overwrite"):
+    with pytest.raises(UsageError, match="exists already; choose another name, or give --overwrite"):
         model.export(tmp_path / "model.pt2")
-    monkeypatch.setattr(export, "NEEDED", ("onnx", "no_such_runtime"))
+    monkeypatch.setattr(export, "ONNX_PACKAGES", ("onnx", "no_such_runtime"))
     with pytest.raises(UsageError, match=r"needs no_such_runtime: pip install 'vitkit\[export\]'"):
         model.export(tmp_path / "model.onnx")
-    with pytest.raises(UsageError, match="saved without preprocessing, so the size of its images is not known"):
+    with pytest.raises(UsageError, match="saved without preprocessing, so the size of its images is unknown"):
         saved(preprocessing={}).export(tmp_path / "other.pt2")

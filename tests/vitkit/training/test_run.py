@@ -199,7 +199,7 @@ def test_a_run_that_was_killed_is_noted_when_it_resumes(run, tmp_path):
     run.close()  # as a kill leaves it: the status is "running"
     resumed = Run(run.directory, device="cpu", precision="fp32", resume=True)
     resumed.close()
-    assert "the run stopped here without a word: it was killed, or its machine is gone" in (run.directory / "log.txt").read_text()
+    assert "the run stopped here without a message: its process was killed" in (run.directory / "log.txt").read_text()
 
 
 def test_the_first_rank_that_notices_the_death_of_rank_0_writes_for_it(run, tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from vitkit.contracts import with_example
-from vitkit.data import LARGEST_FILE_BYTES, ImageDataset, ImageReadError
+from vitkit.data import MAX_FILE_BYTES, ImageDataset, ImageReadError
 from vitkit.errors import DatasetError, UsageError, nearest, printable
 from vitkit_streams.splits import assemble, check_options, class_names, class_number
 
@@ -59,8 +59,8 @@ class ArrowSamples:
                 raise ImageReadError(f"its path {printable(path)!r} leads out of the data set")
             if not place.is_file():
                 raise ImageReadError(f"there is no file at its path {printable(path)!r}")
-            if place.stat().st_size > LARGEST_FILE_BYTES:
-                raise ImageReadError(f"its file has {place.stat().st_size:,} bytes; expected at most {LARGEST_FILE_BYTES:,}")
+            if place.stat().st_size > MAX_FILE_BYTES:
+                raise ImageReadError(f"its file has {place.stat().st_size:,} bytes; expected at most {MAX_FILE_BYTES:,}")
             return place.read_bytes()
         except (OSError, ValueError) as error:  # ImageReadError is a ValueError
             raise ImageReadError(printable(error)) from None

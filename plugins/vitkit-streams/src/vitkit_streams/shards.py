@@ -26,7 +26,7 @@ from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
-from vitkit.data import LARGEST_FILE_BYTES
+from vitkit.data import MAX_FILE_BYTES
 from vitkit.errors import DatasetError, UsageError, printable
 from vitkit.files import atomic_write
 from vitkit_streams.tar import Damage, Member, members
@@ -268,8 +268,8 @@ def scan(path: Path, url: str, fields: Fields) -> tuple[dict[str, Tensor], dict[
                 if image is None:
                     skipped.append(f"{shown}: no {fields.image} among its files: {printable(', '.join(files))}")
                     continue
-                if image.size > LARGEST_FILE_BYTES:
-                    skipped.append(f"{shown}: its image has {image.size:,} bytes; expected at most {LARGEST_FILE_BYTES:,}")
+                if image.size > MAX_FILE_BYTES:
+                    skipped.append(f"{shown}: its image has {image.size:,} bytes; expected at most {MAX_FILE_BYTES:,}")
                     continue
                 text = _label(file, files, fields, f"sample {shown!r} of the shard {url}")
                 places.append((image.offset, image.size))
