@@ -34,7 +34,7 @@ ADDED = "(added)"
 """The distribution of a component that `Registry.add` registered: it belongs to no installed package."""
 FAMILY = "/*"
 """The end of an entry's name that stands for every name under it."""
-OWN = "vitkit"
+VITKIT = "vitkit"
 MAX_NAME_CHARACTERS = 200
 _DISTRIBUTION = re.compile(r"[A-Za-z0-9]([\w.-]*[A-Za-z0-9])?", re.ASCII)
 
@@ -49,9 +49,9 @@ def canonical(distribution: str) -> str:
 
 @contextmanager
 def architecture_only(largest: int) -> Iterator[None]:
-    """Within this block, in this thread, components are built with arguments of a saved model, which is not trusted.
+    """Within this block, in this thread, components are built with the arguments of a saved model, which are not trusted.
 
-    Every component, also one that another component builds, takes only architecture: see `vitkit.arguments`. Numbers are at
+    Every component, even one that another component builds, takes only architecture: see `vitkit.arguments`. Numbers are at
     most `largest` in size.
     """
     token = _largest.set(largest)
@@ -116,7 +116,7 @@ class Spec:
 
 @dataclass(frozen=True)
 class Entry:
-    """One registered name, the distribution that it comes from, and its factory where it was added by hand."""
+    """One registered name, the distribution that it comes from, and its factory if `Registry.add` registered it."""
 
     kind: str
     name: str
@@ -175,7 +175,7 @@ class Registry:
     def add(self, name: str, factory: Callable[..., Any], *, replace: bool = False) -> None:
         """Register `factory` in this process only: for notebooks and tests.
 
-        Raises `UsageError` for a name that is already registered (`replace=True` replaces a factory added by hand, never a
+        Raises `UsageError` for a name that is already registered (`replace=True` replaces a factory that `add` registered, never a
         plugin's), for a name with a colon or a space, and for a factory that is not callable.
         """
         if not re.fullmatch(r"[^\s:]+", name):
@@ -184,8 +184,8 @@ class Registry:
             raise UsageError(f"a {self.kind} is registered as a class or function; given {factory!r:.80}")
         taken = next((entry for entry in self.entries() if entry.name == name), None)
         if taken and not (replace and taken.distribution == ADDED):
-            way = "choose another name" + ("" if taken.distribution != ADDED else " or pass replace=True")
-            raise UsageError(f"{self.kind} {name!r} is already registered by {taken.distribution}; {way}")
+            advice = "choose another name" + ("" if taken.distribution != ADDED else " or pass replace=True")
+            raise UsageError(f"{self.kind} {name!r} is already registered by {taken.distribution}; {advice}")
         self._added[name] = Entry(self.kind, name, ADDED, "", repr(factory), factory)
 
     def entries(self) -> list[Entry]:
@@ -215,7 +215,7 @@ class Registry:
         candidates = [e for e in entries if not distribution or canonical(e.distribution) == canonical(distribution)]
         claims = [e for e in candidates if e.name == short] or [e for e in candidates if _claims(e, short)]
         if len(claims) > 1:
-            preferred = (entry for first in (_building.get(), OWN) for entry in claims if entry.distribution == first)
+            preferred = (entry for first in (_building.get(), VITKIT) for entry in claims if entry.distribution == first)
             claims = list(preferred)[:1] or claims
         if len(claims) == 1:
             member = None if claims[0].name == short else short[len(claims[0].name) - 1 :]

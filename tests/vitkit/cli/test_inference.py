@@ -148,7 +148,7 @@ def test_export_says_what_goes_in_and_comes_out(vitkit, tmp_path):
         (["eval", "features", "--dataset", "digits", "--evaluator", "knn", "--arg", "kk=1"], "takes no argument 'kk'"),
         (["eval", "features", "--dataset", "digits", "--evaluator", "label_retrieval"], "label retrieval needs a model"),
         (["export", "nowhere"], "no model at nowhere: no such directory"),
-        (["export", "someone/model"], "someone/model is no local directory, so the output has no default place; give -o FILE"),
+        (["export", "someone/model"], "someone/model is no local directory, so the output has no default path; give -o FILE"),
         (["export", "features", "-o", "x.h5"], "cannot export to x.h5"),
         (["embed", "features", "digits", "-o", "x.npy"], "expected the name of a .safetensors file"),
     ],

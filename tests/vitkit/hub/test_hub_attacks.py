@@ -154,7 +154,7 @@ def test_two_pulls_into_one_directory_leave_one_complete_copy(hub_server, model_
     for thread in threads:
         thread.join()
     assert sum(isinstance(outcome, tuple) for outcome in outcomes) == 1
-    assert all("is there already" in str(outcome) for outcome in outcomes if not isinstance(outcome, tuple))
+    assert all("exists already" in str(outcome) for outcome in outcomes if not isinstance(outcome, tuple))
     copy = {path.relative_to(tmp_path / "out").as_posix(): path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     source = hub_server.files(json.loads(copy.pop("origin.json"))["repository"])
     assert copy == {name: content for name, content in source.items() if name != ".gitattributes"}

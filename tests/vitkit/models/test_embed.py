@@ -161,7 +161,7 @@ def test_what_is_refused(model, pictures, tmp_path):
         embed(model, source, "/proc/nowhere/b.safetensors")
     with pytest.raises(UsageError, match="'digts' is neither a file, a folder nor a dataset: .* did you mean 'digits'"):
         find_source(["digts"])
-    with pytest.raises(UsageError, match="no image at .*nothing.png; give files and folders that are there"):
+    with pytest.raises(UsageError, match="no image at .*nothing.png; give files and folders that exist"):
         find_source([str(pictures / "nothing.png")])
     with pytest.raises(UsageError, match="no images are given; give a folder"):
         find_source([])

@@ -102,7 +102,7 @@ def test_numbers_that_differ_are_refused_and_nothing_is_written(saved, tmp_path)
 
 
 def test_a_model_that_no_graph_can_hold(saved, tmp_path):
-    with pytest.raises(VitkitError, match="this model cannot be exported to torch's form: "):
+    with pytest.raises(VitkitError, match="this model cannot be exported to a torch program: "):
         saved("branching").export(tmp_path / "model.pt2")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
