@@ -45,7 +45,7 @@ its signature lists in a `Literal`. A component with other strings, with dicts o
 
     vitkit_architecture = {"vocabulary": r"[a-z]+", "**": int | None}
 
-See `vitkit.arguments`. Saving warns of an argument that loading would refuse.
+See `vitkit.component_arguments`. Saving warns of an argument that loading would refuse.
 
 Terms of this project:
 

@@ -25,7 +25,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, distributions, version
 from typing import Any
 
-from vitkit.arguments import check_architecture, check_arguments
+from vitkit.component_arguments import check_architecture, check_arguments
 from vitkit.docstrings import summary_of
 from vitkit.errors import AmbiguousNameError, PluginError, UnknownNameError, UsageError, nearest
 
@@ -51,7 +51,11 @@ def canonical(distribution: str) -> str:
 def architecture_only(largest: int) -> Iterator[None]:
     """Within this block, in this thread, components are built with the arguments of a saved model, which are not trusted.
 
+<<<<<<< HEAD
     Every component, even one that another component builds, takes only architecture: see `vitkit.arguments`. Numbers are at
+=======
+    Every component, also one that another component builds, takes only architecture: see `vitkit.component_arguments`. Numbers are at
+>>>>>>> main
     most `largest` in size.
     """
     token = _largest.set(largest)
@@ -77,7 +81,11 @@ class Spec:
         return REGISTRIES[self.kind].build(f"{self.distribution}:{self.name}", **self.kwargs)
 
     def check_architecture(self, largest: int = sys.maxsize) -> None:
+<<<<<<< HEAD
         """Raise `ArgumentsError` if a saved model could not be built with these arguments: see `vitkit.arguments`."""
+=======
+        """Raise `ArgumentsError` where a saved model could not be built with these arguments: see `vitkit.component_arguments`."""
+>>>>>>> main
         factory = REGISTRIES[self.kind].get(f"{self.distribution}:{self.name}")
         check_architecture(f"{self.kind} {self.name!r}", factory, self.kwargs, largest)
 

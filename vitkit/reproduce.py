@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from vitkit.arguments import fits
+from vitkit.component_arguments import fits
 from vitkit.errors import RunDirectoryError, RunError, UsageError, printable
 from vitkit.hub.client import PREFIX, fetch_run
 from vitkit.hub.files import ORIGIN, RECIPE

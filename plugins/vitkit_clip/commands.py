@@ -23,14 +23,14 @@ out = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 def search(
     run: Annotated[str, typer.Argument(metavar="RUN", help="the directory of a run that saved a model of pairs")],
     query: Annotated[str, typer.Argument(metavar="QUERY", help="a caption, or the path of an image")],
-    dataset: Annotated[str | None, typer.Option(help="search pairs of another dataset's test images")] = None,
+    dataset: Annotated[str | None, typer.Option(help="search pairs of its test images  [default: the dataset of the training]")] = None,
     dataset_arg: Annotated[
-        list[str] | None, typer.Option("--dataset-arg", metavar="NAME=VALUE", help="an argument of --dataset; may be repeated")
+        list[str] | None, typer.Option("--dataset-arg", metavar="NAME=VALUE", help="an argument for --dataset; may be repeated")
     ] = None,
     folder: Annotated[Path | None, typer.Option(help="search the images in a folder and its subfolders")] = None,
-    count: Annotated[int, typer.Option(help="how many of the nearest to show")] = 10,
-    among: Annotated[int, typer.Option(help="how many pairs, or images of the folder, to search at most")] = 10_000,
-    seed: Annotated[int, typer.Option(help="chooses the pairs of the dataset's images")] = 0,
+    count: Annotated[int, typer.Option(help="number of nearest images and captions to show")] = 10,
+    among: Annotated[int, typer.Option(help="largest number of pairs, or of images of the folder, to search")] = 10_000,
+    seed: Annotated[int, typer.Option(help="seed of the choice of pairs")] = 0,
     path: Annotated[Path, typer.Option("--out", "-o", help="the PNG file to write")] = Path("search.png"),
 ) -> None:
     """Search by caption or by image: the nearest images, and for an image the nearest captions.

@@ -257,7 +257,7 @@ def test_a_recipe_that_nobody_could_read_is_refused(vitkit, done):
     (done / "recipe.py").write_bytes(b"#" * (2**20 + 1))
     answer = vitkit("reproduce", "first", "--yes")
     assert answer.returncode == 2
-    assert "the code in first is longer than 1,048,576 bytes; nobody can read that, so it is not run" in answer.stderr
+    assert "the code in first is longer than 1,048,576 bytes; it is too long to read, so it is not run" in answer.stderr
 
 
 def test_modules_beside_a_recipe_are_part_of_the_hashed_code(vitkit, tmp_path):

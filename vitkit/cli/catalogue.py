@@ -5,8 +5,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from vitkit.arguments import signature_of
 from vitkit.cli.console import cell, out
+from vitkit.component_arguments import signature_of
 from vitkit.errors import LINE_CHARACTERS, UsageError, nearest, printable
 from vitkit.registry import KINDS, REGISTRIES, Registry
 

@@ -58,10 +58,10 @@ def get_command(
 def import_command(
     folder: Annotated[str, typer.Argument(metavar="FOLDER", help="a folder of images, with or without class folders")],
     name: Annotated[str, typer.Option(help="the dataset's name in the store")],
-    img_size: Annotated[int, typer.Option(help="side in pixels that images are cropped and resized to")] = 64,
-    test_fraction: Annotated[float, typer.Option(help="share of each class for testing")] = 0.2,
-    unlabelled: Annotated[bool, typer.Option("--unlabelled", help="import all images without labels, whatever their folders")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a dataset of that name")] = False,
+    img_size: Annotated[int, typer.Option(help="side of the stored images in pixels")] = 64,
+    test_fraction: Annotated[float, typer.Option(help="share of each class that becomes the test split")] = 0.2,
+    unlabelled: Annotated[bool, typer.Option("--unlabelled", help="import all images without labels, in whatever folder")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a dataset that has this name")] = False,
 ) -> None:
     """Import a folder of your own images; recipes then take it as `--dataset NAME`.
 

@@ -33,8 +33,8 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _root(
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="show tracebacks")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="show the version")] = False,
 ) -> None:
     pass
 
@@ -46,7 +46,7 @@ def _root(
 )
 def run_command(
     context: typer.Context,
-    recipe: Annotated[Path | None, typer.Argument(metavar="FILE", help="The recipe, a .py file.")] = None,
+    recipe: Annotated[Path | None, typer.Argument(metavar="FILE", help="the recipe, a .py file")] = None,
 ) -> None:
     """Run a recipe: `vitkit run FILE [flags]`; `vitkit run FILE --help` shows the recipe's own flags."""
     if recipe is None or str(recipe).startswith("-"):
@@ -71,7 +71,11 @@ def compare_command(
     page: Annotated[Path, typer.Option("--out", help="the page to write")] = Path("compare.html"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a file that vitkit compare did not write")] = False,
 ) -> None:
+<<<<<<< HEAD
     """Put runs side by side: the differences of their arguments and results, and their curves in one figure."""
+=======
+    """Compare runs: write one page with their different arguments, their results and their curves."""
+>>>>>>> main
     from vitkit.cli.compare import compare
 
     compare(runs, page, overwrite)

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 def reproduce(
     run: Annotated[str, typer.Argument(metavar="RUN", help="a finished run: its directory, or hf://OWNER/NAME on the Hub")],
     directory: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="the new run's directory (default: runs/RECIPE/TIME)")
+        Path | None, typer.Option("--out", metavar="DIR", help="the new run's directory  [default: runs/RECIPE/TIME]")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="resume the reproduction in --out that was stopped")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="resume the interrupted reproduction in --out")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="run the code of a local run without asking")] = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="run the code of a Hub repository without asking")

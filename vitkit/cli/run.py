@@ -7,6 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+<<<<<<< HEAD
+=======
+from rich.console import Console
+from typer.core import TyperCommand
+>>>>>>> main
 
 from vitkit.cli.console import err
 from vitkit.errors import RunDirectoryError, UsageError, printable
@@ -26,9 +31,26 @@ def run(path: Path, arguments: list[str]) -> None:
     recipe = Recipe(path, reserved=frozenset(SETTINGS))
     if "debug" not in recipe.flags:  # otherwise it is `vitkit --debug`, which may stand anywhere on the line
         arguments = [word for word in arguments if word != "--debug"]
-    app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
-    app.command(help=recipe.help)(_command(recipe))
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    app.command(cls=RecipeCommand, help=recipe.help)(_command(recipe))
     app(recipe.rewrite(arguments), prog_name=f"vitkit run {path}")
+
+
+class RecipeCommand(TyperCommand):
+    """A recipe's command. Its help shows a flag's names and its text one below the other where both don't fit on one line.
+
+    typer's tables have a column for each of them. On a terminal of 80 columns they cut the names of long flags.
+    """
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                panels.setdefault(getattr(parameter, "rich_help_panel", None) or "Options", []).append(record)
+        for title, records in panels.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
 
 
 def _command(recipe: Recipe) -> Any:
@@ -45,8 +67,14 @@ def _command(recipe: Recipe) -> Any:
 
     parameters = [inspect.Parameter(CONTEXT, inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
     for name, flag in recipe.flags.items():
+<<<<<<< HEAD
         default: Any = flag.default_text if flag.default_text is not None else flag.default != []
         option = typer.Option(help=flag.help or None, rich_help_panel="The recipe", metavar=flag.metavar, show_default=default)
+=======
+        shows_default = flag.default_text is None and flag.default not in ([], None)
+        text = flag.help if flag.default_text is None else f"{flag.help}  [default: {flag.default_text}]"
+        option = typer.Option(help=text or None, rich_help_panel="The recipe", metavar=flag.metavar, show_default=shows_default)
+>>>>>>> main
         parameters.append(_parameter(name, Annotated[flag.annotation, option], flag.default))
     for name, setting in SETTINGS.items():
         names = (f"--{name.replace('_', '-')}",) if name in ONE_WAY else ()

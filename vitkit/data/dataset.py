@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vitkit.arguments import check_arguments
+from vitkit.component_arguments import check_arguments
 from vitkit.contracts import LazyImages
 from vitkit.data.preprocess import Preprocessing
 from vitkit.data.split import ImageSplit, proportional_indices

@@ -1,7 +1,7 @@
 """Saved models: `model.safetensors`, and a `config.json` with the registered names to build its modules from.
 
 Loading trusts neither file. It builds only registered components, with arguments that they declare as architecture (see
-`vitkit.arguments`), within limits of work and memory that follow from the size of the weights; it opens no other file.
+`vitkit.component_arguments`), within limits of work and memory that follow from the size of the weights; it opens no other file.
 """
 
 import hashlib

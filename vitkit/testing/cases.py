@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from vitkit.arguments import check_arguments
+from vitkit.component_arguments import check_arguments
 from vitkit.data.dataset import ImageDataset, from_store
 from vitkit.data.store import Stored
 from vitkit.errors import ConformanceError, UnknownNameError, UsageError, nearest

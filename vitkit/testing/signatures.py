@@ -4,7 +4,7 @@ import inspect
 
 from torch import nn
 
-from vitkit.arguments import check_architecture, names_resource
+from vitkit.component_arguments import check_architecture, names_resource
 from vitkit.errors import ArgumentsError, ConformanceError
 from vitkit.testing.cases import Case
 
@@ -52,7 +52,12 @@ def check_spec(case: Case) -> str:
 def check_untrusted_arguments(case: Case) -> str:
     """For information: arguments that name weights, files or addresses, and arguments that a saved model could not be loaded with.
 
+<<<<<<< HEAD
     The arguments in a saved model are not trusted: `vitkit.load` refuses arguments that are not architecture, see `vitkit.arguments`.
+=======
+    A stranger chooses the arguments in a saved model. `vitkit.load` refuses arguments that are not architecture
+    (see `vitkit.component_arguments`).
+>>>>>>> main
     """
     if case.kind in ("dataset", "evaluator"):
         return "never built from a saved model"

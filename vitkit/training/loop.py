@@ -355,7 +355,7 @@ class Fit:
         self.module.load_state_dict(full_tensor(weights))
 
 
-def check_arguments(
+def check_fit_arguments(
     model: nn.Module,
     *,
     optimizer: Optimizer,
@@ -390,4 +390,4 @@ def check_arguments(
         )
 
 
-__all__ = ["Fit", "check_arguments"]
+__all__ = ["Fit", "check_fit_arguments"]

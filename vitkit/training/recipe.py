@@ -23,7 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, get_type_hints
 
-from vitkit.arguments import fits
+from vitkit.component_arguments import fits
 from vitkit.contracts import Dataset
 from vitkit.errors import RecipeError, nearest
 from vitkit.registry import Component
@@ -173,11 +173,11 @@ class Recipe:
             if auto != DEFAULT_DATASET:
                 auto += f", or {DEFAULT_DATASET} if it is not available"
             flags["dataset"] = Flag(str, "auto", f"{text or 'a registered or imported dataset'}; auto: {auto}", "NAME")
-            flags["dataset_arg"] = Flag(list[str], [], "an argument of the dataset; may be repeated", "NAME=VALUE")
+            flags["dataset_arg"] = Flag(list[str], [], "an argument for the dataset; may be repeated", "NAME=VALUE")
         if self.presets:
             first = next(iter(self.presets))
-            by_dataset = "the preset named as the dataset, else " if self._dataset else ""
-            text = f"the values of flags that are not given; auto: {by_dataset}{first}"
+            by_dataset = "the preset with the name of the dataset if there is one, else " if self._dataset else ""
+            text = f"values for flags that you do not set; auto: {by_dataset}{first}"
             flags["preset"] = Flag(Literal[("auto", *self.presets)], "auto", text)
         for name, parameter in self._parameters.items():
             if name == self._dataset:
@@ -215,9 +215,9 @@ class Recipe:
             )
         self._components[name] = component
         _, text = split_annotation(parameter.annotation)
-        text = f"{text}; a registered {component.kind}" if text else f"a registered {component.kind}"
+        text = f"{text} (a registered {component.kind})" if text else f"a registered {component.kind}"
         defaults = " ".join(f"{key}={plain(value)}" for key, value in component.kwargs.items())
-        repeated = f"an argument of --{_dashed(name)}; may be repeated"
+        repeated = f"an argument for --{_dashed(name)}; may be repeated"
         return {
             name: Flag(str, component.name, text, "NAME", self._defaults(name, component)),
             f"{name}_arg": Flag(list[str], [], repeated, "NAME=VALUE", defaults or None),
@@ -229,7 +229,7 @@ class Recipe:
             return None
         first, *others = self.presets.items()
         texts = [_text(first[1].get(name, default))]
-        texts += [f"{preset} {_text(values[name])}" for preset, values in others if name in values]
+        texts += [f"preset {preset}: {_text(values[name])}" for preset, values in others if name in values]
         return "; ".join(texts)
 
     def _check_aliases(self) -> None:

@@ -27,7 +27,7 @@ from vitkit.training.dry_run import preview
 from vitkit.training.epoch import Epoch
 from vitkit.training.flags import plain
 from vitkit.training.gradcache import GradCache
-from vitkit.training.loop import Fit, check_arguments
+from vitkit.training.loop import Fit, check_fit_arguments
 from vitkit.training.monitor import Mode, check_monitor
 from vitkit.training.recipe import Recipe
 from vitkit.training.schedules import Schedule
@@ -222,7 +222,7 @@ class Run:
                 "the loop by epoch.number, or write a second recipe that starts from vitkit.load(DIRECTORY)"
             )
         self.steps(batches, epochs)
-        check_arguments(model, optimizer=optimizer, schedule=schedule, clip=clip, ema=ema)
+        check_fit_arguments(model, optimizer=optimizer, schedule=schedule, clip=clip, ema=ema)
         check_monitor(monitor, mode, patience)
         self.session.parameters = sum(parameter.numel() for parameter in model.parameters())
         self._note_data(batches)

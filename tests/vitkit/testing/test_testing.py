@@ -374,7 +374,7 @@ for changed in (Bare, Switching, Drawing, Splitless, Unprefixed, AlwaysTest, Pee
     ("evaluator", "text"),
     [
         (Bare, "brightness has no protocol; state its split and samples"),
-        (Switching, "leaves the model in another mode; put every module's .training back"),
+        (Switching, "leaves the model in another mode; restore every module's .training"),
         (Drawing, r"moves the random state; wrap it in torch.random.fork_rng\(\)"),
         (Splitless, r"\[val\] evaluator 'Splitless' cannot be called with split='val' .*evaluator\(model, dataset, split='test'\)"),
         (Unprefixed, r"\[val\] .* on the validation split brightness does not begin with 'val_'; return scores.prefixed\('val_'\)"),
