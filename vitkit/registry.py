@@ -51,11 +51,7 @@ def canonical(distribution: str) -> str:
 def architecture_only(largest: int) -> Iterator[None]:
     """Within this block, in this thread, components are built with the arguments of a saved model, which are not trusted.
 
-<<<<<<< HEAD
-    Every component, even one that another component builds, takes only architecture: see `vitkit.arguments`. Numbers are at
-=======
-    Every component, also one that another component builds, takes only architecture: see `vitkit.component_arguments`. Numbers are at
->>>>>>> main
+    Every component, even one that another component builds, takes only architecture: see `vitkit.component_arguments`. Numbers are at
     most `largest` in size.
     """
     token = _largest.set(largest)
@@ -81,11 +77,7 @@ class Spec:
         return REGISTRIES[self.kind].build(f"{self.distribution}:{self.name}", **self.kwargs)
 
     def check_architecture(self, largest: int = sys.maxsize) -> None:
-<<<<<<< HEAD
-        """Raise `ArgumentsError` if a saved model could not be built with these arguments: see `vitkit.arguments`."""
-=======
-        """Raise `ArgumentsError` where a saved model could not be built with these arguments: see `vitkit.component_arguments`."""
->>>>>>> main
+        """Raise `ArgumentsError` if a saved model could not be built with these arguments: see `vitkit.component_arguments`."""
         factory = REGISTRIES[self.kind].get(f"{self.distribution}:{self.name}")
         check_architecture(f"{self.kind} {self.name!r}", factory, self.kwargs, largest)
 

@@ -162,7 +162,8 @@ def rows(options: Options) -> list[Row]:
     table = []
     for name in STUDIES:
         for isa, variables in (("as it is", {}), ("AVX2", AVX2)):
-            command = [sys.executable, "-m", f"{__package__}.recipes", name, str(options.rounds), str(options.threads), str(int(not options.quick))]
+            settings = (options.rounds, options.threads, int(not options.quick))
+            command = [sys.executable, "-m", f"{__package__}.recipes", name, *map(str, settings)]
             environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), **variables}
             output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
             table.append(line(name, isa, json.loads(output.splitlines()[-1])))

@@ -21,11 +21,7 @@ SLOW_IMPORT_SECONDS = 5.0
 
 
 def doctor(context: typer.Context) -> None:
-<<<<<<< HEAD
     """Show plugins, versions, devices and datasets, and list the broken ones; the exit code is 1 if anything is broken."""
-=======
-    """Show plugins, versions, devices and datasets, and name what is broken; the exit code is 1 if something is broken."""
->>>>>>> main
     root = context.find_root()
     assert isinstance(root.command, Commands)
     broken = _plugins(root.command.built_in(root)) + _unreadable_metadata()

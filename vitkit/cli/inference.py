@@ -83,11 +83,7 @@ def predict(
     at_least(1, **{"--batch-size": batch_size, "--top": top})
     source = find_source(images)
     if not isinstance(source, Files):
-<<<<<<< HEAD
-        raise UsageError(f"{images[0]!r} is a dataset; predict takes images, `vitkit eval` measures on datasets")
-=======
         raise UsageError(f"{images[0]!r} is a dataset; predict takes image files; `vitkit eval` measures on datasets")
->>>>>>> main
     _print_left_out(source.left_out)
     loaded, _ = _load(model, device, "fp32")
     place = next((parameter.device for parameter in loaded.parameters()), "cpu")
@@ -178,11 +174,7 @@ def export(
 ) -> None:
     """Write a model for other runtimes, and check that it computes the same numbers.
 
-<<<<<<< HEAD
-    The input is a batch of images in [0, 1], of the size used in training and of any number; normalisation is part of the exported model.
-=======
     The input of the exported model is any number of images in [0, 1], of the size used in training. The exported model normalises them.
->>>>>>> main
     """
     from vitkit.models.export import SUFFIX
     from vitkit.models.export import export as write

@@ -71,11 +71,7 @@ def compare_command(
     page: Annotated[Path, typer.Option("--out", help="the page to write")] = Path("compare.html"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a file that vitkit compare did not write")] = False,
 ) -> None:
-<<<<<<< HEAD
-    """Put runs side by side: the differences of their arguments and results, and their curves in one figure."""
-=======
     """Compare runs: write one page with their different arguments, their results and their curves."""
->>>>>>> main
     from vitkit.cli.compare import compare
 
     compare(runs, page, overwrite)

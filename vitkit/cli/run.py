@@ -7,11 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-<<<<<<< HEAD
-=======
-from rich.console import Console
 from typer.core import TyperCommand
->>>>>>> main
 
 from vitkit.cli.console import err
 from vitkit.errors import RunDirectoryError, UsageError, printable
@@ -67,14 +63,9 @@ def _command(recipe: Recipe) -> Any:
 
     parameters = [inspect.Parameter(CONTEXT, inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
     for name, flag in recipe.flags.items():
-<<<<<<< HEAD
-        default: Any = flag.default_text if flag.default_text is not None else flag.default != []
-        option = typer.Option(help=flag.help or None, rich_help_panel="The recipe", metavar=flag.metavar, show_default=default)
-=======
         shows_default = flag.default_text is None and flag.default not in ([], None)
         text = flag.help if flag.default_text is None else f"{flag.help}  [default: {flag.default_text}]"
         option = typer.Option(help=text or None, rich_help_panel="The recipe", metavar=flag.metavar, show_default=shows_default)
->>>>>>> main
         parameters.append(_parameter(name, Annotated[flag.annotation, option], flag.default))
     for name, setting in SETTINGS.items():
         names = (f"--{name.replace('_', '-')}",) if name in ONE_WAY else ()

@@ -1,12 +1,8 @@
 """Weights sharded over ranks (FSDP2): cloned from the recipe's model, gathered for saving, and sharded again for resuming.
 
 torch's `fully_shard` gives every rank a part of each weight, its gradient and its optimiser state as a `DTensor`.
-<<<<<<< HEAD
 `torch.distributed.checkpoint.state_dict` does the same for torch's optimisers, but not for an optimiser that chains several.
-=======
-`torch.distributed.checkpoint.state_dict` does the same for torch's optimisers; it does not know optimisers that are chained of several.
 `vitkit.training.accelerator` switches FSDP2 on.
->>>>>>> main
 """
 
 import copy

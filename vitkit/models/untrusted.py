@@ -1,12 +1,8 @@
-<<<<<<< HEAD
-"""Reading untrusted files, with limits on work and memory."""
-=======
-"""Files that come from somebody else, read within bounds of work and memory.
+"""Reading untrusted files, with limits on work and memory.
 
 `vitkit.component_arguments.check_architecture` checks the components that such a file names. `vitkit.models.memory_limit` limits the
 memory that building them takes.
 """
->>>>>>> main
 
 import hashlib
 import json

@@ -52,12 +52,8 @@ def check_spec(case: Case) -> str:
 def check_untrusted_arguments(case: Case) -> str:
     """For information: arguments that name weights, files or addresses, and arguments that a saved model could not be loaded with.
 
-<<<<<<< HEAD
-    The arguments in a saved model are not trusted: `vitkit.load` refuses arguments that are not architecture, see `vitkit.arguments`.
-=======
-    A stranger chooses the arguments in a saved model. `vitkit.load` refuses arguments that are not architecture
-    (see `vitkit.component_arguments`).
->>>>>>> main
+    The arguments in a saved model are not trusted: `vitkit.load` refuses arguments that are not architecture (see
+    `vitkit.component_arguments`).
     """
     if case.kind in ("dataset", "evaluator"):
         return "never built from a saved model"

@@ -119,11 +119,7 @@ def test_export_says_what_goes_in_and_comes_out(vitkit, tmp_path):
     ("arguments", "text"),
     [
         (["predict", "features", "pictures"], "this model has backbone (vit)"),
-<<<<<<< HEAD
-        (["predict", "classifier", "digits"], "'digits' is a dataset; predict takes images"),
-=======
         (["predict", "classifier", "digits"], "'digits' is a dataset; predict takes image files"),
->>>>>>> main
         (["predict", "classifier", ""], "an argument for the images is empty, perhaps an unset variable"),
         (["predict", "", "pictures"], "MODEL is empty; give a directory that a run saved into, or a Hub repository OWNER/NAME"),
         (["predict", "https://huggingface.co/a/b", "pictures"], "MODEL is the address https://huggingface.co/a/b; give a repository"),
