@@ -62,7 +62,7 @@ def search(
     # A wrong query is refused before a model is loaded and a gallery encoded.
     image = open_image(query) if _is_image(query) else None
     if image is not None and path.exists() and path.samefile(query):
-        raise UsageError(f"--out {path} is the image that is searched for; give another name")
+        raise UsageError(f"--out {path} is the query image; give another name")
     check_output(path, overwrite=True, is_ours=is_sheet, kind="an image that vitkit drew", option="--out")
     model = vitkit.load(run)
     check_towers(model)

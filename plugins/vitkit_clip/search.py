@@ -19,7 +19,7 @@ from vitkit_eval import nearest_items
 
 BATCH_SIZE = 250
 PAIR_WIDTH = 0.75
-"""An image is a pair from this share of a pair's ratio of width to height on."""
+"""An image whose width-to-height ratio is at least this share of a pair's ratio counts as a pair."""
 
 
 class Gallery(Protocol):
@@ -102,7 +102,7 @@ class Nearest:
 class Answer:
     """The images nearest to a caption or an image, a sheet of them, and for an image the nearest captions too.
 
-    `unknown`: words of the caption that the text tower does not know.
+    `unknown`: words of the caption that are not in the text tower's vocabulary.
     """
 
     images: Nearest

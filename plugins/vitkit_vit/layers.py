@@ -13,7 +13,7 @@ DROPOUT_LEVELS = 2**15
 
 
 def products_are_faster(q: Tensor, dropout: float) -> bool:
-    """True where attention as two batched products trains faster than `scaled_dot_product_attention`, for heads `(b h n d)`.
+    """True if attention as two batched products trains faster than `scaled_dot_product_attention`, for heads `(b h n d)`.
 
     That is on a CPU in reduced precision or with dropout. Forward and backward of a block without dropout, processor time,
     one core of an AMD EPYC (Zen 4), torch 2.14; torch's operation takes this many times as long:

@@ -53,7 +53,7 @@ class ViT(nn.Module):
 
     Linear weights are drawn from Normal(0, 0.02), the patch embedding's by Kaiming's rule, tokens and learned
     positions from Normal(0, 0.02), all by torch's global generator; biases are zero. Parameters are named as timm
-    names them. Raises `UsageError` where arguments do not fit each other.
+    names them. Raises `UsageError` if arguments do not fit each other.
     """
 
     pos_embed: Tensor | None
@@ -150,7 +150,7 @@ class ViT(nn.Module):
         With `x` None there are no patches: CLS, registers and `extra_tokens` alone. `extra_tokens` `(b m d)`, or
         `(1 m d)` for every sample, go behind the patches. `keep` `(b k)` int64 names patches in [0, num_patches); the
         others never enter the blocks. With `queries` there are that many tokens alone, the first, which spares most of
-        the last block. Raises `UsageError` where shapes do not fit.
+        the last block. Raises `UsageError` if shapes do not fit.
         """
         tokens = self._embed(x, extra_tokens, keep)
         for block in self.blocks[:-1]:

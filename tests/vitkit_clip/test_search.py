@@ -200,7 +200,7 @@ def test_the_picture_that_is_searched_for_is_never_written_over(saved, tmp_path,
     Image.new("RGB", (12, 6), (9, 90, 200)).save(query)
     before = query.read_bytes()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match=r"--out query\.png is the image that is searched for; give another name"):
+    with pytest.raises(UsageError, match=r"--out query\.png is the query image; give another name"):
         run("search", saved(), query, "--out", "query.png")
     assert query.read_bytes() == before
 

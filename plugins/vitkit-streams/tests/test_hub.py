@@ -144,7 +144,7 @@ def test_offline_mode_asks_nobody(hub, monkeypatch):
     hub.requests.clear()
     monkeypatch.setattr(hf.config, "HF_HUB_OFFLINE", True)
     copy = f"me/grey is not available from the Hub, and the copy on this machine is of commit {first}"
-    for revision, notice in ((None, f"{copy}; it is taken, and may not be the newest"), (first, "")):
+    for revision, notice in ((None, f"{copy}; this copy is used, and may not be the newest"), (first, "")):
         data = build(revision=revision)
         assert values(data) == list(range(40))
         assert data.notice == notice
