@@ -1,11 +1,11 @@
-"""Atomic file writes, and the rule for output files that exist already."""
+"""Atomic file writes, the rule for output files that exist already, and the header of safetensors files."""
 
 import errno
 import json
 import os
 import secrets
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,22 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON in one step; numbers that are not finite become null."""
     write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False) + "\n")
+
+
+def safetensors_header(tensors: Iterable[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str]) -> bytes:
+    """The header of a safetensors file whose tensors follow in this order: their name, dtype ("F32"), shape and number of bytes.
+
+    It is the length of the JSON text in 8 bytes, then the text, padded to a multiple of 8. Files that are written with it need no
+    copy of their tensors in memory, which the writer of safetensors makes.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    start = 0
+    for name, dtype, shape, size in tensors:
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, start + size]}
+        start += size
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _finite(value: Any) -> Any:

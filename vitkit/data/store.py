@@ -25,7 +25,7 @@ from torch import Tensor
 
 from vitkit.contracts import UNLABELLED
 from vitkit.errors import DatasetError, RunError, UsageError, printable
-from vitkit.files import atomic_write
+from vitkit.files import atomic_write, safetensors_header
 
 SPLITS = ("train", "val", "test")
 PIECE_BYTES = 1 << 20
@@ -205,18 +205,11 @@ def write_store(
 
 
 def _write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor | PixelFile], metadata: Mapping[str, str]) -> None:
-    """The format of safetensors: the header's length in 8 bytes, a JSON header padded to 8 bytes, and the tensors' bytes."""
+    """Write a safetensors file, the tensors in pieces."""
     # Labels come first: their 8-byte numbers have to be aligned, and pixels may end anywhere.
     ordered = sorted(tensors.items(), key=lambda item: (item[1].dtype == torch.uint8, item[0]))
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
-    place = 0
-    for name, tensor in ordered:
-        kind = "U8" if tensor.dtype == torch.uint8 else "I64"
-        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [place, place + tensor.nbytes]}
-        place += tensor.nbytes
-    text = json.dumps(header, ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
+    entries = ((name, "U8" if tensor.dtype == torch.uint8 else "I64", tensor.shape, tensor.nbytes) for name, tensor in ordered)
+    file.write(safetensors_header(entries, metadata))
     for _, tensor in ordered:
         if isinstance(tensor, PixelFile):
             file.writelines(tensor.pieces())

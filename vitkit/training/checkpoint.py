@@ -1,12 +1,11 @@
 """Checkpoints: the state that a run resumes from, as one safetensors file with a checksum and without pickle.
 
-`safetensors.torch.save` holds the whole file in memory beside the tensors. Here the header is written by hand and tensors follow one
-at a time, and reading maps the file, so neither holds everything twice.
+`safetensors.torch.save` holds the whole file in memory beside the tensors. Here tensors are written one at a time after the
+header, and reading maps the file, so neither holds everything twice.
 """
 
 import hashlib
 import json
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from vitkit.distributed.fsdp import shard_optimizer_state, shard_state
 from vitkit.errors import CheckpointError
-from vitkit.files import atomic_write
+from vitkit.files import atomic_write, safetensors_header
 from vitkit.training.ema import weights_of
 
 FORMAT = "vitkit-state-1"
@@ -102,7 +101,8 @@ def save_state(
     tensors: dict[str, Tensor] = {}
     skeleton = json.dumps(_take_apart(tree, tensors))
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # the format aligns values to their size
-    header = _header(tensors, {"format": FORMAT, "tree": skeleton, "sha256": UNSET})
+    entries = ((name, DTYPES[tensor.dtype], tensor.shape, tensor.nbytes) for name, tensor in tensors.items())
+    header = safetensors_header(entries, {"format": FORMAT, "tree": skeleton, "sha256": UNSET})
     digest = hashlib.sha256(header)
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         file.write(header)
@@ -144,19 +144,6 @@ def load_state(path: str | Path) -> State:
         return State(**_put_together(json.loads(skeleton), read))
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is no training state: {error}; {advice}") from None
-
-
-def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The header of a safetensors file: its length in 8 bytes, then JSON, padded to a multiple of 8."""
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
-    place = 0
-    for name, tensor in tensors.items():
-        end = place + tensor.numel() * tensor.element_size()
-        entries[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [place, end]}
-        place = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

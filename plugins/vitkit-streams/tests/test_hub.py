@@ -87,7 +87,7 @@ def test_revisions(hub):
         assert data.source.endswith(f", commit {other}")
 
 
-LOGIN = "check its name and revision; a private or gated one needs `hf auth login`, or HF_TOKEN, of somebody who may read it"
+LOGIN = "check its name and revision; a private or gated one needs `hf auth login`, or the HF_TOKEN of an account that may read it"
 
 
 @pytest.mark.parametrize(

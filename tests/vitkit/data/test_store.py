@@ -75,7 +75,7 @@ def test_a_name_cannot_lead_out_of_the_store(name):
 
 
 def test_a_missing_file_is_named_with_the_way_to_see_what_there_is(store):
-    with pytest.raises(DatasetError, match=r"there is no dataset file at .*pets\.safetensors; `vitkit data list` shows"):
+    with pytest.raises(DatasetError, match=r"there is no dataset file at .*pets\.safetensors; `vitkit data list` lists"):
         read_store(store_path("pets"))
 
 

@@ -64,7 +64,7 @@ def test_a_repository_that_is_not_there_private_or_gated(hub_server, model_run, 
 @pytest.mark.parametrize(
     ("status", "told"),
     [
-        (409, r"me/tiny was changed by somebody else meanwhile \(said \*\*\*\); run the same command again"),
+        (409, r"me/tiny was changed by another push \(said \*\*\*\); run the same command again"),
         (413, "me/tiny is too large for the Hub"),
         (429, "the Hub asks to slow down .*wait a few minutes and run the same command again"),
         (502, "the Hub has an internal error: 502 .*wait a little and run the same command again"),
