@@ -152,7 +152,11 @@ def line(name: str, isa: str, m: dict[str, Any]) -> Row:
     parts = ", ".join(f"{part} {m[part] / m['step']:.0%}" for part in PARTS)
     total = m["steps"] * m["step"] + m.get("evaluation", 0.0)
     what = f"{isa}, {m['precision']}: step of {1e3 * m['step']:.0f} ms; {parts}"
-    evaluated = f"evaluation {m['evaluation']:.1f} s, {m['evaluation'] / total:.0%} of a run with one" if "evaluation" in m else ""
+    evaluated = (
+        f"evaluation {m['evaluation']:.1f} s, {m['evaluation'] / total:.0%} of a run with one"
+        if "evaluation" in m
+        else ""
+    )
     return Row(name, what, f"{around / m['step']:.0%} around the network", ceiling=f"{m['ceiling'] / m['step']:.0%}",
                wanted="≤ 12 %, ≥ 75 %", peer=evaluated)  # fmt: skip
 
@@ -162,8 +166,15 @@ def rows(options: Options) -> list[Row]:
     table = []
     for name in STUDIES:
         for isa, variables in (("as it is", {}), ("AVX2", AVX2)):
-            settings = (options.rounds, options.threads, int(not options.quick))
-            command = [sys.executable, "-m", f"{__package__}.recipes", name, *map(str, settings)]
+            command = [
+                sys.executable,
+                "-m",
+                f"{__package__}.recipes",
+                name,
+                str(options.rounds),
+                str(options.threads),
+                str(int(not options.quick)),
+            ]
             environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), **variables}
             output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
             table.append(line(name, isa, json.loads(output.splitlines()[-1])))
