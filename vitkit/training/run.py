@@ -47,7 +47,7 @@ class Run:
     - `precision`: auto, fp32, bf16 or fp16. auto is bf16 if the hardware supports it; a resumed run keeps its precision.
     - `compile`: auto, on or off.
     - `resume`: resume the run in `out`. `overwrite`: replace it, once the first step is taken.
-    - `grad_accum`: number of batches whose gradients are added up before a step.
+    - `grad_accum`: number of batches per optimiser step.
     - `report_to`: accelerate's trackers beside the CSV files.
     - `dry_run`: show the model instead of training it; with `devices` also the memory and time of a run on that many devices.
 
