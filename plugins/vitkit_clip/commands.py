@@ -54,15 +54,15 @@ def search(
         )
     import vitkit
     from vitkit.files import check_output
-    from vitkit.models import read_picture
+    from vitkit.models import open_image
     from vitkit.report import is_sheet, write_sheet
     from vitkit_clip.retrieval import check_towers, half_of
     from vitkit_clip.search import as_pair, find_by_caption, find_by_image
 
     # A wrong query is refused before a model is loaded and a gallery encoded.
-    image = read_picture(query) if _is_image(query) else None
+    image = open_image(query) if _is_image(query) else None
     if image is not None and path.exists() and path.samefile(query):
-        raise UsageError(f"--out {path} is the image that is searched for; give another name")
+        raise UsageError(f"--out {path} is the query image; give another name")
     check_output(path, overwrite=True, is_ours=is_sheet, kind="an image that vitkit drew", option="--out")
     model = vitkit.load(run)
     check_towers(model)

@@ -141,7 +141,7 @@ class LiDAR:
         return {"images": 9, "views": 3}, {}
 
     def check(self, dataset: Any, split: SplitName = "test") -> None:
-        """Raise `UsageError` where the split has fewer than two images."""
+        """Raise `UsageError` if the split has fewer than two images."""
         if len(split_of(dataset, split)) < 2:
             raise UsageError(f"lidar compares images; the {split} split holds only one")
 

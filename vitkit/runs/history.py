@@ -59,11 +59,11 @@ class History:
         return self._earlier_seconds + time.monotonic() - self._began
 
     def add_losses(self, row: dict[str, Any]) -> None:
-        """Add an epoch's row, in place of rows of the same and later epochs, which a stop has left behind."""
+        """Add an epoch's row; it replaces rows of the same and later epochs, which remain after an interruption."""
         self.losses = [*(old for old in self.losses if old["epoch"] < row["epoch"]), row]
 
     def add_metrics(self, row: dict[str, Any]) -> None:
-        """Add an evaluated epoch's row, in place of rows of the same and later epochs."""
+        """Add an evaluated epoch's row; it replaces rows of the same and later epochs."""
         self.metrics = [*(old for old in self.metrics if old["epoch"] < row["epoch"]), row]
 
     def add_scores(self, scores: "Scores") -> None:

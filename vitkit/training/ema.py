@@ -20,8 +20,8 @@ class ModelEma:
         d_n = min(`decay`, (1 + n) / (10 + n)) after n updates
 
     Early averages are short, so that a training of few steps does not end near the weights that it began with (as in TensorFlow's
-    `ExponentialMovingAverage`). A decay of 0.99 is reached after 890 updates. Integer tensors, such as counters, are the model's
-    latest. The average of a sharded model is sharded in the same way.
+    `ExponentialMovingAverage`). A decay of 0.99 is reached after 890 updates. Integer tensors, such as counters, are copied
+    from the model. The average of a sharded model is sharded in the same way.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

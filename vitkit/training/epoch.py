@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from vitkit.contracts import Evaluator, Scores, SplitName
-from vitkit.errors import UsageError, printable
+from vitkit.errors import UsageError
 from vitkit.models.features import feature_cache
 from vitkit.runs.history import check_metric_names
 from vitkit.training.session import Session
@@ -14,7 +14,10 @@ from vitkit.validation import at_least
 
 
 class Epoch:
-    """One trained epoch: `number` counts from 1, `step` is the number of steps so far, `losses` are the epoch's mean loss and parts."""
+    """One trained epoch.
+
+    `number` counts from 1, `step` is the number of optimiser steps so far, and `losses` holds the epoch's mean loss and its parts.
+    """
 
     def __init__(self, session: Session, number: int, epochs: int, step: int, losses: dict[str, float]) -> None:
         self._session = session
@@ -42,8 +45,8 @@ class Epoch:
     def evaluate(self, model: nn.Module, data: Any, *evaluators: Evaluator, split: SplitName = "test") -> Scores:
         """Call evaluators on a split of `data`, log their scores and return them joined.
 
-        They compute in the run's precision, and features of the same images are computed once for all of them. An evaluator whose
-        conditions the data does not meet (it raises `UsageError`) is left out with a line, so that the training is not lost.
+        They compute in the run's precision, and features of the same images are computed once for all of them. If an evaluator
+        raises `UsageError`, because the data does not suit it, a line reports that and the training continues without its scores.
         """
         scores = measure(self._session, model, data, evaluators, split)
         if scores:
@@ -59,8 +62,7 @@ def measure(session: Session, model: nn.Module, data: Any, evaluators: Iterable[
             try:
                 scores |= evaluator(model, data) if split == "test" else evaluator(model, data, split=split)
             except UsageError as error:
-                name = getattr(getattr(evaluator, "spec", None), "name", type(evaluator).__name__)
-                session.say(f"the evaluator {printable(name)} is left out: {printable(error)}")
+                session.say_left_out(evaluator, error)
     return scores
 
 

@@ -350,7 +350,7 @@ def test_a_shard_of_many_bad_members_keeps_few_lines(tmp_path, cache):
 
 
 def test_an_image_file_of_too_many_bytes_is_left_out_unread(tmp_path, cache, monkeypatch):
-    monkeypatch.setattr("vitkit_streams.shards.LARGEST_FILE_BYTES", 200)
+    monkeypatch.setattr("vitkit_streams.shards.MAX_FILE_BYTES", 200)
     body = png(3, 64) * 3
     path = tar(tmp_path / "a.tar", [("big.png", body), ("big.cls", b"0"), ("small.png", png(1)), ("small.cls", b"0")])
     shard = cache.shard(path, FIELDS)

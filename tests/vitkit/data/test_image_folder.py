@@ -324,9 +324,9 @@ def test_other_files_and_hidden_ones_are_no_pictures(folder):
     assert stored.classes == ["cat", "dog"]
     assert stored.train.labels.bincount().tolist() == [2, 3]
     assert stored.metadata["layout"].splitlines()[1:4] == [
-        "passed over: 2 files (.mp4 1, .txt 1) that are not images",
-        "passed over: 2 hidden files",
-        "passed over: 4 hidden or system folders (.ipynb_checkpoints, .thumbnails, @eaDir, __MACOSX)",
+        "skipped: 2 files (.mp4 1, .txt 1) that are not images",
+        "skipped: 2 hidden files",
+        "skipped: 4 hidden or system folders (.ipynb_checkpoints, .thumbnails, @eaDir, __MACOSX)",
     ]
 
 

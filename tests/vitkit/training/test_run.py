@@ -87,7 +87,7 @@ def test_save_without_facts_of_the_data_says_so_and_saves(run, capsys):
     for _ in fit(run, model, loader):
         pass
     run.save(model)
-    assert "the batches name no preprocessing: the saved model takes preprocessed images alone" in (run.directory / "log.txt").read_text()
+    assert "the batches name no preprocessing: the saved model takes only preprocessed images" in (run.directory / "log.txt").read_text()
     with pytest.raises(UsageError, match="this model was saved without preprocessing; normalise images as its training did"):
         vitkit.load(run.directory).preprocess(torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
 
@@ -230,7 +230,7 @@ def test_a_run_that_was_killed_is_noted_when_it_resumes(run, tmp_path):
     run.close()  # as a kill leaves it: the status is "running"
     resumed = Run(run.directory, device="cpu", precision="fp32", resume=True)
     resumed.close()
-    assert "the run stopped here without a word: it was killed, or its machine is gone" in (run.directory / "log.txt").read_text()
+    assert "the run stopped here without a message: its process was killed" in (run.directory / "log.txt").read_text()
 
 
 def test_the_first_rank_that_notices_the_death_of_rank_0_writes_for_it(run, tmp_path, monkeypatch):
