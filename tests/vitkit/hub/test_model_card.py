@@ -64,7 +64,7 @@ def test_what_a_visitor_reads(model_run):
         "| hardware | x86_64, 2 cores, device cpu, precision bf16 |",
         "| time | 6 min 45 s, 3,000 images/s in training |",
         "![M1 confusion](plots/m1_confusion.png)",
-        "- One run with one seed",
+        "- The numbers are from one run with one seed",
         "Licence of the data: CC BY-SA 3.0.",
     ):
         assert line in card, line
