@@ -38,6 +38,11 @@ def check_labels(evaluator: str, dataset: Any, *splits: SplitName) -> None:
     for split in splits:
         labels = split_of(dataset, split).labels
         missing = int((labels == UNLABELLED).sum())
+        if missing == len(labels):
+            raise UsageError(
+                f"{evaluator} needs labels, and the {split} images of {_name(dataset)} have none; use an evaluator without labels, "
+                f"such as 'rankme', or 'transfer' to a labelled dataset"
+            )
         if missing:
             raise UsageError(
                 f"{evaluator} needs labels, but {missing:,} of {len(labels):,} {split} images of {_name(dataset)} have none; "

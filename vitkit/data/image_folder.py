@@ -127,7 +127,8 @@ def read_layout(root: Path, test_fraction: float, *, unlabelled: bool = False) -
         _read_classes(root, groups, layout)
     if all(file.split != "test" for file in layout.files):
         layout.files, layout.divided = _with_test(layout.files, test_fraction), True
-        layout.remarks.append(f"test: {test_fraction:.0%} of the training images of each class, by their names")
+        of_each = " of each class" if layout.labelled else ""
+        layout.remarks.append(f"test: {test_fraction:.0%} of the training images{of_each}, by their names")
     return layout
 
 

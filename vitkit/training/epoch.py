@@ -1,6 +1,6 @@
 """One epoch that has been trained, as `run.fit` yields it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -48,16 +48,22 @@ class Epoch:
         They compute in the run's precision, and features of the same images are computed once for all of them. If an evaluator
         raises `UsageError`, because the data does not suit it, a line reports that and the training continues without its scores.
         """
-        scores = Scores()
-        with self._session.autocast(), feature_cache():
-            for evaluator in evaluators:
-                try:
-                    scores |= evaluator(model, data) if split == "test" else evaluator(model, data, split=split)
-                except UsageError as error:
-                    self._session.say_left_out(evaluator, error)
+        scores = measure(self._session, model, data, evaluators, split)
         if scores:
             self.log(scores)
         return scores
 
 
-__all__ = ["Epoch"]
+def measure(session: Session, model: nn.Module, data: Any, evaluators: Iterable[Evaluator], split: SplitName) -> Scores:
+    """The joined scores of evaluators, see `Epoch.evaluate`; nothing is logged."""
+    scores = Scores()
+    with session.autocast(), feature_cache():
+        for evaluator in evaluators:
+            try:
+                scores |= evaluator(model, data) if split == "test" else evaluator(model, data, split=split)
+            except UsageError as error:
+                session.say_left_out(evaluator, error)
+    return scores
+
+
+__all__ = ["Epoch", "measure"]

@@ -24,7 +24,7 @@ from vitkit.runs.directory import BEST, Claim, claim, read_summary
 from vitkit.training.accelerator import make_accelerator, resolve_device, resolve_precision, resolve_trackers
 from vitkit.training.checkpoint import load_state
 from vitkit.training.dry_run import preview
-from vitkit.training.epoch import Epoch
+from vitkit.training.epoch import Epoch, measure
 from vitkit.training.flags import plain
 from vitkit.training.gradcache import GradCache
 from vitkit.training.loop import Fit, check_fit_arguments
@@ -195,7 +195,8 @@ class Run:
         - `batches`: `split.batches(...)`, or any sized iterable of dicts of tensors.
         - `schedule` is stepped once an optimiser step, `run.steps(batches, epochs)` times in all.
         - `clip` bounds the norm of the gradient.
-        - `ema` is the decay of averaged weights. The model holds them while an epoch is yielded and at the end.
+        - `ema` is the decay of averaged weights, smaller in the first steps, see `ModelEma`. The model holds them while an epoch is
+          yielded and at the end.
         - `weight_decay` sets the decay of the groups that have one, before each step; see `vitkit.training.schedules`.
         - `monitor` keeps the best checkpoint of a metric on the validation split, and `patience` evaluations without a better one end the
           loop. The direction comes from the metric's protocol; `mode` gives it for a number without one (default "max"). A value that is
@@ -254,6 +255,16 @@ class Run:
                 self.session.say_left_out(evaluator, error)
         return usable
 
+    def measure_untrained(self, model: nn.Module, data: Any, *evaluators: Evaluator, split: SplitName = "test") -> None:
+        """Measure `model` as it is before `fit`: protocols of metrics that are logged later hold these values as `untrained`.
+
+        The model moves to the run's device. A dry run measures nothing. Ranks: each calls it. Raises `UsageError` after `fit`.
+        """
+        if self._fit is not None:
+            raise UsageError("measure_untrained comes after run.fit, which trains the model; call it before run.fit")
+        if not self._dry_run:
+            self.session.history.untrained |= measure(self.session, model.to(self.device), data, evaluators, split)
+
     def load_best(self, model: nn.Module) -> int:
         """After the loop, load the weights that were best in `monitor` into the `model` of `fit`; returns their epoch.
 
@@ -283,8 +294,8 @@ class Run:
         """
         if model is not None:
             modules = {**_registered_parts(model), **modules}
-        if self._fit is not None and not (self._classes and self._preprocessing):
-            self.say("the batches name no classes or no preprocessing: the saved model takes only preprocessed images")
+        if self._fit is not None and not self._preprocessing:
+            self.say("the batches name no preprocessing: the saved model takes only preprocessed images")
         self.session.open()
         dataset = self.session.dataset
         if self.session.is_main:
