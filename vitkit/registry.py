@@ -189,7 +189,7 @@ class Registry:
         self._added[name] = Entry(self.kind, name, ADDED, "", repr(factory), factory)
 
     def entries(self) -> list[Entry]:
-        """Every registered name in alphabetical order, from metadata alone."""
+        """Every registered name in alphabetical order, read from metadata only."""
         entries = {(entry.name, entry.distribution): entry for entry in _installed(self.kind, self.group)}
         entries |= {(entry.name, entry.distribution): entry for entry in self._added.values()}
         return [entries[key] for key in sorted(entries)]
@@ -207,7 +207,7 @@ class Registry:
     def entry(self, name: str) -> Entry:
         """The entry of `name` or `dist:name`.
 
-        A name without an entry of its own may belong to a family: `timm/resnet18` to `timm/*`. Raises `UnknownNameError`, and
+        A name that has no entry may belong to a family: `timm/resnet18` to `timm/*`. Raises `UnknownNameError`, and
         `AmbiguousNameError` if several distributions register the name and the module's rules choose none of them.
         """
         distribution, _, short = name.rpartition(":")

@@ -19,13 +19,13 @@ class JEPA(GradCacheable):
     A batch is `images` `(b v c h w)`, v augmented views of each, or `(b c h w)`, and `labels` int64 `(b,)`,
     −1 (`UNLABELLED`) where a sample has no label. `objective` names the views whose embeddings agree:
 
-    - "joint": the first v − 1 images alone (one image serves as both), the last image with a label, and the
-      label alone. For a share `swap` of the images the label is a wrong one, k in place of the image's y. Such a view
+    - "joint": the first v − 1 images without a label (one image serves as both), the last image with a label, and the
+      label without an image. For a share `swap` of the images the label is a wrong one, k in place of the image's y. Such a view
       stands for the image as a member of class k: z(image, k) − ℓ_k + ℓ_y agrees with the other
       views, where ℓ are the labels' projections, without gradient there. So a view with a label takes its class from
-      the label, and an image agrees with itself under its true label alone.
+      the label, and an image agrees with itself only under its true label.
     - "reference": every image with its true label, as the reference document has it.
-    - "images": every image alone, the baseline without labels. The backbone's label embedding is frozen.
+    - "images": every image without a label, the baseline. The backbone's label embedding is frozen.
 
     Each view uses a share `keep` of its patches, drawn for each image at each step (as in FLIP, Li et al., arXiv
     2212.00794): a step costs about that share, and views have less in common. Evaluators use all patches.

@@ -147,7 +147,7 @@ class ViT(nn.Module):
     ) -> Tensor:
         """Images `(b c h w)` → tokens `(b n d)` behind the last norm, in the order that the class describes.
 
-        With `x` None there are no patches: CLS, registers and `extra_tokens` alone. `extra_tokens` `(b m d)`, or
+        With `x` None there are no patches, only CLS, registers and `extra_tokens`. `extra_tokens` `(b m d)`, or
         `(1 m d)` for every sample, go behind the patches. `keep` `(b k)` int64 names patches in [0, num_patches); the
         others never enter the blocks. With `queries` only that many first tokens are returned, which saves most of
         the last block's time. Raises `UsageError` if shapes do not fit.

@@ -99,7 +99,7 @@ def read_layout(root: Path, test_fraction: float, *, unlabelled: bool = False) -
     - Folders called train, val and test, or as in `SPLIT_FOLDERS`, each with a folder for each class: these splits. A val or test folder
       without class folders is left out, since nothing can be measured on it.
     - These folders with images directly in them: these splits, without labels.
-    - A folder for each class: every image below it has this class, whatever its name; a class may be called `train`.
+    - A folder for each class: every image below it has this class, for any name of the folder; a class may be called `train`.
     - Images directly in `root`, and at most one folder: images without labels. With `unlabelled` all layouts are read like this.
 
     Without a test folder `test_fraction` of the training images of each class, at least one of two, are for testing: those whose
@@ -173,7 +173,7 @@ def _read_splits(root: Path, groups: dict[str, list[Path]], roles: dict[str, str
         folder = printable(root / name)
         role = roles.get(name)
         if role is None:
-            where = f"{folder}: {len(paths):,} images {'beside' if not name else 'in a folder that is none of'} train, val and test"
+            where = f"{folder}: {len(paths):,} images {'beside' if not name else 'in a folder other than'} train, val and test"
             layout.left_out.append(where)
             continue
         files = [ImageFile(role, label(path) if labelled else None, path) for path in paths]

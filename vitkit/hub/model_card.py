@@ -58,7 +58,7 @@ def write_card(run: Path, repo: str, config: Mapping[str, Any], plots: Sequence[
 
 
 def sealed(text: str) -> str:
-    """A card with a last line that shows whether somebody has edited the card since."""
+    """A card with a last line that shows whether the card was edited later."""
     text = text.rstrip() + "\n\n"
     return f"{text}{SEAL.format(_digest(text))}\n"
 

@@ -157,7 +157,7 @@ def _undo(lock: FileLock, made: list[Path]) -> None:
             if path.name == LOCK:
                 path.unlink()
     lock.release()
-    with contextlib.suppress(OSError):  # another process has written into one of them meanwhile
+    with contextlib.suppress(OSError):  # another process may have written into one of them
         for path in made:
             if path.name != LOCK:
                 path.rmdir()

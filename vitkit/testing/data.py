@@ -23,7 +23,7 @@ def check_dataset_fields(case: Case) -> str:
     if not isinstance(dataset.classes, list) or not all(isinstance(name, str) for name in dataset.classes):
         raise ConformanceError(f"{case}: classes are {dataset.classes!r:.80}; expected a list of names")
     if len(set(dataset.classes)) != len(dataset.classes):
-        raise ConformanceError(f"{case}: classes name one class twice ({dataset.classes!r:.80}); give each class a name of its own")
+        raise ConformanceError(f"{case}: classes name one class twice ({dataset.classes!r:.80}); give each class a different name")
     shape = tuple(dataset.shape)
     if len(shape) != 3 or not all(isinstance(size, int) and size > 0 for size in shape):
         raise ConformanceError(f"{case}: shape is {dataset.shape!r:.40}; expected (channels, height, width)")

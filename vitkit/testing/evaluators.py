@@ -101,7 +101,7 @@ def check_leaves_the_model(case: Case) -> str:
     if changed or any(parameter.grad is not None for parameter in model.parameters()):
         raise ConformanceError(f"{case} changes the model ({', '.join(changed[:4]) or 'gradients'}); evaluate under torch.inference_mode()")
     if dict(first) != dict(evaluate(evaluator, inputs)):
-        raise ConformanceError(f"{case} gives other numbers the second time; draw from a generator of its own, seeded by an argument")
+        raise ConformanceError(f"{case} gives other numbers the second time; draw from a separate generator, seeded by an argument")
     return "mode, state, gradients, seed"
 
 

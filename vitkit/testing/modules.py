@@ -186,7 +186,7 @@ def check_determinism(case: Case) -> str:
 
 
 def check_state(case: Case) -> str:
-    """The state dict goes through safetensors into another instance, which then gives the same results to the bit."""
+    """The state dict goes through safetensors into another instance, which then gives identical results."""
     module, other = built_module(case, seed=0).eval(), built_module(case, seed=1).eval()
     state = module.state_dict()
     odd = [key for key, value in state.items() if not isinstance(value, Tensor)]

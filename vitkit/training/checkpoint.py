@@ -88,7 +88,7 @@ def save_state(
     """Write a training state atomically.
 
     Every argument is a tree of dicts and lists. Its tensors become the tensors of the file, and the rest a JSON text in the metadata,
-    beside a SHA-256 of the whole file. Functions in a scheduler's state are left out, because the recipe makes them anew. Raises
+    beside a SHA-256 of the whole file. Functions in a scheduler's state are left out, because the recipe makes them again. Raises
     `RunError` if the file cannot be written, and `CheckpointError` for a value that is neither a tensor nor JSON.
     """
     tree = {

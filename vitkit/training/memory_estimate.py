@@ -122,7 +122,7 @@ def rows(needs: Needs, *, devices: int, batch_size: int, steps: int, epochs: int
         "a parameter": f"{needs.state_bytes / count:.1f} bytes: "
         + ", ".join(f"{name} {held / count:.1f}" for name, held in kinds.items()),
         "the model's state": f"{_size(needs.state_bytes)} for {needs.parameters:,} parameters",
-        "activations": f"{_size(needs.image_bytes)} a sample, and {_size(needs.fixed_bytes)} whatever their number",
+        "activations": f"{_size(needs.image_bytes)} a sample, and {_size(needs.fixed_bytes)} for any number of samples",
         "batch": f"{batch_size} samples, {each} on each of {devices} devices",
         "a device, DDP": _size(needs.replicated_bytes(each, devices)),
         "a device, fully sharded": _size(needs.sharded_bytes(each, devices)),

@@ -80,7 +80,7 @@ def precision_note(precision: str, device: str) -> str:
 def keep_freed_memory() -> bool:
     """Let the C library keep freed memory for the next training step; True if it does (glibc).
 
-    By default glibc maps every large tensor anew, and the system zeroes its pages each time: 4 to 10 % of a small network's step
+    By default glibc maps new memory for every large tensor, and the system zeroes its pages each time: 4 to 10 % of a small network's step
     in fp32.
     """
     if not sys.platform.startswith("linux"):

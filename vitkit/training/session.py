@@ -31,8 +31,8 @@ Status = Literal["running", "finished", "interrupted", "failed"]
 class Session:
     """Directory, device, precision, seed, history, progress and log of one run.
 
-    Without a `directory` nothing is written, and the loop keeps no checkpoint. `claim` holds the directory on rank 0, which alone
-    writes. `arguments`, `requested` and `dataset` go into the summary.
+    Without a `directory` nothing is written, and the loop keeps no checkpoint. `claim` holds the directory on rank 0, the only
+    rank that writes. `arguments`, `requested` and `dataset` go into the summary.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Session:
         self._began = False
 
     def steps(self, batches: Any, epochs: int = 1) -> int:
-        """The number of optimiser steps in so many epochs; see `Run.steps`."""
+        """The number of optimiser steps in `epochs` epochs; see `Run.steps`."""
         at_least(1, epochs=epochs)
         try:
             count = len(batches)

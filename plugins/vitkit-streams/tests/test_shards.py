@@ -169,7 +169,7 @@ def test_classes_are_numbers_names_or_given(tmp_path):
 
 
 def test_labels_that_are_no_class_are_named(tmp_path, shards):
-    with pytest.raises(DatasetError, match=r"train-000000.tar: 00000002 has the label '2', which is none of the 2 classes"):
+    with pytest.raises(DatasetError, match=r"train-000000.tar: 00000002 has the label '2', which is not one of the 2 classes"):
         build(tmp_path, urls=str(shards), classes=["owl", "lynx"])
     data = build(tmp_path, urls=str(shards), classes=["owl", "lynx", "newt"])
     assert data.classes == ["owl", "lynx", "newt"]

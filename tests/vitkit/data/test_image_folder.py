@@ -164,7 +164,7 @@ def test_a_training_folder_alone_is_divided_and_other_folders_are_named(folder):
     fill(folder / "train", cat=4, dog=4)
     fill(folder / "notes", sketches=3)
     skipped = import_folder(folder, "pets", img_size=8, test_fraction=0.25)
-    assert skipped == [f"{folder / 'notes'}: 3 images in a folder that is none of train, val and test"]
+    assert skipped == [f"{folder / 'notes'}: 3 images in a folder other than train, val and test"]
     stored = read_store(store_path("pets"))
     assert stored.classes == ["cat", "dog"]
     assert (len(stored.train), len(stored.test)) == (6, 2)

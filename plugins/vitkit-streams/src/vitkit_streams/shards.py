@@ -1,7 +1,7 @@
 """Tar shards: their addresses, their copies on this machine, and the index of each.
 
 A shard is read through once, and its index is kept: the position of each image in the file, and the text of its label. The index
-gives the order of an epoch in advance, and lets any image be read alone.
+gives the order of an epoch in advance, and lets any image be read separately.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ from vitkit.files import atomic_write
 from vitkit_streams.tar import Damage, Member, members
 
 REMOTE = ("http", "https", "hf", "s3", "gs", "gcs", "abfs", "az")
-"""Schemes that fsspec opens; all but the first three need a package of their own (s3fs, gcsfs, adlfs)."""
+"""Schemes that fsspec opens; all but the first three need an additional package (s3fs, gcsfs, adlfs)."""
 FORMAT = "vitkit-shard-2"
 MAX_LABEL_BYTES = 1 << 20
 LINES_KEPT = 100
@@ -204,7 +204,7 @@ class Cache:
                 if os.fstat(file.fileno()).st_size != shard.bytes:
                     raise DatasetError(f"the shard {shard.url} has changed since it was indexed; start the command again to index it")
                 if not _is_local(shard.url):
-                    with suppress(FileNotFoundError):  # evicted meanwhile
+                    with suppress(FileNotFoundError):  # another process has evicted it
                         os.utime(self._place(shard.url))
                 file.seek(offset)
                 return file.read(size)

@@ -70,7 +70,7 @@ def class_number(text: str, names: dict[str, int], where: str) -> int:
     if _is_number(text) and int(text) < len(names):
         return int(text)
     raise DatasetError(
-        f"{where} has the label {printable(text, 80)!r}, which is none of the {len(names)} classes{nearest(text, names)}; "
+        f"{where} has the label {printable(text, 80)!r}, which is not one of the {len(names)} classes{nearest(text, names)}; "
         f"they are {', '.join(list(names)[:10])}{', ...' if len(names) > 10 else ''}"
     )
 

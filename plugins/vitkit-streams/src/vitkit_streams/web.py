@@ -119,7 +119,7 @@ def webdataset(
     most `test_size` images of `test_urls`, otherwise held out of `urls`, are in memory, and as many for validation (`val_size`).
 
     A damaged member of a shard and an image that cannot be decoded are left out and named. Raises `DatasetError` with its url for a shard
-    that is missing, cut short or without labels, and for a label that is none of `classes`; `UsageError` for `pipe:` urls, which run a
+    that is missing, cut short or without labels, and for a label that is not one of `classes`; `UsageError` for `pipe:` urls, which run a
     command in a shell, unless `allow_pipe`.
     """
     check_options(img_size, channels, workers, test_size, val_size)
