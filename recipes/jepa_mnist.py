@@ -12,18 +12,14 @@ from vitkit.errors import UsageError
 from vitkit.training import muon_adamw, warmup_cosine
 from vitkit.transforms import RandomAffine
 from vitkit.validation import at_least
-from vitkit_eval import usable
 from vitkit_jepa import JEPA
 
 DATASET = "mnist"
 PRESETS = {
-    "quick": {},
+    "quick": {}, "digits": {"epochs": 18, "batch_size": 64, "lr": 8e-3, "eval_every": 9, "img_size": 16, "patch_size": 4},
     "full": {"epochs": 50, "img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 3},
-    "digits": {"epochs": 60, "img_size": 16, "patch_size": 4},
-}
+}  # fmt: skip
 ALIASES = {"emb_dim": "embed_dim", "objective": {"seed": "reference"}}
-# Its best epochs on MNIST, each metric at its own.
-REFERENCE = {"linear_top1": 0.95, "m1_top1": 0.79, "m1_top3": 0.96, "m2_top1": 0.64, "m2_top3": 0.88}
 
 
 def main(
@@ -50,12 +46,14 @@ def main(
     train_size: Annotated[int | None, "number of training images, for a quick trial"] = None,
     eval_every: Annotated[int, "epochs between evaluations"] = 5,
     eval_size: Annotated[int | None, "training images used by kNN and the linear probe (default: all)"] = None,
+    probe_dataset: Annotated[str | None, "another dataset, for kNN and a linear probe of the frozen encoder"] = None,
 ) -> None:
     """Train, evaluate every few epochs, and save the encoder and its projector."""
     at_least(1, eval_every=eval_every)
     if not multimodal and (swap is not None or objective == "reference"):
-        flag = f"--objective {objective}" if objective == "reference" else f"--swap {swap}"
-        raise UsageError(f"{flag} is about the labels that --no-multimodal leaves out; give one of the two")
+        raise UsageError(f"--{f'swap {swap}' if swap is not None else 'objective reference'} needs labels; leave it or --no-multimodal out")
+    if multimodal and not data.classes:
+        raise UsageError(f"the images of {data.name} have no labels; give --no-multimodal to train on images alone")
     data = data.resized(img_size)
     train = data.train if train_size is None else data.train.stratified_subset(train_size, seed=run.seed)
     if label_fraction != 1.0:
@@ -63,18 +61,20 @@ def main(
     augment = RandomAffine(degrees=15, translate=0.1, scale=(0.85, 1.15), shear=10)
     batches = train.batches(batch_size, shuffle=True, drop_last=True, augment=augment, views=views)
     backbone = backbones.build(
-        "vitkit:multimodal_vit", num_classes=len(data.classes), img_size=img_size, patch_size=patch_size, in_chans=data.shape[0],
-        embed_dim=embed_dim, depth=depth, num_heads=num_heads, positions="sincos2d",
-    )  # fmt: skip
+        "vitkit:multimodal_vit", num_classes=max(len(data.classes), 1), img_size=img_size, patch_size=patch_size, in_chans=data.shape[0],
+        embed_dim=embed_dim, depth=depth, num_heads=num_heads, positions="sincos2d")  # fmt: skip
     head, loss = projector.build(in_dim=embed_dim, out_dim=proj_dim), losses.build("vitkit:lejepa", lamda=lamda)
     model = JEPA(backbone, head, loss, objective=objective if multimodal else "images", swap=0.5 if swap is None else swap, keep=keep)
     optimizer = muon_adamw(model, lr=lr)
     schedule = warmup_cosine(optimizer, run.steps(batches, epochs), warmup=min(100, run.steps(batches)))
-    if data.name == "mnist":
-        run.reference("reference document", **REFERENCE)
+    if data.name == "mnist":  # the document's best epochs, each metric at its own
+        run.reference("reference document", linear_top1=0.95, m1_top1=0.79, m1_top3=0.96, m2_top1=0.64, m2_top3=0.88)
     run.reference("floor", sigreg=loss.sigreg.floor)  # of embeddings drawn from N(0, I)
     probes = [evaluators.build(f"vitkit:{name}", train_size=eval_size) for name in ("linear_probe", "knn")]
-    evaluate = usable([*probes, evaluators.build("vitkit:label_retrieval")], data, say=run.say)
+    probes += [evaluators.build("vitkit:transfer", dataset=probe_dataset, train_size=eval_size)] if probe_dataset else []
+    monitors = [evaluators.build(f"vitkit:{name}") for name in ("rankme", "alpha_req", "feature_std", "neighbours") if not data.classes]
+    evaluate = run.check(data, *probes, evaluators.build("vitkit:label_retrieval"), *monitors)
+    run.measure_untrained(model, data, *monitors)
     for epoch in run.fit(model, batches, epochs=epochs, optimizer=optimizer, schedule=schedule, clip=1.0, ema=0.99):
         if epoch.due(eval_every):
             epoch.evaluate(model, data, *evaluate)

@@ -1,6 +1,7 @@
 """The multi-task variational autoencoder on CIFAR-10: a vision transformer with a convolutional stem and 64 tokens.
 
-As `vae_mnist.py`, with colour, mirrored and moved images, and on request with RandAugment and with images mixed in pairs.
+It differs from `vae_mnist.py` in its images: they have colours, and they are mirrored and moved. RandAugment and mixing of images
+in pairs are optional.
 """
 
 from typing import Annotated, Any, Literal
@@ -21,35 +22,35 @@ def main(
     data: Dataset,
     *,
     epochs: Annotated[int, "passes over the training images"] = 12,
-    batch_size: Annotated[int, "images a step"] = 128,
+    batch_size: Annotated[int, "images per step"] = 128,
     lr: Annotated[float, "peak learning rate"] = 4e-3,
     optimizer: Annotated[Literal["muon", "adamw"], "Muon with AdamW, or AdamW alone"] = "muon",
-    schedule: Annotated[Literal["cosine", "step"], "down to zero, or times 0.3 after each third"] = "cosine",
-    img_size: Annotated[int, "pixels"] = 32,
-    patch_size: Annotated[int, "pixels of a patch"] = 4,
+    schedule: Annotated[Literal["cosine", "step"], "learning rate: cosine falls to 0; step: × 0.3 after each third"] = "cosine",
+    img_size: Annotated[int, "side of an image in pixels"] = 32,
+    patch_size: Annotated[int, "side of a patch in pixels"] = 4,
     embed_dim: Annotated[int, "width of the encoder"] = 128,
-    depth: Annotated[int, "transformer blocks"] = 4,
-    num_heads: Annotated[int, "attention heads"] = 2,
-    encoder: Annotated[Component, "encodes images"] = Component("backbone", "vitkit:vae_encoder", stem="conv", latent_dim=64),
+    depth: Annotated[int, "number of transformer blocks"] = 4,
+    num_heads: Annotated[int, "number of attention heads"] = 2,
+    encoder: Annotated[Component, "the encoder"] = Component("backbone", "vitkit:vae_encoder", stem="conv", latent_dim=64),
     triplet: Annotated[float, "weight of the triplet loss"] = 1.0,
     classification: Annotated[float, "weight of the cross-entropy; 0: no classifier"] = 0.5,
     reconstruction: Annotated[float, "weight of the reconstruction; 0: no decoder"] = 1.0,
     kl: Annotated[float, "weight of the KL divergence"] = 0.01,
-    kl_warmup: Annotated[float, "share of the training in which the weight of the KL divergence grows"] = 0.2,
-    loss: Annotated[Component, "weighs the losses"] = Component("loss", "vitkit:multitask", mode="fixed"),
-    triplet_loss: Annotated[Component, "mines triplets"] = Component("loss", "vitkit:triplet", margin=0.2, mining="semi_hard"),
-    reconstruction_loss: Annotated[Component, "of images"] = Component("loss", "vitkit:reconstruction", kind="mse", reduction="pixel"),
-    kl_loss: Annotated[Component, "of latents"] = Component("loss", "vitkit:kl", reduction="dimension"),
-    views: Annotated[int, "augmented views of an image; all but the first are only positives"] = 1,
-    supervised: Annotated[bool, "use labels; without them, two views at least and no classifier"] = True,
-    randaugment: Annotated[int, "magnitude of RandAugment, up to 30; 0: none"] = 0,
-    mix: Annotated[float, "share of the images that are mixed in pairs, by MixUp or CutMix"] = 0.0,
-    label_smoothing: Annotated[float, "of the cross-entropy"] = 0.1,
-    conditional: Annotated[bool, "give the decoder the class"] = False,
-    train_size: Annotated[int | None, "number of training images, for a quick trial"] = None,
+    kl_warmup: Annotated[float, "share of the training in which the KL weight grows from 0"] = 0.2,
+    loss: Annotated[Component, "sums the weighted losses"] = Component("loss", "vitkit:multitask", mode="fixed"),
+    triplet_loss: Annotated[Component, "mines and compares triplets"] = Component("loss", "vitkit:triplet", margin=0.2, mining="semi_hard"),
+    reconstruction_loss: Annotated[Component, "pixel loss"] = Component("loss", "vitkit:reconstruction", kind="mse", reduction="pixel"),
+    kl_loss: Annotated[Component, "regularises latents"] = Component("loss", "vitkit:kl", reduction="dimension"),
+    views: Annotated[int, "augmented views per image; all but the first are only positives"] = 1,
+    supervised: Annotated[bool, "use labels; no-supervised needs --views 2 or more and has no classifier"] = True,
+    randaugment: Annotated[int, "magnitude of RandAugment, 0 (none) to 30"] = 0,
+    mix: Annotated[float, "share of the images that MixUp or CutMix mixes in pairs"] = 0.0,
+    label_smoothing: Annotated[float, "label smoothing of the cross-entropy"] = 0.1,
+    conditional: Annotated[bool, "give the class to the decoder"] = False,
+    train_size: Annotated[int | None, "number of training images, for a quick trial  [default: all]"] = None,
     transfer: Annotated[Component, "measures the encoder on another dataset"] = Component("evaluator", "vitkit:patch_transfer", dataset=""),
     eval_every: Annotated[int, "epochs between evaluations"] = 5,
-    eval_size: Annotated[int | None, "training images that evaluators use (default: all)"] = None,
+    eval_size: Annotated[int | None, "number of training images that evaluators use  [default: all]"] = None,
 ) -> None:
     """Train, evaluate every few epochs, and save the encoder with its classifier and decoder."""
     at_least(1, eval_every=eval_every)
@@ -68,10 +69,10 @@ def main(
         conditional=conditional, label_smoothing=label_smoothing,
     )  # fmt: skip
     stepped, rates = scheduled(model, lr=lr, optimizer=optimizer, schedule=schedule, steps=steps, epoch_steps=epoch_steps)
-    evaluate, evaluate_last = vae_evaluators(model, data, train_size=eval_size, transfer=transfer, say=run.say)
+    every, at_last = (run.check(data, *group) for group in vae_evaluators(model, train_size=eval_size, transfer=transfer))
     for epoch in run.fit(model, batches, epochs=epochs, optimizer=stepped, schedule=rates, clip=1.0, ema=0.99):
         if epoch.due(eval_every):
-            epoch.evaluate(model, data, *(evaluate_last if epoch.number == epochs else evaluate))
+            epoch.evaluate(model, data, *every, *(at_last if epoch.number == epochs else []))
     run.save(model)
     for name, figure in figures(model, data, seed=run.seed).items():
         run.figure(name, figure)

@@ -51,7 +51,7 @@ class CLIP(GradCacheable):
         self._caption_features: Tensor | None = None
 
     def uninformed(self, batch_size: int) -> dict[str, float]:
-        """The loss's values for embeddings that are all the same; empty where the loss does not state them."""
+        """The loss's values for embeddings that are all the same; empty if the loss does not give them."""
         stated = getattr(self.loss, "uninformed", None)
         if stated is None:
             return {}

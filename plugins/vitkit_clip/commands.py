@@ -23,14 +23,14 @@ out = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 def search(
     run: Annotated[str, typer.Argument(metavar="RUN", help="the directory of a run that saved a model of pairs")],
     query: Annotated[str, typer.Argument(metavar="QUERY", help="a caption, or the path of an image")],
-    dataset: Annotated[str | None, typer.Option(help="search pairs of another dataset's test images")] = None,
+    dataset: Annotated[str | None, typer.Option(help="search pairs of its test images  [default: the dataset of the training]")] = None,
     dataset_arg: Annotated[
-        list[str] | None, typer.Option("--dataset-arg", metavar="NAME=VALUE", help="an argument of --dataset; may be repeated")
+        list[str] | None, typer.Option("--dataset-arg", metavar="NAME=VALUE", help="an argument for --dataset; may be repeated")
     ] = None,
     folder: Annotated[Path | None, typer.Option(help="search the images in a folder and its subfolders")] = None,
-    count: Annotated[int, typer.Option(help="how many of the nearest to show")] = 10,
-    among: Annotated[int, typer.Option(help="how many pairs, or images of the folder, to search at most")] = 10_000,
-    seed: Annotated[int, typer.Option(help="chooses the pairs of the dataset's images")] = 0,
+    count: Annotated[int, typer.Option(help="number of nearest images and captions to show")] = 10,
+    among: Annotated[int, typer.Option(help="largest number of pairs, or of images of the folder, to search")] = 10_000,
+    seed: Annotated[int, typer.Option(help="seed of the choice of pairs")] = 0,
     path: Annotated[Path, typer.Option("--out", "-o", help="the PNG file to write")] = Path("search.png"),
 ) -> None:
     """Search by caption or by image: the nearest images, and for an image the nearest captions.
@@ -54,15 +54,15 @@ def search(
         )
     import vitkit
     from vitkit.files import check_output
-    from vitkit.models import read_picture
+    from vitkit.models import open_image
     from vitkit.report import is_sheet, write_sheet
     from vitkit_clip.retrieval import check_towers, half_of
     from vitkit_clip.search import as_pair, find_by_caption, find_by_image
 
     # A wrong query is refused before a model is loaded and a gallery encoded.
-    image = read_picture(query) if _is_image(query) else None
+    image = open_image(query) if _is_image(query) else None
     if image is not None and path.exists() and path.samefile(query):
-        raise UsageError(f"--out {path} is the image that is searched for; give another name")
+        raise UsageError(f"--out {path} is the query image; give another name")
     check_output(path, overwrite=True, is_ours=is_sheet, kind="an image that vitkit drew", option="--out")
     model = vitkit.load(run)
     check_towers(model)

@@ -38,7 +38,7 @@ class PairViT(nn.Module):
     - `img_size`: pixels of one half, a number or (height, width).
     - `mlp_dim`: the hidden width of a block's MLP; `stem_depth`: residual blocks a stage.
 
-    `encode_image` gives `(b d)`, `encode_halves` `(b 2 d)`. Raises `UsageError` where arguments do not fit each other, and
+    `encode_image` gives `(b d)`, `encode_halves` `(b 2 d)`. Raises `UsageError` if arguments do not fit each other, and
     for images of another size.
 
     Source: the dimensions of baseline and enhanced are those of the reference document; it does not name the baseline's

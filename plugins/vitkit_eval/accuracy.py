@@ -38,7 +38,7 @@ class Accuracy:
         return {}, {"model": model}
 
     def check(self, dataset: Any, split: SplitName = "test") -> None:
-        """Raise `UsageError` where an image of this split has no label."""
+        """Raise `UsageError` if an image of this split has no label."""
         check_labels(self.name, dataset, split)
 
     def __call__(self, model: Any, dataset: Any, split: SplitName = "test") -> Scores:

@@ -1,7 +1,6 @@
-"""What evaluators share: splits and their names, preconditions, probes of frozen features, and scores of a classification."""
+"""Code that evaluators share: splits and their names, preconditions, probes of frozen features, scores of a classification."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -15,9 +14,9 @@ from vitkit.validation import at_least, one_of
 from vitkit_eval.ties import topk_accuracy
 
 TOP5_CLASSES = 10
-"""With more classes than these the top-5 accuracy is reported too; with fewer it says little."""
+"""With more classes than this the top-5 accuracy is reported, too; with fewer it means little."""
 PREFIXES: dict[SplitName, str] = {"train": "train_", "val": "val_", "test": ""}
-"""What the names of metrics on a split begin with."""
+"""The prefixes of the names of metrics, by split."""
 
 
 def split_of(dataset: Any, split: SplitName) -> Any:
@@ -35,10 +34,15 @@ def named(scores: Scores, split: SplitName) -> Scores:
 
 
 def check_labels(evaluator: str, dataset: Any, *splits: SplitName) -> None:
-    """`UsageError` where an image of these splits has no label, or a label that belongs to no class."""
+    """`UsageError` if an image of these splits has no label, or a label that belongs to no class."""
     for split in splits:
         labels = split_of(dataset, split).labels
         missing = int((labels == UNLABELLED).sum())
+        if missing == len(labels):
+            raise UsageError(
+                f"{evaluator} needs labels, and the {split} images of {_name(dataset)} have none; use an evaluator without labels, "
+                f"such as 'rankme', or 'transfer' to a labelled dataset"
+            )
         if missing:
             raise UsageError(
                 f"{evaluator} needs labels, but {missing:,} of {len(labels):,} {split} images of {_name(dataset)} have none; "
@@ -58,7 +62,7 @@ def subset_labels(split: Any, size: int | None, seed: int) -> Tensor:
 
 
 def model_classes(model: Any, dataset: Any) -> list[int]:
-    """The model's number of each of a dataset's classes, by name; `UsageError` where the names are not the same.
+    """The model's number of each of a dataset's classes, by name; `UsageError` if the names are not the same.
 
     A model that does not name its classes has the dataset's.
     """
@@ -88,29 +92,8 @@ def frozen_features(
     return train, extract_features(model, split_of(dataset, split), size=test_size, seed=seed)
 
 
-def usable(
-    evaluators: Iterable[Any], dataset: Any, *splits: SplitName, say: Callable[[str], Any] = lambda line: None
-) -> list[Any]:
-    """The evaluators whose `check` accepts a dataset's splits (default: test); `say` gets a line for each of the others.
-
-        evaluate = usable([evaluators.build("knn"), evaluators.build("few_shot")], data, say=run.say)
-
-    Called before training, it keeps a precondition such as ten images of each class from ending a run at its last evaluation.
-    """
-    kept = []
-    for evaluator in evaluators:
-        try:
-            for split in splits or ("test",):
-                getattr(evaluator, "check", split_of)(dataset, split)
-        except UsageError as error:
-            say(f"{getattr(evaluator, 'name', type(evaluator).__name__)} is left out: {error}")
-        else:
-            kept.append(evaluator)
-    return kept
-
-
 class FeatureEvaluator(ABC):
-    """An evaluator of the frozen features of one split: `score` sees nothing but them.
+    """An evaluator of the frozen features of one split: `score` gets only the features.
 
     `test_size` caps the images, the classes in equal shares as far as possible, chosen by `seed`. `check` raises the
     `UsageError` of a precondition before anything is encoded.
@@ -124,7 +107,7 @@ class FeatureEvaluator(ABC):
         self.test_size, self.seed = test_size, seed
 
     def check(self, dataset: Any, split: SplitName = "test") -> None:
-        """Raise `UsageError` where the evaluator cannot measure on this split."""
+        """Raise `UsageError` if the evaluator cannot measure on this split."""
         if self.needs_labels:
             check_labels(self.name, dataset, split)
         split_of(dataset, split)
@@ -153,7 +136,7 @@ class FrozenProbe(ABC):
         self.train_size, self.test_size, self.seed = train_size, test_size, seed
 
     def check(self, dataset: Any, split: SplitName = "test") -> None:
-        """Raise `UsageError` where the probe cannot be fitted to the training split, or measured on this split."""
+        """Raise `UsageError` if the probe cannot be fitted to the training split, or measured on this split."""
         check_labels(self.name, dataset, "train", split)
         self.check_train(subset_labels(dataset.train, self.train_size, self.seed), dataset.classes)
 

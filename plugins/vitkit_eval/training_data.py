@@ -11,8 +11,8 @@ from vitkit.training import parse_arguments
 def training_data(model: Any, run: str) -> data.ImageDataset:
     """The dataset that the model saved in `run` was trained on, built again by its recorded name.
 
-    A config can come from a stranger, so that no path or address that it records is opened: a dataset with such arguments has
-    to be named by hand. A name can stand for other data than in training (a folder called `digits`, renamed class folders):
+    A config is not trusted, so no path or address that it records is opened; a dataset with such arguments has to be named with
+    --dataset. A name can stand for other data than in training (a folder called `digits`, renamed class folders):
     classes and labels are compared with the recorded digest, or with the model's classes where an earlier version recorded none.
 
     Raises `UsageError` for a model without a recorded dataset, for recorded arguments that are texts, and for a dataset that

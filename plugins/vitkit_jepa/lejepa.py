@@ -28,7 +28,7 @@ class LeJEPALoss(nn.Module):
 
     Source: Balestriero and LeCun, LeJEPA, arXiv 2511.08544, λ = 0.05. As in lightly's `LeJEPALoss` the
     invariance is a mean over dimensions too (the paper's norm is k times that). In lightly the centre μ is the mean
-    of global views alone; here it is the mean of all views.
+    of global views only; here it is the mean of all views.
     """
 
     def __init__(self, lamda: float = 0.05, directions: int = 256, knots: int = 17) -> None:

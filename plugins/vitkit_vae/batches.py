@@ -24,7 +24,7 @@ class TripletBatches:
     """A split in shuffled batches of `images`, `positives` and `negatives`, each `(b c h w)`, with the anchors' `labels`.
 
     Each image is an anchor once an epoch. Its positive is another image of its class, or itself if there is no other; with
-    `positives` "augmented" it is the anchor, augmented again. Its negative is drawn evenly from all images of other classes.
+    `positives` "augmented" it is the anchor with another augmentation. Its negative is drawn evenly from all images of other classes.
     Everything is drawn from (seed, epoch, index, rank). A step takes three forward passes; mining in the batch takes one. The
     rest of an epoch that does not fill a batch is left out.
 

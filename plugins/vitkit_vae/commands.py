@@ -17,20 +17,23 @@ if TYPE_CHECKING:
 MOST_IMAGES = 1_024
 out = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="the directory of a run that saved a decoder")]
-DatasetOption = Annotated[str | None, typer.Option(help="another dataset than that of the training, adapted to the model")]
-DatasetArguments = Annotated[
-    list[str] | None, typer.Option("--dataset-arg", metavar="NAME=VALUE", help="an argument of --dataset; may be repeated")
+DatasetOption = Annotated[
+    str | None,
+    typer.Option(help="a dataset, converted to the model's size and channels  [default: the dataset of the training]"),
 ]
-SeedOption = Annotated[int, typer.Option(help="the same seed makes the same file")]
+DatasetArguments = Annotated[
+    list[str] | None, typer.Option("--dataset-arg", metavar="NAME=VALUE", help="an argument for --dataset; may be repeated")
+]
+SeedOption = Annotated[int, typer.Option(help="seed of every random choice; the same seed gives the same file")]
 
 
 def sample(
     run: RunArgument,
-    count: Annotated[int, typer.Option(help="images to make")] = 64,
+    count: Annotated[int, typer.Option(help="number of images")] = 64,
     seed: SeedOption = 0,
-    name: Annotated[str | None, typer.Option("--class", help="all of one class, with a conditional decoder")] = None,
+    name: Annotated[str | None, typer.Option("--class", help="a class for all images (needs a conditional decoder)")] = None,
     fitted: Annotated[
-        bool, typer.Option("--fitted", help="latents from a Gaussian fitted to those of training images, not from N(0, I)")
+        bool, typer.Option("--fitted", help="draw latents from a Gaussian fitted to latents of training images  [default: N(0, I)]")
     ] = False,
     path: Annotated[Path, typer.Option("--out", "-o", help="the PNG file to write")] = Path("samples.png"),
 ) -> None:
@@ -59,8 +62,8 @@ def interpolate(
     run: RunArgument,
     first: Annotated[str, typer.Argument(metavar="FROM", help="a test image's number, or a class")],
     second: Annotated[str, typer.Argument(metavar="TO", help="a test image's number, or a class")],
-    steps: Annotated[int, typer.Option(help="images to decode, both ends included")] = 8,
-    classes: Annotated[bool, typer.Option("--classes", help="FROM and TO are classes, also where they are numbers")] = False,
+    steps: Annotated[int, typer.Option(help="number of images, both ends included")] = 8,
+    classes: Annotated[bool, typer.Option("--classes", help="read FROM and TO as classes, even if they are numbers")] = False,
     dataset: DatasetOption = None,
     dataset_arg: DatasetArguments = None,
     path: Annotated[Path, typer.Option("--out", "-o", help="the PNG file to write")] = Path("interpolation.png"),
@@ -89,7 +92,7 @@ def reconstruct(
     run: RunArgument,
     dataset: DatasetOption = None,
     dataset_arg: DatasetArguments = None,
-    count: Annotated[int, typer.Option(help="test images, the classes in equal shares as far as possible")] = 16,
+    count: Annotated[int, typer.Option(help="number of test images, in equal shares per class as far as possible")] = 16,
     seed: SeedOption = 0,
     path: Annotated[Path, typer.Option("--out", "-o", help="the PNG file to write")] = Path("reconstructions.png"),
 ) -> None:

@@ -26,7 +26,7 @@ class VAEEncoder(nn.Module):
     log σ² = 10·tanh(a/10) of the linear map's output a: it lies in [−10, 10], σ in [0.0067, 148], for any a. Latents are
     computed in fp32. At first log σ² is near −4 and μ near 0. The other arguments are those of `vit`.
 
-    Raises `UsageError` for dimensions below one, depths that are empty or outside 1 … depth, and where `vit` does.
+    Raises `UsageError` for dimensions below one, depths that are empty or outside 1 … depth, and if `vit` does.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The reconstruction error of a variational autoencoder, and the part of its latent that is used."""
+"""The reconstruction error of a variational autoencoder, and the number of latent dimensions that it uses."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -29,14 +29,14 @@ class Reconstruction:
     without information about the image reaches. The latent is the mean μ, nothing is drawn; a conditional decoder
     gets the true class.
 
-    `test_size` caps the images, the classes in equal shares as far as possible, chosen by `seed`; `shown` of them stand in the
-    figure, originals above reconstructions. Labels are needed only by a conditional decoder. Under autocast the model computes
+    `test_size` caps the images, the classes in equal shares as far as possible, chosen by `seed`; the figure has `shown` of them,
+    originals above reconstructions. Only a conditional decoder needs labels. Under autocast the model computes
     in its precision, errors are fp32.
 
     Ranks: each reconstructs its share of the images, and every rank returns the same scores.
 
     Raises `UsageError` for a model without a decoder, for reconstructions of another shape than the images, and for images
-    without a label where the decoder is conditional; `VitkitError` for reconstructions that are not finite.
+    without a label if the decoder is conditional; `VitkitError` for reconstructions that are not finite.
     """
 
     name = "reconstruction"

@@ -22,9 +22,9 @@ class PatchFeatures(nn.Module):
     images. Means, standard deviations and covariance are those of up to `samples` images of `split`, the classes in equal
     shares as far as possible, chosen by `seed`; labels are not used otherwise.
 
-    An embedding, and a pooled feature, keep the differences between the classes of their training; for other images the first
-    blocks' tokens in their places hold more. Among cosine neighbours a few directions that all images vary in would outweigh
-    the others, which whitening prevents.
+    Embeddings and pooled features keep mainly the differences between the classes of the training; for other images the tokens
+    of the first blocks hold more information. Without whitening, a few directions in which all images vary would dominate the
+    cosines between neighbours.
 
     Raises `UsageError` for a backbone without a `vit`, a split of fewer than two images, no components, and a depth that the
     `vit` does not have.

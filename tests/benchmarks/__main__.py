@@ -1,14 +1,14 @@
-"""Everything that vitkit is compared with, as one Markdown table: training steps, evaluations, data paths, the start.
+"""Comparisons of vitkit with other libraries, as one Markdown table: training steps, evaluations, data paths, start of the program.
 
     python -m tests.benchmarks [jepa clip vae triplets evaluation data_path start] [--quick] [--no-compile] [--rounds 5] [--threads 1]
 
     python -m tests.benchmarks time-to-accuracy [mnist cifar10]
 
-needs `pip install -e '.[bench]'`. In each row vitkit, the peer as its documentation shows it, the same peer tuned by hand and
-the ceiling take turns in one process: a machine's better and worse minutes fall on all, and their ratios hardly move. Cells
-of peers say how many times as fast vitkit is, the median over rounds with the least and the largest. The ceiling is what
-vitkit's step would take if it did its matrix products and convolutions alone, forward and backward, each in its own shape and
-dtype; its cells say how much of that rate vitkit reaches. With one thread seconds are the processor's, otherwise the wall's.
+It needs `pip install -e '.[bench]'`. In each row vitkit, the peer as its documentation shows it, the same peer tuned by hand and the
+ceiling take turns in one process, so that a slow minute of the machine affects all of them and hardly changes their ratios. A cell of
+a peer tells how many times as fast vitkit is: the median over rounds, with the smallest and the largest round. The ceiling is the time
+of a step that does only its matrix products and convolutions, forward and backward, each in its own shape and dtype. Its cell tells
+which share of that rate vitkit reaches. With one thread times are processor time; with more threads they are wall time.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from .timing import Options, Row
 
 SYSTEMS = ("jepa", "clip", "vae", "triplets", "evaluation", "data_path", "start", "recipes")
 COLUMNS = (
-    "system", "what", "vitkit", "× as documented", "× tuned by hand", "of the ceiling", "wanted", "beside",
+    "system", "row", "vitkit", "× as documented", "× tuned by hand", "% of ceiling", "target", "compared with",
 )  # fmt: skip
 
 
@@ -43,10 +43,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tests.benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("systems", nargs="*", metavar="NAME", help=f"of {', '.join(SYSTEMS)}; all where none is given")
+    parser.add_argument("systems", nargs="*", metavar="NAME", help=f"{', '.join(SYSTEMS)}  [default: all]")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="small batches and two rounds: whether it works, not how fast")
+    parser.add_argument("--quick", action="store_true", help="small batches and two rounds: a test that the benchmarks run")
     parser.add_argument("--no-compile", action="store_true", help="peers tuned by hand without torch.compile")
     if sys.argv[1:2] == ["time-to-accuracy"]:
         from .time_to_accuracy import main as time_to_accuracy

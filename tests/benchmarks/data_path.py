@@ -150,7 +150,7 @@ def against_others(splits: dict[int, ImageSplit], options: Options) -> list[Row]
         cells = [f"{statistics.median(of):.1f} ({min(of):.1f}–{max(of):.1f})" for of in (torchvision, by_kornia)]
         found.append(
             Row(
-                system, f"data: {name}", f"{median:,.0f} images/s", *cells, wanted="≥ 8, ≥ 2",
+                system, f"data: {name}", f"{median:,.0f} images/s", *cells, wanted="torchvision ≥ 8, kornia ≥ 2",
                 peer="torchvision per image, 2 workers; kornia on batches",
             )
         )

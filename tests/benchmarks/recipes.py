@@ -52,7 +52,7 @@ def measure(recipe: Path, flags: dict[str, Any], *, rounds: int, evaluate: bool 
     results: dict[str, Any] = {}
 
     def fit(run: Any, model: Any, batches: Any, *, epochs: int, optimizer: Any, **options: Any) -> Iterator[Any]:
-        results.update(epochs=epochs, steps=epochs * len(batches), precision=run.precision)
+        results.update(epochs=epochs, steps=epochs * len(batches), precision=run.session.precision)
         results.update(_steps(run, model, batches, optimizer, rounds, **options))
         if evaluate:
             began = time.process_time()
@@ -152,7 +152,11 @@ def line(name: str, isa: str, m: dict[str, Any]) -> Row:
     parts = ", ".join(f"{part} {m[part] / m['step']:.0%}" for part in PARTS)
     total = m["steps"] * m["step"] + m.get("evaluation", 0.0)
     what = f"{isa}, {m['precision']}: step of {1e3 * m['step']:.0f} ms; {parts}"
-    evaluated = f"evaluation {m['evaluation']:.1f} s, {m['evaluation'] / total:.0%} of a run with one" if "evaluation" in m else ""
+    evaluated = (
+        f"evaluation {m['evaluation']:.1f} s, {m['evaluation'] / total:.0%} of a run with one"
+        if "evaluation" in m
+        else ""
+    )
     return Row(name, what, f"{around / m['step']:.0%} around the network", ceiling=f"{m['ceiling'] / m['step']:.0%}",
                wanted="≤ 12 %, ≥ 75 %", peer=evaluated)  # fmt: skip
 
@@ -162,7 +166,15 @@ def rows(options: Options) -> list[Row]:
     table = []
     for name in STUDIES:
         for isa, variables in (("as it is", {}), ("AVX2", AVX2)):
-            command = [sys.executable, "-m", f"{__package__}.recipes", name, str(options.rounds), str(options.threads)]
+            command = [
+                sys.executable,
+                "-m",
+                f"{__package__}.recipes",
+                name,
+                str(options.rounds),
+                str(options.threads),
+                str(int(not options.quick)),
+            ]
             environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), **variables}
             output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
             table.append(line(name, isa, json.loads(output.splitlines()[-1])))
@@ -170,10 +182,10 @@ def rows(options: Options) -> list[Row]:
 
 
 def main() -> None:
-    name, rounds, threads = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    name, (rounds, threads, evaluate) = sys.argv[1], map(int, sys.argv[2:5])
     torch.set_num_threads(threads)
     file, flags = STUDIES[name]
-    print(json.dumps(measure(RECIPES / file, flags, rounds=rounds)))
+    print(json.dumps(measure(RECIPES / file, flags, rounds=rounds, evaluate=bool(evaluate))))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from vitkit.cli.run import run
 from vitkit.training import Recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -43,11 +44,23 @@ def code_lines(path: Path) -> int:
     return len({line for token in tokens for line in range(token.start[0], token.end[0] + 1)} - docstrings)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_recipe_is_short(name):
-    assert code_lines(RECIPES / f"{name}.py") <= LINES
-    flags = {flag for flag in Recipe(RECIPES / f"{name}.py").flags if not flag.endswith("_arg")}
+@pytest.mark.parametrize("path", [*(RECIPES / f"{name}.py" for name in NAMES), Path(__file__).parent / "byol.py"], ids=lambda p: p.stem)
+def test_a_recipe_is_short(path):
+    assert code_lines(path) <= LINES
+    flags = {flag for flag in Recipe(path).flags if not flag.endswith("_arg")}
     assert len(flags - REFERENCE_FLAGS - MADE_BY_THE_RUNNER) <= FLAGS
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_shows_every_flag_in_full_on_a_terminal_of_80_columns(name, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        run(RECIPES / f"{name}.py", ["--help"])
+    text = capsys.readouterr().out
+    words = text.split()
+    assert {f"--{flag.replace('_', '-')}" for flag in Recipe(RECIPES / f"{name}.py").flags} <= set(words)
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -113,7 +113,7 @@ def test_a_class_of_few_images_leaves_the_few_shots_out_and_the_rest_is_measured
     with pytest.raises(SystemExit) as leaving:
         run(RECIPES / "vae_mnist.py", flags)
     assert leaving.value.code == 0
-    line = "few_shot is left out: 10 shots need as many training images of each class, but there are only 8 of 'rare'"
+    line = "the evaluator few_shot is left out: 10 shots need as many training images of each class, but there are only 8 of 'rare'"
     assert line in (tmp_path / "run" / "log.txt").read_text()
     final = json.loads((tmp_path / "run" / "summary.json").read_text())["final"]
     assert {"knn_top1", "accuracy_top1", "reconstruction_mse", "silhouette"} <= set(final)

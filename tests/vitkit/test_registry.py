@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from vitkit import Spec, backbones, heads
-from vitkit.arguments import check_arguments, fits
+from vitkit.component_arguments import check_arguments, fits
 from vitkit.errors import AmbiguousNameError, ArgumentsError, PluginError, UnknownNameError, UsageError
 from vitkit.registry import ADDED, REGISTRIES, Registry
 

@@ -69,6 +69,7 @@ def test_the_uninformed_value_is_that_of_towers_that_ignore_their_input(classify
                 parameter.zero_()
         found = {name: float(value) for name, value in model(batch).items()}
     assert model.uninformed(9) == pytest.approx(found, rel=1e-5)
+    assert GradCache(model, 4).uninformed(9) == model.uninformed(9)
     assert ("classification" in found) == classify
 
 

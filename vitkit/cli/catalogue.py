@@ -5,8 +5,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from vitkit.arguments import signature_of
 from vitkit.cli.console import cell, out
+from vitkit.component_arguments import signature_of
 from vitkit.errors import LINE_CHARACTERS, UsageError, nearest, printable
 from vitkit.registry import KINDS, REGISTRIES, Registry
 
@@ -56,7 +56,7 @@ def registry_of(kind: str) -> Registry:
         if kind in (registry.kind, registry.group.split(".")[1]):
             return registry
     near = nearest(kind, KINDS) or ";"
-    raise UsageError(f"no kind named {kind!r}{near} kinds: {', '.join(KINDS)}")
+    raise UsageError(f"no kind named {kind!r}{near} expected {', '.join(KINDS)}")
 
 
 def _print_lines(text: str) -> None:

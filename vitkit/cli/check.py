@@ -1,4 +1,4 @@
-"""`vitkit check`: the conformance kit from the shell."""
+"""`vitkit check`: the conformance checks on the command line."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,10 +18,10 @@ PROBLEM_CHARACTERS = 2000
 
 def check(
     name: Annotated[str, typer.Argument(help="a distribution, a registered name, or DISTRIBUTION:NAME")],
-    arguments: Annotated[list[str] | None, typer.Option("--arg", help="an argument of the component, NAME=VALUE")] = None,
-    kind: Annotated[str | None, typer.Option(help="only this kind: backbone, head, loss, dataset or evaluator")] = None,
+    arguments: Annotated[list[str] | None, typer.Option("--arg", help="an argument for the component, NAME=VALUE; may be repeated")] = None,
+    kind: Annotated[str | None, typer.Option(help="check only this kind: backbone, head, loss, dataset or evaluator")] = None,
 ) -> None:
-    """Check that components follow the contract of their kind; the exit code is 1 where one does not."""
+    """Check that components follow the contract of their kind; the exit code is 1 if one does not."""
     from vitkit.testing import examine, find
     from vitkit.training.recipe import parse_arguments
 

@@ -37,7 +37,7 @@ err = TextConsole(stderr=True)
 
 
 def cell(text: object, style: str = "") -> Text:
-    """A foreign string as it goes into a table or a line."""
+    """A foreign string, made printable, for a table or a line."""
     return Text(printable(text), style)
 
 
@@ -53,11 +53,11 @@ def is_utf8() -> bool:
 
 
 def prepare_streams() -> None:
-    """Let both standard streams take every text, whatever their encoding, also after the reader has closed the pipe.
+    """Let both standard streams accept every text, for any encoding, and also after the reader has closed the pipe.
 
-    A character outside of the encoding becomes a similar one, or `?`.
+    A character that the encoding lacks becomes a similar one, or `?`.
     """
-    Console.on_broken_pipe = _drop_output  # type: ignore[method-assign]  # rich ends the process there, in the midst of a training
+    Console.on_broken_pipe = _drop_output  # type: ignore[method-assign]  # rich's own handler ends the process, even during a training
     codecs.register_error("vitkit.similar", _similar)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -65,7 +65,7 @@ def prepare_streams() -> None:
 
 
 def flush_streams() -> bool:
-    """Write what is still buffered; False where that fails for another reason than a closed pipe."""
+    """Flush both standard streams; False if that fails for another reason than a closed pipe."""
     written = True
     for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
@@ -98,11 +98,11 @@ def _ascii(character: str) -> str:
 
 
 def _discard(stream: IO[Any]) -> None:
-    """Send the rest of a stream to nowhere, so that no later write fails."""
+    """Redirect a stream to the null device, so that no later write fails."""
     try:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
     except (OSError, ValueError):  # a stream in memory has no descriptor
         return
 

@@ -15,14 +15,14 @@ def push(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="the directory of a run")],
     name: Annotated[str, typer.Argument(metavar="[OWNER/]NAME", help="the repository; without an owner, your own")],
     private: Annotated[bool, typer.Option("--private", help="make a new repository private")] = False,
-    revision: Annotated[str | None, typer.Option(help="the branch; it is created where it is missing")] = None,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="open a pull request instead")] = False,
-    message: Annotated[str | None, typer.Option(help="the commit's message")] = None,
-    license: Annotated[str, typer.Option(help="the licence of the weights, as the Hub writes it")] = "apache-2.0",
+    revision: Annotated[str | None, typer.Option(help="the branch; it is created if it is missing  [default: main]")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="open a pull request instead of committing to the branch")] = False,
+    message: Annotated[str | None, typer.Option(help="the message of the commit")] = None,
+    license: Annotated[str, typer.Option(help="the licence of the weights, by its identifier on the Hub")] = "apache-2.0",
     allow_secrets: Annotated[
         bool, typer.Option("--allow-secrets", help="publish files that seem to hold a token or a password")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the files and the model card; no network")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the files and the model card, without using the network")] = False,
 ) -> None:
     """Publish a run on the Hugging Face Hub: model, recipe, metrics, plots and a model card written from the run."""
     from vitkit.hub import client
@@ -47,8 +47,8 @@ def push(
 
 def pull(
     repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="a repository on the Hub")],
-    revision: Annotated[str | None, typer.Option(help="a branch, a tag or a commit")] = None,
-    directory: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="default: ./NAME")] = None,
+    revision: Annotated[str | None, typer.Option(help="a branch, a tag or a commit  [default: main]")] = None,
+    directory: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="the new directory  [default: ./NAME]")] = None,
 ) -> None:
     """Download a run from the Hugging Face Hub into a new directory; none of its code is run."""
     from vitkit.hub import client

@@ -19,18 +19,18 @@ if TYPE_CHECKING:
     from vitkit.models.model import Model
 
 PROGRESS_SECONDS = 30.0
-"""Seconds between two lines of progress where there is no terminal."""
+"""Seconds between two lines of progress without a terminal."""
 LISTED_PROBLEMS = 20
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="a directory that a run saved into, or a Hub repository OWNER/NAME")]
-Device = Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="device to compute on")]
-Precision = Annotated[Literal["auto", "fp32", "bf16"], typer.Option(help="auto: bf16 where the hardware supports it")]
+Device = Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="auto: cuda, else mps (Apple), else cpu")]
+Precision = Annotated[Literal["auto", "fp32", "bf16"], typer.Option(help="auto: bf16 if the device computes fast in it, else fp32")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an earlier output of this command")]
 
 
 def embed(
     model: ModelName,
-    images: Annotated[list[str], typer.Argument(metavar="IMAGES", help="a folder, a dataset's name, or picture files")],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGES", help="a folder, a dataset's name, or image files")],
     output: Annotated[Path, typer.Option("--output", "-o", help="the .safetensors file to write")],
     split: Annotated[Literal["train", "val", "test"], typer.Option(help="the split of a dataset")] = "test",
     batch_size: Annotated[int, typer.Option(help="images encoded at a time")] = 256,
@@ -66,16 +66,16 @@ def embed(
 
 def predict(
     model: ModelName,
-    images: Annotated[list[str], typer.Argument(metavar="IMAGE ...", help="picture files, or folders of them")],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE ...", help="image files, or folders of them")],
     top: Annotated[int, typer.Option(help="labels to print for each image")] = 3,
-    label: Annotated[list[str] | None, typer.Option(help="a text to compare with, for models of images and texts; may be repeated")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON, with all labels, for programs")] = False,
+    label: Annotated[list[str] | None, typer.Option(help="a text to compare with images; may be repeated")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON with all labels, for programs")] = False,
     batch_size: Annotated[int, typer.Option(help="images encoded at a time")] = 64,
     device: Device = "auto",
 ) -> None:
     """Predict the classes of images with their probabilities, or the nearest labels with their cosine similarity.
 
-    An image that cannot be read is named and left out; the exit code is then 1.
+    An image that cannot be read is named and left out, and the exit code is 1.
     """
     from vitkit.models.image_sources import Files, find_source
     from vitkit.models.predict import predict as predict_batch
@@ -83,7 +83,7 @@ def predict(
     at_least(1, **{"--batch-size": batch_size, "--top": top})
     source = find_source(images)
     if not isinstance(source, Files):
-        raise UsageError(f"{images[0]!r} is a dataset; predict takes pictures, `vitkit eval` measures on datasets")
+        raise UsageError(f"{images[0]!r} is a dataset; predict takes image files; `vitkit eval` measures on datasets")
     _print_left_out(source.left_out)
     loaded, _ = _load(model, device, "fp32")
     place = next((parameter.device for parameter in loaded.parameters()), "cpu")
@@ -113,16 +113,16 @@ def evaluate(
     model: ModelName,
     dataset: Annotated[str, typer.Option(help="a dataset's name")],
     split: Annotated[Literal["train", "val", "test"], typer.Option(help="the split to measure on")] = "test",
-    evaluator: Annotated[list[str] | None, typer.Option(help="a registered evaluator (default: all that suit the model)")] = None,
+    evaluator: Annotated[list[str] | None, typer.Option(help="an evaluator; may be repeated  [default: all that suit the model]")] = None,
     arg: Annotated[
-        list[str] | None, typer.Option(metavar="[EVALUATOR.]K=V", help="an argument, for one evaluator or for each")
+        list[str] | None, typer.Option(metavar="[EVALUATOR.]K=V", help="an argument for one evaluator, or for each; may be repeated")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="also write the scores into this JSON file")] = None,
     device: Device = "auto",
     precision: Precision = "auto",
     overwrite: Overwrite = False,
 ) -> None:
-    """Measure a saved model with registered evaluators: each value with its protocol and chance level."""
+    """Measure a saved model with registered evaluators, and show each value with its protocol and chance level."""
     import torch
 
     from vitkit.files import check_output, write_json
@@ -169,18 +169,18 @@ def evaluate(
 def export(
     model: ModelName,
     format: Annotated[Literal["onnx", "torch-export"], typer.Option(help="ONNX, or torch's own exported program")] = "onnx",
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="default: MODEL/model.onnx or MODEL/model.pt2")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="[default: MODEL/model.onnx or MODEL/model.pt2]")] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Write a model for other runtimes, and check that it computes the same numbers.
 
-    Its input are images in [0, 1] of the size used in training, any number at a time; normalisation is part of the exported model.
+    The input of the exported model is any number of images in [0, 1], of the size used in training. The exported model normalises them.
     """
     from vitkit.models.export import SUFFIX
     from vitkit.models.export import export as write
 
     if output is None and "/" in model and not Path(model).exists():
-        raise UsageError(f"{printable(model)} is no local directory, so the output has no default place; give -o FILE")
+        raise UsageError(f"{printable(model)} is no local directory, so the output has no default path; give -o FILE")
     loaded, _ = _load(model, "cpu", "fp32")
     output = output or Path(model) / f"model{SUFFIX[format]}"
     result = write(loaded, output, format=format, overwrite=overwrite)
@@ -223,21 +223,21 @@ def _dataset(name: str) -> Any:
 
 
 def _arguments(words: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """`k=5` for each evaluator, `knn.k=5` for one."""
+    """Arguments by evaluator: `k=5` is for all evaluators, `knn.k=5` for one."""
     from vitkit.training.recipe import parse_arguments
 
     arguments: dict[str, dict[str, Any]] = {name: {} for name in names}
     for word in words:
         owner, dot, _ = word.partition("=")[0].rpartition(".")
         if dot and owner not in arguments:
-            raise UsageError(f"--arg {printable(word)}: no evaluator {owner!r} is asked; expected one of {', '.join(names)}")
+            raise UsageError(f"--arg {printable(word)}: the evaluator {owner!r} is not selected; expected one of {', '.join(names)}")
         for name in [owner] if dot else names:
             arguments[name] |= parse_arguments([word.removeprefix(f"{owner}.") if dot else word])
     return arguments
 
 
 def _buildable(name: str, arguments: dict[str, dict[str, Any]]) -> bool:
-    """Whether an evaluator that nobody named can be built with the given arguments; a broken plugin only loses its own evaluator."""
+    """Whether an evaluator that was not named can be built with the given arguments; a line reports one that cannot."""
     from vitkit.registry import evaluators
 
     try:
@@ -259,7 +259,7 @@ def _holds_scores(path: Path) -> bool:
 
 @contextmanager
 def _counting(total: int, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on a terminal, elsewhere a line every half minute."""
+    """A progress bar on a terminal; without a terminal a line every half minute."""
     if err.is_terminal:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

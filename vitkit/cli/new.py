@@ -15,8 +15,8 @@ app = typer.Typer(add_completion=False, no_args_is_help=True)
 @app.command("plugin")
 def plugin_command(
     name: Annotated[str, typer.Argument(help="the package's name, such as my-head; it registers my_head")],
-    kind: Annotated[str, typer.Option(help="head, loss, backbone, dataset or evaluator")],
-    out: Annotated[Path, typer.Option(help="the folder that the package's directory is created in")] = Path(),
+    kind: Annotated[str, typer.Option(help="kind of the component: head, loss, backbone, dataset or evaluator")],
+    out: Annotated[Path, typer.Option(help="the folder in which the package's directory is created")] = Path(),
 ) -> None:
     """Write a plugin: a package that installs, registers a working component and passes its own tests."""
     folder = new_plugin(name, kind, out)
@@ -28,7 +28,7 @@ def plugin_command(
 @app.command("recipe")
 def recipe_command(
     name: Annotated[str, typer.Argument(help="the recipe's name, such as my_recipe")],
-    out: Annotated[Path, typer.Option(help="the folder that the recipe is written into")] = Path(),
+    out: Annotated[Path, typer.Option(help="the folder in which the recipe is written")] = Path(),
 ) -> None:
     """Write a recipe that trains on digits at once."""
     path = new_recipe(name, out)

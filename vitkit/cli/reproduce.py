@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from vitkit.cli.console import cell, err, out
@@ -18,9 +17,9 @@ if TYPE_CHECKING:
 def reproduce(
     run: Annotated[str, typer.Argument(metavar="RUN", help="a finished run: its directory, or hf://OWNER/NAME on the Hub")],
     directory: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="the new run's directory (default: runs/RECIPE/TIME)")
+        Path | None, typer.Option("--out", metavar="DIR", help="the new run's directory  [default: runs/RECIPE/TIME]")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="resume the reproduction in --out that was stopped")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="resume the interrupted reproduction in --out")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="run the code of a local run without asking")] = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="run the code of a Hub repository without asking")
@@ -28,10 +27,10 @@ def reproduce(
 ) -> None:
     """Run a run's recipe again with its arguments and seed, and give a verdict for each metric.
 
-    This executes Python code: the run's copy of its recipe. You are asked first. The exit code is 1 where a metric differs by
+    This executes Python code: the run's copy of its recipe. You are asked first. The exit code is 1 if a metric differs by
     more than its tolerance.
     """
-    from vitkit.reproduce import reproduce as again
+    from vitkit.reproduce import reproduce as run_again
 
     def confirm(code: "Code") -> bool:
         err.print(code.warning)
@@ -40,13 +39,13 @@ def reproduce(
         if not sys.stdin.isatty():
             if code.foreign:
                 raise UsageError(
-                    "this code comes from the Hub, and nobody can be asked whether it may run: read it, then give "
+                    "this code comes from the Hub, and there is no terminal to confirm that it may run: read it, then give "
                     "--trust-remote-code (--yes does not cover it)"
                 )
-            raise UsageError("nobody can be asked whether this code may run; give --yes if you trust it")
+            raise UsageError("there is no terminal to confirm that this code may run; give --yes if you trust it")
         return typer.confirm("Run it?", err=True)
 
-    reproduction = again(run, out=directory, resume=resume, confirm=confirm, console=Console(stderr=True, highlight=False))
+    reproduction = run_again(run, out=directory, resume=resume, confirm=confirm, console=err)
     if reproduction is None:
         raise typer.Exit(130)
     _print(reproduction, run)

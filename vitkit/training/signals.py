@@ -21,7 +21,7 @@ class Interrupted(KeyboardInterrupt):
 class Signals:
     """Handlers of the signals that stop a run; the earlier handlers are restored at the end of the block.
 
-    Within `deferred` a signal only sets `asked`, and the loop stops after the step that is under way; a second signal raises
+    Within `deferred` a signal only sets `asked`, and the loop stops after the step that is running; a second signal raises
     `Interrupted` at once. Outside of it every signal raises. A signal that is ignored stays ignored (nohup ignores SIGHUP).
 
     Under torchrun `asked` is also true when the launcher has died: its ranks would train on without it.
@@ -73,7 +73,7 @@ class Signals:
 
 
 def ignore_termination() -> None:
-    """Ignore SIGTERM from now on: this process is about to end by itself, and reports before."""
+    """Ignore SIGTERM from now on: this process reports an error and then ends by itself."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

@@ -24,10 +24,10 @@ from vitkit import Run, heads
 '''
     + CLASSIFIER
     + '''
-def main(run: Run, dataset: str = "digits", epochs: int = 2, lr: float = 0.01, width: int | None = None, kind: str = "auto",
+PRESETS = {"large": {}, "small": {"width": 8}}
+def main(run: Run, dataset: str = "digits", epochs: int = 2, lr: float = 0.01, width: int = 64, kind: str = "auto",
          stop: int = 0, broken: bool = False):
     data = run.dataset(dataset, default="mnist")
-    run.resolved(width=width or 64, kind="large")
     run.say(f"kind {kind}")
     head = heads.build("linear", in_dim=64, out_dim=10)
     if stop < 0 and not run.resuming:
@@ -162,17 +162,17 @@ def test_a_runs_own_copy_of_its_recipe_replaces_it_and_goes_on_with_it(vitkit, f
 
 
 def test_what_was_asked_for_is_kept_beside_what_it_was_resolved_to(vitkit, tmp_path):
-    asked = ("--precision", "auto", "--kind", "auto")
+    asked = ("--precision", "auto", "--preset", "auto")
     assert vitkit("run", "tiny.py", *QUICK, *asked, "--out", "a", "--stop", "1").returncode == 130
     kept = summary_of(tmp_path / "a")
-    assert (kept["arguments"]["kind"], kept["arguments"]["width"]) == ("large", 64)
+    assert (kept["arguments"]["preset"], kept["arguments"]["width"]) == ("large", 64)
     assert kept["requested"] == {
-        "dataset": "digits", "epochs": 2, "lr": 0.01, "width": None, "kind": "auto", "stop": 1, "broken": False, "seed": 0,
-        "device": "cpu", "precision": "auto", "compile": "off", "grad_accum": 1, "report_to": "csv",
+        "preset": "auto", "dataset": "digits", "epochs": 2, "lr": 0.01, "width": None, "kind": "auto", "stop": 1, "broken": False,
+        "seed": 0, "device": "cpu", "precision": "auto", "compile": "off", "grad_accum": 1, "report_to": "csv",
     }  # fmt: skip
-    wrong = vitkit("run", "tiny.py", "--out", "a", "--resume", "--kind", "large")
+    wrong = vitkit("run", "tiny.py", "--out", "a", "--resume", "--preset", "small")
     assert wrong.returncode == 2
-    assert "--kind was 'auto' when a was started and is now 'large'; leave the flag out to resume" in wrong.stderr
+    assert "--preset was 'auto' when a was started and is now 'small'; leave the flag out to resume" in wrong.stderr
     assert summary_of(tmp_path / "a") == kept  # a refusal changes nothing
     on = vitkit("run", "tiny.py", "--out", "a", "--resume", *asked, "--width", "64", "--precision", kept["settings"]["precision"])
     assert on.returncode == 0, on.stderr

@@ -140,12 +140,13 @@ def test_a_run_with_presets_and_components_is_reproduced(run, shell):
 def test_help_lists_presets_and_components_and_no_alias(run, shell):
     text = re.sub(r"[\s│]+", " ", shell("run", "small.py", "--help").stdout)
     for words in (
-        "--preset <auto|quick|full|digits> the values of flags that are not given; auto: the preset named as the dataset, else quick",
-        "--epochs <int> passes over the training images [default: (1; full 4; digits 2)]",
-        "--head NAME maps pixels to logits; a registered head [default: (mlp; full linear)]",
-        "--head-arg NAME=VALUE an argument of --head; may be repeated [default: (hidden=16)]",
+        "--preset <auto|quick|full|digits> values for flags that you do not set; auto: the preset with the name of the dataset "
+        "if there is one, else quick [default: auto]",
+        "--epochs <int> passes over the training images [default: 1; preset full: 4; preset digits: 2]",
+        "--head NAME maps pixels to logits (a registered head) [default: mlp; preset full: linear]",
+        "--head-arg NAME=VALUE an argument for --head; may be repeated [default: hidden=16]",
         "--dataset NAME a registered or imported dataset; auto: mnist, or digits if it is not available",
-        "--dataset-arg NAME=VALUE an argument of the dataset; may be repeated",
+        "--dataset-arg NAME=VALUE an argument for the dataset; may be repeated",
     ):
         assert words in text
     assert "emb-dim" not in text.replace("embed-dim", "")
