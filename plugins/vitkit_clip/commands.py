@@ -4,10 +4,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
+from vitkit.console import cell, out
 from vitkit.errors import UsageError, printable
 
 if TYPE_CHECKING:
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
 
 MOST_SHOWN = 100
 SKIPPED_SHOWN = 5
-out = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def search(
@@ -128,7 +126,7 @@ def _print(answer: "Answer", gallery: Any, searched: str) -> None:
 
 
 def _table(title: str, kind: str, nearest: "Nearest") -> Table:
-    table = Table("place", "cosine", kind, title=Text(printable(title)), title_justify="left")
+    table = Table("place", "cosine", kind, title=cell(title), title_justify="left")
     for place, (name, score) in enumerate(zip(nearest.names, nearest.scores, strict=True), start=1):
-        table.add_row(str(place), f"{score:.4f}", Text(printable(name)))
+        table.add_row(str(place), f"{score:.4f}", cell(name))
     return table

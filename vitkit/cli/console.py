@@ -1,7 +1,6 @@
-"""The consoles of the command line: results go to `out`, all other lines to `err`.
+"""The standard streams of the command line, beside the consoles of `vitkit.console`.
 
-Neither interprets its text as markup. A console that cannot encode a character shows a similar one, and a closed pipe ends the
-output, never the command.
+A stream that cannot encode a character shows a similar one, and a closed pipe ends the output, never the command.
 """
 
 import codecs
@@ -9,36 +8,14 @@ import os
 import sys
 from typing import IO, Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.text import Text
 
+from vitkit.console import TextConsole, cell, err, out
 from vitkit.errors import LINE_CHARACTERS, printable
 
-PIPE_COLUMNS = 240
-"""Width of a table where the output is not a terminal: wide enough to keep a row on one line."""
 _SIMILAR = {"→": "->", "×": "x", "…": "...", "−": "-", "–": "-", "—": "-", "·": "*", "≥": ">=", "≤": "<=", "√": "sqrt", "‖": "||"}
 _BOX_LINES = {"─": "-", "━": "-", "═": "-", "╌": "-", "│": "|", "┃": "|", "║": "|", "╎": "|"}
-
-
-class TextConsole(Console):
-    """A rich console that prints plain text and tables."""
-
-    def __init__(self, *, stderr: bool = False, width: int | None = None) -> None:
-        super().__init__(stderr=stderr, width=width, highlight=False, markup=False, emoji=False, soft_wrap=True)
-
-    def print_table(self, table: RenderableType) -> None:
-        """Print a table as wide as the terminal, or `PIPE_COLUMNS` wide where there is none."""
-        console = self if self.is_terminal else TextConsole(stderr=self.stderr, width=PIPE_COLUMNS)
-        console.print(table, soft_wrap=False)
-
-
-out = TextConsole()
-err = TextConsole(stderr=True)
-
-
-def cell(text: object, style: str = "") -> Text:
-    """A foreign string, made printable, for a table or a line."""
-    return Text(printable(text), style)
 
 
 def print_error(message: str) -> None:

@@ -13,6 +13,7 @@ import torch
 from filelock import FileLock, Timeout
 from rich.console import Console
 
+from vitkit.console import TextConsole
 from vitkit.distributed.collectives import broadcast_text
 from vitkit.distributed.watchdog import RankWatchdog
 from vitkit.errors import LINE_CHARACTERS, UsageError, VitkitError, printable
@@ -54,7 +55,7 @@ class Session:
         self.accelerator, self.claim, self.modules = accelerator, claim, modules
         self.seed, self.precision, self.grad_accum, self.compile = seed, precision, grad_accum, compile
         self.resuming, self.name, self.command = resuming, name, command
-        self.console = console or Console(stderr=True, highlight=False)
+        self.console = console or TextConsole(stderr=True)
         self.device: torch.device = accelerator.device
         self.is_main: bool = accelerator.is_main_process
         self.sharded = shards(accelerator)
