@@ -16,13 +16,10 @@ from vitkit_jepa import JEPA
 
 DATASET = "mnist"
 PRESETS = {
-    "quick": {},
+    "quick": {}, "digits": {"epochs": 18, "batch_size": 64, "lr": 8e-3, "eval_every": 9, "img_size": 16, "patch_size": 4},
     "full": {"epochs": 50, "img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 3},
-    "digits": {"epochs": 18, "batch_size": 64, "lr": 8e-3, "eval_every": 9, "img_size": 16, "patch_size": 4},
-}
+}  # fmt: skip
 ALIASES = {"emb_dim": "embed_dim", "objective": {"seed": "reference"}}
-# Its best epochs on MNIST, each metric at its own.
-REFERENCE = {"linear_top1": 0.95, "m1_top1": 0.79, "m1_top3": 0.96, "m2_top1": 0.64, "m2_top3": 0.88}
 
 
 def main(
@@ -30,31 +27,33 @@ def main(
     data: Dataset,
     *,
     epochs: Annotated[int, "passes over the training images"] = 5,
-    batch_size: Annotated[int, "images a step"] = 128,
+    batch_size: Annotated[int, "images per step"] = 128,
     lr: Annotated[float, "peak learning rate of Muon and AdamW"] = 4e-3,
-    img_size: Annotated[int, "pixels"] = 28,
-    patch_size: Annotated[int, "pixels of a patch"] = 7,
+    img_size: Annotated[int, "side of an image in pixels"] = 28,
+    patch_size: Annotated[int, "side of a patch in pixels"] = 7,
     embed_dim: Annotated[int, "width of the encoder"] = 128,
-    depth: Annotated[int, "transformer blocks"] = 4,
-    num_heads: Annotated[int, "attention heads"] = 2,
+    depth: Annotated[int, "number of transformer blocks"] = 4,
+    num_heads: Annotated[int, "number of attention heads"] = 2,
     proj_dim: Annotated[int, "dimensions of the projection"] = 32,
     projector: Annotated[Component, "maps features to the space of the loss"] = Component("head", "vitkit:mlp", hidden=256, norm="batch"),
-    lamda: Annotated[float, "weight of SIGReg against invariance"] = 0.05,
-    multimodal: Annotated[bool, "use labels; without them, the baseline"] = True,
-    objective: Annotated[Literal["joint", "reference"], "views with and without label, or all with their label"] = "joint",
-    views: Annotated[int, "augmented views of an image, the last one with a label"] = 2,
-    swap: Annotated[float | None, "share of the labels that are replaced by wrong ones (default: 0.5)"] = None,
+    lamda: Annotated[float, "weight λ of SIGReg; invariance has weight 1 − λ"] = 0.05,
+    multimodal: Annotated[bool, "train with labels; no-multimodal: on images alone"] = True,
+    objective: Annotated[Literal["joint", "reference"], "joint: views with and without label; reference: all with label"] = "joint",
+    views: Annotated[int, "augmented views per image; the last one gets a label"] = 2,
+    swap: Annotated[float | None, "share of the labels that wrong labels replace in training  [default: 0.5]"] = None,
     keep: Annotated[float, "share of the patches that each view uses in training"] = 1.0,
     label_fraction: Annotated[float, "share of the training labels that are used"] = 1.0,
-    train_size: Annotated[int | None, "number of training images, for a quick trial"] = None,
+    train_size: Annotated[int | None, "number of training images, for a quick trial  [default: all]"] = None,
     eval_every: Annotated[int, "epochs between evaluations"] = 5,
-    eval_size: Annotated[int | None, "training images used by kNN and the linear probe (default: all)"] = None,
+    eval_size: Annotated[int | None, "number of training images for kNN and linear probe  [default: all]"] = None,
+    probe_dataset: Annotated[str | None, "another dataset on which kNN and linear probe measure the encoder"] = None,
 ) -> None:
     """Train, evaluate every few epochs, and save the encoder and its projector."""
     at_least(1, eval_every=eval_every)
     if not multimodal and (swap is not None or objective == "reference"):
-        flag = f"--objective {objective}" if objective == "reference" else f"--swap {swap}"
-        raise UsageError(f"{flag} is about the labels that --no-multimodal leaves out; give one of the two")
+        raise UsageError(f"--{f'swap {swap}' if swap is not None else 'objective reference'} needs labels; leave it or --no-multimodal out")
+    if multimodal and not data.classes:
+        raise UsageError(f"the images of {data.name} have no labels; give --no-multimodal to train on images alone")
     data = data.resized(img_size)
     train = data.train if train_size is None else data.train.stratified_subset(train_size, seed=run.seed)
     if label_fraction != 1.0:
@@ -62,21 +61,21 @@ def main(
     augment = RandomAffine(degrees=15, translate=0.1, scale=(0.85, 1.15), shear=10)
     batches = train.batches(batch_size, shuffle=True, drop_last=True, augment=augment, views=views)
     backbone = backbones.build(
-        "vitkit:multimodal_vit", num_classes=len(data.classes), img_size=img_size, patch_size=patch_size, in_chans=data.shape[0],
-        embed_dim=embed_dim, depth=depth, num_heads=num_heads, positions="sincos2d",
-    )  # fmt: skip
+        "vitkit:multimodal_vit", num_classes=max(len(data.classes), 1), img_size=img_size, patch_size=patch_size, in_chans=data.shape[0],
+        embed_dim=embed_dim, depth=depth, num_heads=num_heads, positions="sincos2d")  # fmt: skip
     head, loss = projector.build(in_dim=embed_dim, out_dim=proj_dim), losses.build("vitkit:lejepa", lamda=lamda)
     model = JEPA(backbone, head, loss, objective=objective if multimodal else "images", swap=0.5 if swap is None else swap, keep=keep)
     optimizer = muon_adamw(model, lr=lr)
-    steps = run.steps(batches, epochs)
-    schedule = warmup_cosine(optimizer, steps, warmup=min(100, run.steps(batches)))
-    ema = min(0.99, steps / (steps + 10))  # averaged over at most the last tenth of a short run
-    if data.name == "mnist":
-        run.reference("reference document", **REFERENCE)
+    schedule = warmup_cosine(optimizer, run.steps(batches, epochs), warmup=min(100, run.steps(batches)))
+    if data.name == "mnist":  # the document's best epochs, each metric at its own
+        run.reference("reference document", linear_top1=0.95, m1_top1=0.79, m1_top3=0.96, m2_top1=0.64, m2_top3=0.88)
     run.reference("floor", sigreg=loss.sigreg.floor)  # of embeddings drawn from N(0, I)
     probes = [evaluators.build(f"vitkit:{name}", train_size=eval_size) for name in ("linear_probe", "knn")]
-    evaluate = run.check(data, *probes, evaluators.build("vitkit:label_retrieval"))
-    for epoch in run.fit(model, batches, epochs=epochs, optimizer=optimizer, schedule=schedule, clip=1.0, ema=ema):
+    probes += [evaluators.build("vitkit:transfer", dataset=probe_dataset, train_size=eval_size)] if probe_dataset else []
+    monitors = [evaluators.build(f"vitkit:{name}") for name in ("rankme", "alpha_req", "feature_std", "neighbours") if not data.classes]
+    evaluate = run.check(data, *probes, evaluators.build("vitkit:label_retrieval"), *monitors)
+    run.measure_untrained(model, data, *monitors)
+    for epoch in run.fit(model, batches, epochs=epochs, optimizer=optimizer, schedule=schedule, clip=1.0, ema=0.99):
         if epoch.due(eval_every):
             epoch.evaluate(model, data, *evaluate)
     run.save(model)

@@ -1,11 +1,11 @@
 """Arguments of components: whether they fit a factory's signature, and whether they are architecture.
 
-A saved model comes from somebody else. While it is loaded, a component takes only arguments that describe its architecture:
+A saved model is not trusted. While it is loaded, a component takes only arguments that describe its architecture:
 
 - numbers, flags, None, and lists of these;
 - strings that the parameter's annotation lists in a `Literal`;
-- what the component declares in its attribute `vitkit_architecture`, a dict of rules by the argument's name. It is the only way to
-  allow other strings, dicts, and names that `**kwargs` takes.
+- values that the component declares in its attribute `vitkit_architecture`, a dict of rules by the argument's name. It is the only way
+  to allow other strings, dicts, and names that `**kwargs` takes.
 
 A rule is a regular expression, which each string of the value matches as a whole; or an annotation, such as `int`,
 `float | None` or `Literal["avg", "max"]`; or a dict of rules for a dict's values, by patterns of its keys. The rule of the name
@@ -34,13 +34,13 @@ from vitkit.errors import ArgumentsError, nearest
 
 MAX_STRING_CHARACTERS = 200
 IDENTIFIER = r"\w[\w.+-]*"
-"""The strings that the name of a family's member may be, where the family declares no rule."""
+"""The allowed names of a family's member, if the family declares no rule."""
 _REMOTE = re.compile(r"pretrained|download|remote")
 _FILE = re.compile(r"(^|_)(path|paths|file|files|filename|dir|directory|folder|root|url|uri|repo|repo_id|cache|fd)$")
 
 
 def names_resource(name: str) -> bool:
-    """Whether the name of an argument says that its value names weights, a file or an address, which a saved model must not do."""
+    """Whether an argument, by its name, takes weights, a file or an address, which a saved model must not set."""
     return bool(_REMOTE.search(name) or _FILE.search(name))
 
 
@@ -54,7 +54,7 @@ def signature_of(name: str, factory: Callable[..., Any]) -> str:
 
 
 def check_arguments(what: str, factory: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
-    """Raise `ArgumentsError` where keyword arguments do not fit a signature, by name or by plain type."""
+    """Raise `ArgumentsError` if keyword arguments do not fit a signature, by name or by plain type."""
     try:
         signature = _signature(factory)
     except (TypeError, ValueError):
@@ -167,13 +167,13 @@ def _literals(annotation: Any) -> tuple[Any, ...]:
 
 
 def _is_numeric(annotation: Any) -> bool:
-    """Whether an annotation allows numbers, flags and None alone."""
+    """Whether an annotation allows only numbers, flags and None."""
     arguments = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     return all(argument in (int, float, bool, NoneType) for argument in arguments)
 
 
 def _signature(factory: Callable[..., Any]) -> inspect.Signature:
-    """A factory's signature; a class that inherits torch's `Module.__init__` takes no arguments, though that one takes any."""
+    """A factory's signature; a class that inherits torch's `Module.__init__(*args, **kwargs)` takes no arguments."""
     init = getattr(factory, "__init__", None) if inspect.isclass(factory) else None
     if (getattr(init, "__module__", ""), getattr(init, "__qualname__", "")) == ("torch.nn.modules.module", "Module.__init__"):
         return inspect.Signature()
@@ -202,7 +202,7 @@ def _type_name(annotation: Any) -> str:
 
 
 def fits(value: Any, annotation: Any) -> bool:
-    """Whether a plain JSON value can be meant by an annotation; annotations beyond JSON's types accept all."""
+    """Whether a plain JSON value fits an annotation; annotations of other types accept every value."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin in (Union, UnionType):
         return any(fits(value, argument) for argument in arguments)

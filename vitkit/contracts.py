@@ -107,17 +107,24 @@ class Loss(Protocol):
 class Batches(Protocol):
     """One split, cut into batches: what `run.fit` draws from.
 
-    `epoch(number)` yields that epoch's batches, a dict each with `images` and `labels`. The same number, seed, rank
-    and world give the same batches, and `start` skips that many without making them. Where images are mixed in pairs
-    there are `partners`, int64 `(b,)`, the labels of the images mixed in, and `weights` in [0, 1] `(b,)`: `labels`
-    count by `weights`, `partners` by 1 − `weights`.
+    `epoch(number)` yields that epoch's batches, a dict each. The same number, seed, rank and world give the same batches, and `start`
+    skips that many without making them. A batch of b samples holds
+
+    - `images`: float32 `(b c h w)`, normalised, or `(b v c h w)` for v augmented views of each image.
+    - `labels`: int64 `(b,)`, `UNLABELLED` for an image without a label.
+    - `views`, where views of several kinds were asked for (`vitkit.data.View`): a tuple of tensors `(b v c h w)`, one for each kind,
+      whose v, h and w may differ; `images` is the first of them.
+    - `partners` int64 `(b,)` and `weights` in [0, 1] `(b,)`, where images are mixed in pairs: the labels of the images mixed in.
+      `labels` count by `weights`, `partners` by 1 − `weights`.
+
+    A rank's batch may be smaller than the others', or empty, at the end of an epoch that is not shuffled.
     """
 
     def __len__(self) -> int: ...
 
     def epoch(
         self, number: int, *, seed: int = 0, start: int = 0, device: Any = "cpu", rank: int = 0, world: int = 1
-    ) -> Iterator[dict[str, Tensor]]: ...
+    ) -> Iterator[dict[str, Any]]: ...
 
 
 @runtime_checkable

@@ -81,7 +81,7 @@ JOINERS = "\u200c\u200d"
 
 
 def printable(text: object, limit: int = 300) -> str:
-    """Return `text` in one line that is safe to print: every foreign string takes this way to a terminal or a log.
+    """Return `text` as one line that is safe to print. Every foreign string passes through it before it is printed or logged.
 
     Line breaks and tabs become spaces. Control characters, bidirectional overrides, invisible characters and undecodable bytes of
     file names become visible escapes such as `\\x1b`. Text longer than `limit` characters is cut, and ends with `…`.
@@ -111,7 +111,7 @@ def shell_command(*words: object) -> str:
     return shlex.join(printable(word) for word in words)
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """`"; did you mean 'x'?"` for the known names nearest to `word`, or an empty string."""
-    names = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
-    return f"; did you mean {' or '.join(repr(name) for name in names)}?" if names else ""
+def nearest(word: str, names: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"` with the names nearest to `word`, or an empty string."""
+    matches = difflib.get_close_matches(word, list(names), n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(repr(name) for name in matches)}?" if matches else ""

@@ -1,11 +1,11 @@
-"""Atomic file writes, and the rule for output files that exist already."""
+"""Atomic file writes, the rule for output files that exist already, and the header of safetensors files."""
 
 import errno
 import json
 import os
 import secrets
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; when the block ends without an exception, it replaces `path` in one step.
 
     When the block raises, `path` is unchanged and no temporary file is left. A file that is replaced keeps its permissions; a new
-    file gets those of the umask. A symbolic link is replaced and never followed. Raises `RunError` where the file cannot be written.
+    file gets those of the umask. A symbolic link is replaced and never followed. Raises `RunError` if the file cannot be written.
     """
     path = Path(path)
     temporary: Path | None = None
@@ -49,7 +49,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def _mode(path: Path) -> int | None:
-    """The permissions of a regular file, None where there is none."""
+    """The permissions of a regular file, None if there is none."""
     try:
         status = path.lstat()
     except FileNotFoundError:
@@ -101,7 +101,7 @@ def check_output(
 
 def explain(path: Path, error: OSError) -> str:
     """`cannot write PATH: No space left on device; free some room, ...`."""
-    solution = _SOLUTIONS.get(error.errno or 0, "nothing was left half-written")
+    solution = _SOLUTIONS.get(error.errno or 0, "no incomplete file was left")
     return f"cannot write {printable(path)}: {error.strerror or error}; {solution}"
 
 
@@ -114,6 +114,22 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON in one step; numbers that are not finite become null."""
     write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False) + "\n")
+
+
+def safetensors_header(tensors: Iterable[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str]) -> bytes:
+    """The header of a safetensors file whose tensors follow in this order: their name, dtype ("F32"), shape and number of bytes.
+
+    It is the length of the JSON text in 8 bytes, then the text, padded to a multiple of 8. Files that are written with it need no
+    copy of their tensors in memory, which the writer of safetensors makes.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    start = 0
+    for name, dtype, shape, size in tensors:
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, start + size]}
+        start += size
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _finite(value: Any) -> Any:

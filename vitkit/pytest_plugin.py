@@ -5,7 +5,7 @@
         vitkit_check()
 
 The mark takes what `vitkit check` takes: a distribution, a registered name or DISTRIBUTION:NAME, with `kind` and the
-component's own arguments by keyword. pytest loads this file in every session, so it imports nothing before a test asks for it.
+component's own arguments by keyword. pytest loads this file in every session, so it imports vitkit only for tests that use it.
 """
 
 from collections.abc import Callable

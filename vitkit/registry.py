@@ -34,7 +34,7 @@ ADDED = "(added)"
 """The distribution of a component that `Registry.add` registered: it belongs to no installed package."""
 FAMILY = "/*"
 """The end of an entry's name that stands for every name under it."""
-OWN = "vitkit"
+VITKIT = "vitkit"
 MAX_NAME_CHARACTERS = 200
 _DISTRIBUTION = re.compile(r"[A-Za-z0-9]([\w.-]*[A-Za-z0-9])?", re.ASCII)
 
@@ -49,9 +49,9 @@ def canonical(distribution: str) -> str:
 
 @contextmanager
 def architecture_only(largest: int) -> Iterator[None]:
-    """Within this block, in this thread, components are built with arguments of a saved model, which is not trusted.
+    """Within this block, in this thread, components are built with the arguments of a saved model, which are not trusted.
 
-    Every component, also one that another component builds, takes only architecture: see `vitkit.component_arguments`. Numbers are at
+    Every component, even one that another component builds, takes only architecture: see `vitkit.component_arguments`. Numbers are at
     most `largest` in size.
     """
     token = _largest.set(largest)
@@ -77,7 +77,7 @@ class Spec:
         return REGISTRIES[self.kind].build(f"{self.distribution}:{self.name}", **self.kwargs)
 
     def check_architecture(self, largest: int = sys.maxsize) -> None:
-        """Raise `ArgumentsError` where a saved model could not be built with these arguments: see `vitkit.component_arguments`."""
+        """Raise `ArgumentsError` if a saved model could not be built with these arguments: see `vitkit.component_arguments`."""
         factory = REGISTRIES[self.kind].get(f"{self.distribution}:{self.name}")
         check_architecture(f"{self.kind} {self.name!r}", factory, self.kwargs, largest)
 
@@ -100,7 +100,7 @@ class Spec:
 
     @classmethod
     def from_json(cls, data: Any) -> "Spec":
-        """The inverse of `to_json`; `UsageError` where a field is missing, of another type or too long."""
+        """The inverse of `to_json`; `UsageError` if a field is missing, of another type or too long."""
         types = {"kind": str, "name": str, "distribution": str, "kwargs": dict}
         if not isinstance(data, dict):
             raise UsageError(f"a Spec is a JSON object with {', '.join(types)}; given {type(data).__name__}")
@@ -116,7 +116,7 @@ class Spec:
 
 @dataclass(frozen=True)
 class Entry:
-    """One registered name, the distribution that it comes from, and its factory where it was added by hand."""
+    """One registered name, the distribution that it comes from, and its factory if `Registry.add` registered it."""
 
     kind: str
     name: str
@@ -134,7 +134,7 @@ class Entry:
         return summary_of(self.value)
 
     def load(self) -> Callable[..., Any]:
-        """Import the factory; `PluginError` where the plugin cannot be imported or registers no callable.
+        """Import the factory; `PluginError` if the plugin cannot be imported or registers no callable.
 
         The factory of a family's member is the family's factory with the member's name as its first argument.
         """
@@ -175,7 +175,7 @@ class Registry:
     def add(self, name: str, factory: Callable[..., Any], *, replace: bool = False) -> None:
         """Register `factory` in this process only: for notebooks and tests.
 
-        Raises `UsageError` for a name that is already registered (`replace=True` replaces a factory added by hand, never a
+        Raises `UsageError` for a name that is already registered (`replace=True` replaces a factory that `add` registered, never a
         plugin's), for a name with a colon or a space, and for a factory that is not callable.
         """
         if not re.fullmatch(r"[^\s:]+", name):
@@ -184,12 +184,12 @@ class Registry:
             raise UsageError(f"a {self.kind} is registered as a class or function; given {factory!r:.80}")
         taken = next((entry for entry in self.entries() if entry.name == name), None)
         if taken and not (replace and taken.distribution == ADDED):
-            way = "choose another name" + ("" if taken.distribution != ADDED else " or pass replace=True")
-            raise UsageError(f"{self.kind} {name!r} is already registered by {taken.distribution}; {way}")
+            advice = "choose another name" + ("" if taken.distribution != ADDED else " or pass replace=True")
+            raise UsageError(f"{self.kind} {name!r} is already registered by {taken.distribution}; {advice}")
         self._added[name] = Entry(self.kind, name, ADDED, "", repr(factory), factory)
 
     def entries(self) -> list[Entry]:
-        """Every registered name in alphabetical order, from metadata alone."""
+        """Every registered name in alphabetical order, read from metadata only."""
         entries = {(entry.name, entry.distribution): entry for entry in _installed(self.kind, self.group)}
         entries |= {(entry.name, entry.distribution): entry for entry in self._added.values()}
         return [entries[key] for key in sorted(entries)]
@@ -207,15 +207,15 @@ class Registry:
     def entry(self, name: str) -> Entry:
         """The entry of `name` or `dist:name`.
 
-        A name without an entry of its own may belong to a family: `timm/resnet18` to `timm/*`. Raises `UnknownNameError`, and
-        `AmbiguousNameError` where several distributions register the name and the module's rules choose none of them.
+        A name that has no entry may belong to a family: `timm/resnet18` to `timm/*`. Raises `UnknownNameError`, and
+        `AmbiguousNameError` if several distributions register the name and the module's rules choose none of them.
         """
         distribution, _, short = name.rpartition(":")
         entries = self.entries()
         candidates = [e for e in entries if not distribution or canonical(e.distribution) == canonical(distribution)]
         claims = [e for e in candidates if e.name == short] or [e for e in candidates if _claims(e, short)]
         if len(claims) > 1:
-            preferred = (entry for first in (_building.get(), OWN) for entry in claims if entry.distribution == first)
+            preferred = (entry for first in (_building.get(), VITKIT) for entry in claims if entry.distribution == first)
             claims = list(preferred)[:1] or claims
         if len(claims) == 1:
             member = None if claims[0].name == short else short[len(claims[0].name) - 1 :]
@@ -294,7 +294,7 @@ def _distributions() -> Iterator[tuple[str, str, list[Any]]]:
 
 
 def version_of(distribution: str) -> str | None:
-    """The installed version of a distribution, or None where it is not installed."""
+    """The installed version of a distribution, or None if it is not installed."""
     try:
         return version(distribution)
     except (PackageNotFoundError, ValueError):

@@ -17,8 +17,8 @@ from rich.console import Console
 
 from vitkit.component_arguments import fits
 from vitkit.errors import RunDirectoryError, RunError, UsageError, printable
-from vitkit.hub.client import fetch_run
-from vitkit.hub.files import ORIGIN
+from vitkit.hub.client import PREFIX, fetch_run
+from vitkit.hub.files import ORIGIN, RECIPE
 from vitkit.runs.directory import MODULES, fresh, read_summary
 from vitkit.runs.settings import SETTINGS, requested
 from vitkit.runs.summary import validate_summary
@@ -26,21 +26,19 @@ from vitkit.training.accelerator import resolve_device, resolve_precision
 from vitkit.training.launch import execute
 from vitkit.training.recipe import Recipe, typed
 
-RECIPE = "recipe.py"
-CODE_BYTES = 2**20
-"""Longer code is refused: nobody could read it before it runs."""
-HUB_PREFIX = "hf://"
+MAX_CODE_BYTES = 2**20
+"""Longer code is refused, because nobody would read it before it runs."""
 REPEATED = ("seed", "grad_accum", "compile", "precision")
 """Settings that a reproduction takes from the recorded run."""
 QUANTILE = 1.96
-"""Of the normal distribution: 95 % of the differences between two proportions of the same true value are smaller."""
+"""Quantile of the normal distribution: |x| of a standard normal variable is smaller in 95 % of cases."""
 RELATIVE = 0.05
 """Tolerance of a metric that is not a proportion, as a share of its recorded value."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A recorded value, the reproduced value, their largest allowed distance and its rule. A value that was not finite is None."""
+    """A recorded and a reproduced value, their largest allowed distance and its rule. A value is None if it was not finite."""
 
     metric: str
     recorded: float | None
@@ -72,7 +70,7 @@ class Reproduction:
 class Code:
     """The code that is about to run: the bytes of the recipe and of the modules copied with it, as they were read.
 
-    `files` are the bytes by path relative to `directory`, the recipe first; `foreign` tells that they came from the Hub.
+    `files` are the bytes by path relative to `directory`, the recipe first; `foreign` is True if they came from the Hub.
     """
 
     source: str
@@ -99,15 +97,15 @@ def reproduce(
 ) -> Reproduction | None:
     """Run the recipe that a finished run keeps a copy of, with the run's arguments, in a new directory; compare the metrics.
 
-    `source` is a run's directory, or `hf://OWNER/NAME` for a repository of the Hub; no other source is looked for on the Hub.
+    `source` is a run's directory, or `hf://OWNER/NAME` for a repository of the Hub; no other source is searched on the Hub.
     `resume` continues a reproduction that was stopped in `out`. The summary is validated and the recipe read first. `confirm` is
-    then asked with the code that will run; exactly these bytes run, whatever happens to the file meanwhile. Returns None where
+    then called with the code that will run; exactly these bytes run, even if the file changes in between. Returns None if
     `confirm` declines or the run is interrupted.
 
     Where processor, versions, threads and settings are those recorded, on a CPU, the numbers have to be equal. Elsewhere a
     proportion p of n samples may differ by 1.96·√(2·p̃·(1 − p̃)/n) with p̃ = (n·p + 2)/(n + 4) (Agresti and Coull, 1998), and another
     metric by 5 % of its value. Raises `UsageError` for a directory without a finished run or its recipe and for a summary that is
-    not valid, `RunDirectoryError` where `out` holds nothing to resume, and `RecipeError` for a recipe with other flags than
+    not valid, `RunDirectoryError` if `out` holds nothing to resume, and `RecipeError` for a recipe with other flags than
     recorded.
     """
     if resume and out is None:
@@ -136,8 +134,8 @@ def reproduce(
 def tolerance(value: float, protocol: Mapping[str, Any] | None) -> tuple[float, str]:
     """The largest allowed distance of a reproduced value from the recorded one, and the rule; see `reproduce`.
 
-    A metric is a proportion where its recorded protocol says so; runs of older versions did not record a kind, and there a
-    metric with a chance level in (0, 1] is one.
+    A metric is a proportion where its recorded protocol says so; runs of older versions did not record a kind; in
+    these a metric with a chance level in (0, 1] is a proportion.
     """
     protocol = protocol or {}
     samples, chance = protocol.get("samples"), protocol.get("chance")
@@ -150,11 +148,11 @@ def tolerance(value: float, protocol: Mapping[str, Any] | None) -> tuple[float, 
 
 def _locate(source: str) -> tuple[Path, bool]:
     """The run's directory, and whether its files come from a Hub repository, also by `vitkit pull`."""
-    if source.startswith(HUB_PREFIX):
-        return fetch_run(source.removeprefix(HUB_PREFIX)), True
+    if source.startswith(PREFIX):
+        return fetch_run(source.removeprefix(PREFIX)), True
     directory = Path(source)
     if not directory.is_dir():
-        hub = f"; for a repository of the Hub give {HUB_PREFIX}{printable(source)}" if re.fullmatch(r"[\w.-]+/[\w.-]+", source) else ""
+        hub = f"; for a repository of the Hub give {PREFIX}{printable(source)}" if re.fullmatch(r"[\w.-]+/[\w.-]+", source) else ""
         raise UsageError(f"there is no directory {printable(source)}; give the directory of a finished run, such as runs/jepa{hub}")
     return directory, (directory / ORIGIN).exists()
 
@@ -171,13 +169,13 @@ def _read_code(directory: Path) -> dict[str, bytes]:
             raise UsageError(f"{printable(path)} is no plain file; its code is not run")
         try:
             with path.open("rb") as file:
-                content = file.read(CODE_BYTES + 1)
+                content = file.read(MAX_CODE_BYTES + 1)
         except OSError as error:
             raise UsageError(f"cannot read {printable(path)}: {error.strerror or error}") from None
         files[path.relative_to(directory).as_posix()] = content
-        if sum(map(len, files.values())) > CODE_BYTES:
+        if sum(map(len, files.values())) > MAX_CODE_BYTES:
             where = printable(directory)
-            raise UsageError(f"the code in {where} is longer than {CODE_BYTES:,} bytes; nobody can read that, so it is not run")
+            raise UsageError(f"the code in {where} is longer than {MAX_CODE_BYTES:,} bytes; it is too long to read, so it is not run")
     return files
 
 
@@ -197,7 +195,7 @@ def _duration(summary: Mapping[str, Any]) -> str:
 
 
 def _flags(recipe: Recipe, path: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
-    """The recorded values of the recipe's flags, as they were asked for; the recipe resolves them anew."""
+    """The requested values of the recipe's flags, as they were recorded; the recipe resolves them a second time."""
     recorded = recipe.rename(requested(summary))
     missing = [name for name in recipe.flags if name not in recorded]
     if missing:
@@ -250,7 +248,7 @@ def _validated(directory: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
     if summary.get("status") != "finished" or not isinstance(summary.get("final"), dict):
         raise UsageError(
             f"{printable(directory)} holds no finished run: there are no metrics to compare with; give a run's directory, "
-            f"such as runs/jepa, or a repository {HUB_PREFIX}OWNER/NAME"
+            f"such as runs/jepa, or a repository {PREFIX}OWNER/NAME"
         )
     checked = dict(validate_summary(summary, printable(directory / "summary.json")))
     for name in ("settings", "dataset", "versions", "protocols", "arguments"):

@@ -1,6 +1,6 @@
-"""Checks of arguments: each raises `UsageError` with the name, the value given and what was expected.
+"""Checks of arguments: each raises `UsageError` with the name, the given and the expected value.
 
-They take values by keyword, so that a message names the variable that its reader knows:
+They take values by keyword, so that a message contains the name of the argument:
 
     at_least(1, batch_size=batch_size, epochs=epochs)
     in_range(0, 1, dropout=dropout, low_included=True)
@@ -43,11 +43,11 @@ def in_range(
 
 def one_of(choices: Iterable[Any], **values: Any) -> None:
     """Each value is one of `choices`."""
-    known = list(choices)
+    allowed = list(choices)
     for name, value in values.items():
-        if value not in known:
-            near = nearest(str(value), [str(choice) for choice in known])
-            raise UsageError(f"{name} is {value!r}{near or ';'} expected {', '.join(map(repr, known))}")
+        if value not in allowed:
+            near = nearest(str(value), [str(choice) for choice in allowed])
+            raise UsageError(f"{name} is {value!r}{near or ';'} expected {', '.join(map(repr, allowed))}")
 
 
 __all__ = ["at_least", "in_range", "one_of", "positive"]

@@ -51,7 +51,7 @@ class CLIP(GradCacheable):
         self._caption_features: Tensor | None = None
 
     def uninformed(self, batch_size: int) -> dict[str, float]:
-        """The values of the loss if all embeddings are equal; empty if the loss does not define `uninformed`."""
+        """The loss's values for embeddings that are all the same; empty if the loss does not give them."""
         stated = getattr(self.loss, "uninformed", None)
         if stated is None:
             return {}

@@ -4,10 +4,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
+from vitkit.console import cell, out
 from vitkit.errors import UsageError, printable
 
 if TYPE_CHECKING:
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
 
 MOST_SHOWN = 100
 SKIPPED_SHOWN = 5
-out = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def search(
@@ -54,15 +52,15 @@ def search(
         )
     import vitkit
     from vitkit.files import check_output
-    from vitkit.models import read_picture
+    from vitkit.models import open_image
     from vitkit.report import is_sheet, write_sheet
     from vitkit_clip.retrieval import check_towers, half_of
     from vitkit_clip.search import as_pair, find_by_caption, find_by_image
 
     # A wrong query is refused before a model is loaded and a gallery encoded.
-    image = read_picture(query) if _is_image(query) else None
+    image = open_image(query) if _is_image(query) else None
     if image is not None and path.exists() and path.samefile(query):
-        raise UsageError(f"--out {path} is the image that is searched for; give another name")
+        raise UsageError(f"--out {path} is the query image; give another name")
     check_output(path, overwrite=True, is_ours=is_sheet, kind="an image that vitkit drew", option="--out")
     model = vitkit.load(run)
     check_towers(model)
@@ -128,7 +126,7 @@ def _print(answer: "Answer", gallery: Any, searched: str) -> None:
 
 
 def _table(title: str, kind: str, nearest: "Nearest") -> Table:
-    table = Table("place", "cosine", kind, title=Text(printable(title)), title_justify="left")
+    table = Table("place", "cosine", kind, title=cell(title), title_justify="left")
     for place, (name, score) in enumerate(zip(nearest.names, nearest.scores, strict=True), start=1):
-        table.add_row(str(place), f"{score:.4f}", Text(printable(name)))
+        table.add_row(str(place), f"{score:.4f}", cell(name))
     return table

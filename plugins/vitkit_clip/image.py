@@ -38,8 +38,8 @@ class PairViT(nn.Module):
     - `img_size`: pixels of one half, a number or (height, width).
     - `mlp_dim`: the hidden width of a block's MLP; `stem_depth`: residual blocks per stage.
 
-    `encode_image` gives `(b d)`, `encode_halves` `(b 2 d)`. Raises `UsageError` if arguments do not fit each other, or
-    images have another size.
+    `encode_image` gives `(b d)`, `encode_halves` `(b 2 d)`. Raises `UsageError` if arguments do not fit each other, and
+    for images of another size.
 
     Source: the dimensions of baseline and enhanced are those of the reference document; it does not name the patch size of
     the baseline; 16 is twice that of enhanced.

@@ -105,7 +105,7 @@ class Pairs:
         return replace(self.split.preprocessing, shape=(channels, height, 2 * width))
 
     def fixed(self, seed: int = 0, count: int = FIXED) -> "Pairs":
-        """`count` pairs for an evaluation, drawn by `seed` alone: the same in every epoch, in one order, not augmented.
+        """`count` pairs for an evaluation, drawn only by `seed`: the same in every epoch, in one order, not augmented.
 
         Each image is on the left equally often, up to a difference of one. Lazily read images are read into memory. Raises
         `UsageError` if the count is below 1.

@@ -34,7 +34,7 @@ from vitkit_eval import (
 TOPS = (1, 10, 100)
 TEXTS_AT_ONCE = 500
 FIGURE_PAIRS = 256
-"""The figures' hits and misses are among the first pairs, so many of them."""
+"""Number of pairs, from the first one, among which the figures' hits and misses are chosen."""
 
 
 class PairRetrieval:
@@ -52,16 +52,16 @@ class PairRetrieval:
     | `swapped_above`               | of pairs of two classes: that caption is nearer than their own                  |
     | `zero_shot_top1` (`_top5`)    | single images, see below                                                        |
 
-    Nearness is the cosine of `projector(backbone.encode_image(pair))` and `text_projector(text.encode_text([caption]))`; a
-    projector that the model does not have is left out. In `t2i_*` a caption without a pair is not a query. Equal cosines
-    share their places, see `vitkit_eval.ties`. In zero-shot classification, a single image is on both halves, and its
-    candidates are the k captions that name one class on both sides. Captions are made from the dataset's class names, so
-    that no metric depends on the order of the classes.
+    Nearness is the cosine of `projector(backbone.encode_image(pair))` and `text_projector(text.encode_text([caption]))`;
+    a projector that the model lacks is left out. In `t2i_*` a caption that no pair shows is not a query. Equal cosines
+    share their places, see `vitkit_eval.ties`. In zero-shot classification a single image stands on both halves, and
+    the k captions that name one class on both sides are its candidates, so that the pair shows one class only. Captions
+    are made from the dataset's class names, so that no metric depends on the order of the classes.
 
-    The pairs are `Pairs(...).fixed(seed, count)` of the split. `zero_shot` single images (in equal shares per class as far
-    as possible) are classified; 0 leaves this out. Each figure shows `shown` pairs. Scores are computed in pieces: no n ×
-    k² matrix is ever in memory. Under autocast the towers compute in the precision of autocast; cosines are fp32. A model
-    that caches its frozen text tower's features of these captions (`vitkit_clip.CLIP`) computes them once.
+    The pairs are `Pairs(...).fixed(seed, count)` of the split. `zero_shot` single images, the classes in equal shares as
+    far as possible, are classified; 0 skips this. Each figure has `shown` pairs. Scores are computed in pieces: no n × k²
+    matrix is ever in memory. Under autocast the towers compute in the precision of autocast; cosines are fp32. A model that
+    caches its frozen text tower's features of these captions (`vitkit_clip.CLIP`) computes them once.
 
     Ranks: each rank encodes its share of the pairs and captions and ranks its share of the queries. All ranks return the
     same scores.
@@ -101,7 +101,7 @@ class PairRetrieval:
         return {"count": samples, "batch_size": 8}, {"model": model}
 
     def check(self, dataset: Any, split: SplitName = "test") -> None:
-        """Raise `UsageError` if this split cannot give pairs and captions."""
+        """Raise `UsageError` if pairs and captions cannot be made of this split."""
         captions(dataset.classes)
         check_labels(self.name, dataset, split)
         Pairs(split_of(dataset, split), dataset.classes, self.batch_size)
@@ -232,7 +232,7 @@ def check_towers(model: Any) -> None:
 
 
 def half_of(model: Any) -> Preprocessing:
-    """The preprocessing of one half of a pair for a saved model; `UsageError` if the model has none, or takes no pairs."""
+    """The preprocessing of one half of a pair for a saved model; `UsageError` if it has none, or takes no pairs."""
     if not model.preprocessing:
         raise UsageError("this model was saved without preprocessing, so images cannot be prepared for it")
     pair = Preprocessing.from_json(model.preprocessing)
@@ -283,16 +283,16 @@ def _embed_pairs(model: Any, pairs: Pairs, device: torch.device) -> EmbeddedPair
 
 
 def check_embeddings(pairs: Tensor, texts: Tensor) -> None:
-    """Raise `UsageError` if pairs `(n d)` and captions `(m d)` have no common space, `VitkitError` if they are not finite."""
+    """`UsageError` if pairs `(n d)` and captions `(m d)` have no common space, `VitkitError` if they are not finite."""
     if pairs.shape[1] != texts.shape[1]:
         raise UsageError(
             f"pairs are embedded in {pairs.shape[1]} dimensions, captions in {texts.shape[1]}; both projectors need "
             f"the same out_dim"
         )
-    for what, embeddings in (("pairs", pairs), ("captions", texts)):
+    for name, embeddings in (("pairs", pairs), ("captions", texts)):
         if not bool(embeddings.isfinite().all()):
             raise VitkitError(
-                f"the embeddings of {what} are not finite: the model has diverged, or its weights are damaged"
+                f"the embeddings of {name} are not finite: the model has diverged, or its weights are damaged"
             )
 
 
@@ -302,12 +302,12 @@ def _share(hits: Tensor) -> float:
 
 def _attention(backbone: Any, images: Tensor) -> Tensor | None:
     """Maps `(b rows columns)` over both halves, the strongest part of each at 1, of a backbone that offers them."""
-    look = getattr(backbone, "attention_maps", None)
-    if look is None:
+    attention_maps = getattr(backbone, "attention_maps", None)
+    if attention_maps is None:
         return None
     try:
-        maps: Tensor = look(images).float()
-    except UsageError:  # no block of this one sees both halves
+        maps: Tensor = attention_maps(images).float()
+    except UsageError:  # no block of this backbone sees both halves
         return None
     if maps.ndim != 3:
         return None

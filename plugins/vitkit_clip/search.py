@@ -12,14 +12,14 @@ from torch import Tensor
 from vitkit.contracts import Sheet
 from vitkit.data import Preprocessing, preprocess
 from vitkit.errors import UsageError
-from vitkit.models import evaluating, pictures_below, read_picture
+from vitkit.models import evaluating, images_below, open_image
 from vitkit_clip.pairs import Pairs, captions
 from vitkit_clip.retrieval import check_embeddings, check_towers, embed_images, embed_texts
 from vitkit_eval import nearest_items
 
 BATCH_SIZE = 250
 PAIR_WIDTH = 0.75
-"""An image is a pair if its ratio of width to height is at least this share of a pair's ratio."""
+"""An image whose width-to-height ratio is at least this share of a pair's ratio counts as a pair."""
 
 
 class Gallery(Protocol):
@@ -63,7 +63,7 @@ class FolderGallery:
         if not self.folder.is_dir():
             raise UsageError(f"there is no folder {self.folder}; give one that holds images")
         self.paths: list[Path] = []
-        self._candidates = pictures_below(self.folder)[: self.most]
+        self._candidates = images_below(self.folder)[: self.most]
 
     def batches(self) -> Iterator[Tensor]:
         self.paths.clear()
@@ -71,7 +71,7 @@ class FolderGallery:
         read: list[Tensor] = []
         for path in self._candidates:
             try:
-                read.append(as_pair(read_picture(path), self.preprocessing))
+                read.append(as_pair(open_image(path), self.preprocessing))
             except UsageError as error:
                 self.skipped.append(str(error))
                 continue
@@ -86,7 +86,7 @@ class FolderGallery:
 
     def show(self, numbers: list[int]) -> tuple[Tensor, list[str]]:
         paths = [self.paths[number] for number in numbers]
-        pairs = torch.cat([as_pair(read_picture(path), self.preprocessing) for path in paths])
+        pairs = torch.cat([as_pair(open_image(path), self.preprocessing) for path in paths])
         return denormalised(pairs, self.preprocessing), [str(path.relative_to(self.folder)) for path in paths]
 
 
@@ -102,7 +102,7 @@ class Nearest:
 class Answer:
     """The images nearest to a caption or an image, a sheet of them, and for an image also the nearest captions.
 
-    `unknown`: words of the caption that the text tower does not know.
+    `unknown`: words of the caption that are not in the text tower's vocabulary.
     """
 
     images: Nearest

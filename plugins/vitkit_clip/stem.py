@@ -36,7 +36,7 @@ class ResidualStem(nn.Module):
         self.stages = nn.ModuleList(nn.Sequential(*(_Residual(width) for _ in range(depth))) for width in widths)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        # This is F.pixel_unshuffle, which fails for an empty batch.
+        # Like F.pixel_unshuffle, which does not accept an empty batch.
         folded = rearrange(images, "b c (h p) (w q) -> b h w (c p q)", p=2, q=2)
         x = self.entry(folded.permute(0, 3, 1, 2))
         maps = []

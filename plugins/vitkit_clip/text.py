@@ -15,7 +15,7 @@ _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text in lower case: runs of letters and digits, separated by punctuation and underscores."""
+    """A text's words in lower case: runs of letters and digits; punctuation and underscores separate them."""
     return _WORD.findall(text.lower())
 
 
@@ -126,11 +126,11 @@ class TextTransformer(nn.Module):
         return self.pool(self(ids), ids)
 
     def pool(self, tokens: Tensor, ids: Tensor) -> Tensor:
-        """Tokens `(b l d)` and their ids `(b l)` → the mean over all tokens that are not padding `(b d)`."""
+        """Tokens `(b l d)` and their ids `(b l)` → the mean over the tokens that are not padding `(b d)`."""
         return tokens.sum(dim=1) / (ids != PAD).sum(dim=1, keepdim=True).clamp(min=1)
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """Texts → ids int64 `(b l)`, where l is the largest number of words of a text; the class lists the errors."""
+        """Texts → ids int64 `(b l)`, where l is the most words of a text; errors are those of the class."""
         if isinstance(texts, str):
             raise UsageError(f"encode_text takes a list of texts; given one text, {texts!r:.80}: put it into a list")
         rows = [self._numbers(text) for text in texts]

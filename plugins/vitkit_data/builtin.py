@@ -14,7 +14,7 @@ def mnist(*, img_size: int | None = None, val_size: int | None = None) -> ImageD
     """Handwritten digits: 60,000 + 10,000 grey images of 28×28 pixels in 10 classes of about 7,000 each.
 
     A larger `img_size` surrounds the image with black, as LeNet did to get 32×32; a smaller one resizes it. 5,000 of the training
-    images are for validation, or `val_size`. Raises `DatasetError` where it is neither in the store nor can be downloaded.
+    images are for validation, or `val_size`. Raises `DatasetError` if it is neither in the store nor can be downloaded.
     """
     return from_store(
         fetched("mnist", _mnist),
@@ -32,7 +32,7 @@ def fashion_mnist(*, img_size: int | None = None, val_size: int | None = None) -
     """Clothing: 60,000 + 10,000 grey images of 28×28 pixels in 10 classes of 7,000 each.
 
     A larger `img_size` surrounds the image with black; a smaller one resizes it. 5,000 of the training images are for validation,
-    or `val_size`. Raises `DatasetError` where it is neither in the store nor can be downloaded.
+    or `val_size`. Raises `DatasetError` if it is neither in the store nor can be downloaded.
     """
     return from_store(
         fetched("fashion_mnist", partial(download, "FashionMNIST")),
@@ -49,7 +49,7 @@ def fashion_mnist(*, img_size: int | None = None, val_size: int | None = None) -
 def cifar10(*, img_size: int | None = None, val_size: int | None = None) -> ImageDataset:
     """Tiny photographs: 50,000 + 10,000 colour images of 32×32 pixels in 10 classes of 6,000 each.
 
-    Another `img_size` resizes it. 5,000 of the training images are for validation, or `val_size`. Raises `DatasetError` where it is
+    Another `img_size` resizes it. 5,000 of the training images are for validation, or `val_size`. Raises `DatasetError` if it is
     neither in the store nor can be downloaded.
     """
     return from_store(
@@ -66,7 +66,7 @@ def cifar10(*, img_size: int | None = None, val_size: int | None = None) -> Imag
 def cifar100(*, img_size: int | None = None, val_size: int | None = None) -> ImageDataset:
     """Tiny photographs: 50,000 + 10,000 colour images of 32×32 pixels in 100 classes of 600 each.
 
-    Another `img_size` resizes it. 5,000 of the training images are for validation, or `val_size`. Raises `DatasetError` where it is
+    Another `img_size` resizes it. 5,000 of the training images are for validation, or `val_size`. Raises `DatasetError` if it is
     neither in the store nor can be downloaded.
     """
     return from_store(
@@ -81,7 +81,7 @@ def cifar100(*, img_size: int | None = None, val_size: int | None = None) -> Ima
 
 
 WRITERS = (1287, 1415)
-"""Where the validation and the test images of digits begin: at the 11th and the 12th of 14 blocks, about one writer each."""
+"""First images of the validation and the test split of digits: blocks 11 and 12 of 14, about one writer each."""
 
 
 def digits(*, img_size: int | None = None) -> ImageDataset:

@@ -1,4 +1,4 @@
-"""Published datasets through torchvision; without a network an error comes within seconds."""
+"""Downloads of published datasets by torchvision; without a network an error comes within seconds."""
 
 import contextlib
 import io
@@ -42,9 +42,10 @@ def download(name: str) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def require_answer(urls: Sequence[str], seconds: float = ANSWER_SECONDS) -> None:
-    """Return as soon as any host answers; `ConnectionError` with the error of each where none does in time.
+    """Return as soon as any host answers; `ConnectionError` with the error of each if none does in time.
 
-    Name servers and hosts with several addresses take a multiple of a socket's timeout, so threads ask, and are left behind.
+    Name servers and hosts with several addresses take a multiple of a socket's timeout, so threads send the requests, and are not waited
+    for.
     """
     answers: queue.SimpleQueue[str] = queue.SimpleQueue()
     for url in urls:
@@ -62,10 +63,10 @@ def require_answer(urls: Sequence[str], seconds: float = ANSWER_SECONDS) -> None
 
 
 def _answer(url: str, seconds: float) -> str:
-    """An empty string where the host answers, and otherwise its name with what went wrong."""
+    """An empty string if the host answers, and otherwise its name with the error."""
     try:
         urlopen(Request(url, method="HEAD"), timeout=seconds).close()
-    except HTTPError as error:  # a host that refuses this page is a host that answers
+    except HTTPError as error:  # a host that refuses the page has answered
         error.close()
     except Exception as error:
         return f"{_host(url)}: {getattr(error, 'reason', error)}"

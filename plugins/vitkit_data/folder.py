@@ -17,8 +17,8 @@ def image_folder(
     `root` holds a folder for each class, or folders train, val and test that do; `vitkit data import --help` lists the layouts. Without
     a test folder each class gives `test_fraction` of its images to the test split; without a val folder `val_size` of the training
     images (default: a tenth) are for validation. With `unlabelled` folders are no classes. An image that cannot be read is named in
-    `skipped` and `notice` and left out. The store's copy is made anew when a file is added, removed or changed. Raises `DatasetError`
-    where there is no folder, only one class or no readable image.
+    `skipped` and `notice` and left out. The store's copy is made again when a file is added, removed or changed. Raises `DatasetError`
+    if there is no folder, only one class or no readable image.
     """
     folder = Path(root).expanduser().resolve()
     files = read_layout(folder, test_fraction, unlabelled=unlabelled).files
@@ -35,7 +35,7 @@ def image_folder(
 
 
 def _current(name: str, listing: str) -> Stored | None:
-    """The store's copy, where it is readable and made of these files as they are now."""
+    """The store's copy, or None if it is not readable or was made of other files."""
     try:
         stored = read_store(store_path(name))
     except DatasetError:

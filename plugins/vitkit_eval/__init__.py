@@ -16,6 +16,7 @@ from vitkit_eval.features import (
 from vitkit_eval.few_shot import FewShot
 from vitkit_eval.knn import KNN
 from vitkit_eval.linear import LinearProbe, fit_logistic
+from vitkit_eval.neighbours import Neighbours
 from vitkit_eval.ranking import Ranking, nearest_items, rank_relevant
 from vitkit_eval.retrieval import retrieval_scores
 from vitkit_eval.silhouette import Silhouette
@@ -33,6 +34,7 @@ __all__ = [
     "FrozenProbe",
     "LiDAR",
     "LinearProbe",
+    "Neighbours",
     "RankMe",
     "Ranking",
     "Silhouette",

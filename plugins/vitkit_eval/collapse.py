@@ -148,28 +148,34 @@ class LiDAR:
 
     def __call__(self, model: Any, dataset: Any, split: SplitName = "test") -> Scores:
         self.check(dataset, split)
-        z = self._view_features(model, split_of(dataset, split).stratified_subset(self.images, seed=self.seed))
+        images = split_of(dataset, split).stratified_subset(self.images, seed=self.seed)
+        z = view_features(model, images, augment=self.augment, views=self.views, seed=self.seed)
         value = lidar(z, delta=self.delta)
         note = f"effective dimensions of {z.shape[2]}, {self.views} augmented views of each image, δ={self.delta:g}"
         return named(_single(self.name, value, split, len(z), note, unit="dimensions"), split)
 
-    def _view_features(self, model: Any, split: Any) -> Tensor:
-        """Features float64 `(n v d)` on the CPU, the views drawn for each image by the seed, on any number of ranks."""
-        features = []
-        with evaluating(model) as device:
-            # One image per batch would draw the same views on any number of ranks. Complete batches per rank do so too, and are faster.
-            for number, part in enumerate(torch.arange(len(split)).split(100)):
-                batches = split.subset(part).batches(len(part), augment=self.augment, views=self.views)
-                batch = next(iter(batches.epoch(number, seed=self.seed, device=device)))
-                images = batch["images"].tensor_split(world_size())[rank()]  # (b v c h w)
-                count = len(images)
-                rows = images.flatten(0, 1) if count else batch["images"][0]
-                encoded = encode_image(model, rows).float().unflatten(0, (-1, self.views))[:count]
-                features.append(all_gather(encoded))
-        joined = torch.cat(features)
-        if not bool(joined.isfinite().all()):
-            raise VitkitError("the model's features are not finite: it has diverged, or its weights are damaged")
-        return _double(joined)
+
+def view_features(model: Any, split: Any, *, augment: Transform, views: int, seed: int) -> Tensor:
+    """Features float64 `(n v d)` on the CPU, the views drawn for each image by the seed, on any number of ranks.
+
+    Raises `VitkitError` for features that are not finite.
+    """
+    features = []
+    with evaluating(model) as device:
+        # One image per batch would draw the same views on any number of ranks. Complete batches per rank do so too, and are faster.
+        for number, part in enumerate(torch.arange(len(split)).split(100)):
+            batches = split.subset(part).batches(len(part), augment=augment, views=views)
+            batch = next(iter(batches.epoch(number, seed=seed, device=device)))
+            images = batch["images"].unflatten(0, (-1, 1)) if views == 1 else batch["images"]  # (b v c h w)
+            share = images.tensor_split(world_size())[rank()]
+            count = len(share)
+            rows = share.flatten(0, 1) if count else images[0]
+            encoded = encode_image(model, rows).float().unflatten(0, (-1, views))[:count]
+            features.append(all_gather(encoded))
+    joined = torch.cat(features)
+    if not bool(joined.isfinite().all()):
+        raise VitkitError("the model's features are not finite: it has diverged, or its weights are damaged")
+    return _double(joined)
 
 
 def lidar(features: Tensor, *, delta: float = 1e-4) -> float:
@@ -195,4 +201,4 @@ def _single(name: str, value: float, split: SplitName, samples: int, note: str, 
     return Scores({name: value}, protocols={name: Measurement(split, samples, frozen="encoder", note=note, **protocol)})
 
 
-__all__ = ["AlphaReQ", "FeatureStd", "LiDAR", "RankMe", "lidar"]
+__all__ = ["AUGMENT", "AlphaReQ", "FeatureStd", "LiDAR", "RankMe", "lidar", "view_features"]

@@ -1,4 +1,4 @@
-"""What evaluators share: splits and their names, preconditions, probes of frozen features, and scores of a classification."""
+"""Code that evaluators share: splits and their names, preconditions, probes of frozen features, scores of a classification."""
 
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
@@ -14,9 +14,9 @@ from vitkit.validation import at_least, one_of
 from vitkit_eval.ties import topk_accuracy
 
 TOP5_CLASSES = 10
-"""If there are more classes, the top-5 accuracy is reported too. With fewer classes it means little."""
+"""With more classes than this the top-5 accuracy is reported, too; with fewer it means little."""
 PREFIXES: dict[SplitName, str] = {"train": "train_", "val": "val_", "test": ""}
-"""What the names of metrics on a split begin with."""
+"""The prefixes of the names of metrics, by split."""
 
 
 def split_of(dataset: Any, split: SplitName) -> Any:
@@ -34,10 +34,15 @@ def named(scores: Scores, split: SplitName) -> Scores:
 
 
 def check_labels(evaluator: str, dataset: Any, *splits: SplitName) -> None:
-    """Raise `UsageError` if an image of these splits has no label, or a label that is not a class."""
+    """`UsageError` if an image of these splits has no label, or a label that belongs to no class."""
     for split in splits:
         labels = split_of(dataset, split).labels
         missing = int((labels == UNLABELLED).sum())
+        if missing == len(labels):
+            raise UsageError(
+                f"{evaluator} needs labels, and the {split} images of {_name(dataset)} have none; use an evaluator without labels, "
+                f"such as 'rankme', or 'transfer' to a labelled dataset"
+            )
         if missing:
             raise UsageError(
                 f"{evaluator} needs labels, but {missing:,} of {len(labels):,} {split} images of {_name(dataset)} have none; "
@@ -57,7 +62,7 @@ def subset_labels(split: Any, size: int | None, seed: int) -> Tensor:
 
 
 def model_classes(model: Any, dataset: Any) -> list[int]:
-    """The model's number of each class of a dataset, matched by name; `UsageError` if the names are not the same.
+    """The model's number of each of a dataset's classes, by name; `UsageError` if the names are not the same.
 
     A model without names of classes is assumed to have the dataset's classes.
     """
@@ -88,7 +93,7 @@ def frozen_features(
 
 
 class FeatureEvaluator(ABC):
-    """An evaluator of the frozen features of one split; `score` gets only these features.
+    """An evaluator of the frozen features of one split: `score` gets only the features.
 
     `test_size` limits the number of images (chosen by `seed`, in equal shares per class as far as possible). `check` raises
     the `UsageError` of a precondition before anything is encoded.
@@ -131,7 +136,7 @@ class FrozenProbe(ABC):
         self.train_size, self.test_size, self.seed = train_size, test_size, seed
 
     def check(self, dataset: Any, split: SplitName = "test") -> None:
-        """Raise `UsageError` if the probe cannot be fitted to the training split or measured on this split."""
+        """Raise `UsageError` if the probe cannot be fitted to the training split, or measured on this split."""
         check_labels(self.name, dataset, "train", split)
         self.check_train(subset_labels(dataset.train, self.train_size, self.seed), dataset.classes)
 

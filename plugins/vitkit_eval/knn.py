@@ -1,6 +1,5 @@
 """Nearest neighbours among frozen features."""
 
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,7 +13,7 @@ from vitkit_eval.features import FrozenProbe, classification
 from vitkit_eval.ties import highest
 
 SIMILARITIES = 2**25
-"""Similarities of test to training images held in memory at once: 128 MiB, whatever the training set."""
+"""Similarities of test to training images held in memory at once: 128 MiB for a training set of any size."""
 
 
 class KNN(FrozenProbe):
@@ -30,8 +29,8 @@ class KNN(FrozenProbe):
 
     Ranks: each rank encodes its share of the images and counts the votes for its share. All ranks return the same scores.
 
-    Raises `UsageError` if the training set has fewer than `k` images or fewer than two classes, or if an image has no
-    label. Other errors are those of `extract_features`.
+    Raises `UsageError` if `k` exceeds the training set, for fewer than two classes in it, for images without a label, and
+    as `extract_features` does.
     """
 
     name = "knn"

@@ -11,7 +11,7 @@ from vitkit.models import Features
 from vitkit_eval.features import FeatureEvaluator
 
 DISTANCES = 2**24
-"""Distances held in memory at once: 128 MiB, however many images there are."""
+"""Distances held in memory at once: 128 MiB for any number of images."""
 
 
 class Silhouette(FeatureEvaluator):

@@ -1,7 +1,7 @@
-"""The one rule for equal scores: they are in random order, and a metric is its expected value over these orders.
+"""The rule for equal scores: they are in random order, and a metric is its expected value over these orders.
 
-A model that gives every candidate the same score therefore gets exactly the score of guessing, for any order of the
-candidates. A candidate whose score is NaN is the last one; another candidate whose score is NaN counts as higher.
+Therefore a model that gives every candidate the same score gets exactly the score of guessing, for any order of the candidates.
+A candidate whose score is NaN is the last one; another candidate whose score is NaN counts as higher.
 """
 
 import torch

@@ -11,10 +11,9 @@ from vitkit.training import parse_arguments
 def training_data(model: Any, run: str) -> data.ImageDataset:
     """The dataset that the model saved in `run` was trained on, built again by its recorded name.
 
-    A config can come from a stranger, so no path or address that it records is opened. A dataset with such arguments must
-    be named by the user. A name can mean other data than in training (a folder called `digits`, renamed class folders). The
-    digest of classes and labels is therefore compared with the recorded digest. If an earlier version recorded no digest,
-    the classes are compared with those of the model.
+    A config is not trusted, so no path or address that it records is opened; a dataset with such arguments has to be named with
+    --dataset. A name can stand for other data than in training (a folder called `digits`, renamed class folders):
+    classes and labels are compared with the recorded digest, or with the model's classes where an earlier version recorded none.
 
     Raises `UsageError` if the model has no recorded dataset, a recorded argument is a text, or the dataset differs. Other
     errors are those of `vitkit.data.build`.

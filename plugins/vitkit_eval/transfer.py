@@ -57,14 +57,14 @@ class Transfer:
         return {"train_size": 60, "test_size": 30}, {}
 
     def check(self, dataset: Any, split: SplitName = "test") -> None:
-        """Raise `UsageError` if the probes cannot measure on this split of the other dataset."""
+        """Raise `UsageError` if the probes cannot measure on the other dataset's split."""
         for probe in self.probes:
             probe.check(self.dataset, split)
 
     def __call__(self, model: Any, dataset: Any, split: SplitName = "test") -> Scores:
         self.check(dataset, split)
         key = (Preprocessing(dataset.shape, dataset.mean, dataset.std), split)
-        if self._adapted is None or self._adapted[0] != key:  # made once, for its pixels may be a copy
+        if self._adapted is None or self._adapted[0] != key:  # made once, because its pixels may be a copy
             names: set[SplitName] = {"train", split}
             parts: dict[str, Any] = {name: adapted(split_of(self.dataset, name), key[0]) for name in names}
             self._adapted = (key, replace(self.dataset, **parts))

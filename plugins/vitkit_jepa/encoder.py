@@ -16,9 +16,9 @@ class MultimodalViT(nn.Module):
     of the backbone `vit`, and patches and label attend to each other. Features are pooled as in `vit`: the mean over
     patches and label, or the CLS token.
 
-    The embeddings of all classes start at zero. Before training, and in a model that is trained without labels, all classes
-    are therefore equally near to every image. They differ after the first training step. The other arguments are those of
-    `vit`. Raises `UsageError` if `num_classes` is below 1, and for the same reasons as `vit`.
+    All classes start from the same embedding, zero, so that before training, and in a model trained without
+    labels, all classes are equally near to every image. Training makes them different from its first step. The
+    other arguments are those of `vit`. Raises `UsageError` for fewer than one class and if `vit` does.
     """
 
     def __init__(
@@ -91,16 +91,16 @@ class MultimodalViT(nn.Module):
         outside = labels[(labels < -1) | (labels >= self.num_classes)]
         if len(outside):
             raise UsageError(
-                f"label {int(outside[0])} is none of this model's {self.num_classes} classes, "
+                f"label {int(outside[0])} is not one of this model's {self.num_classes} classes, "
                 f"0 … {self.num_classes - 1}; build it with the dataset's number of classes"
             )
 
     def encode_image(self, x: Tensor, *, keep: Tensor | None = None) -> Tensor:
-        """Images `(b c h w)` → `(b d)`; `keep` `(b k)` are the indices of the patches that are used."""
+        """Images `(b c h w)` → `(b d)`; `keep` `(b k)` names the patches to use."""
         return self.vit.encode_image(x, keep=keep)
 
     def encode_label(self, labels: Tensor) -> Tensor:
-        """Labels `(b,)` → `(b d)`, the label's token alone in the stack."""
+        """Labels `(b,)` → `(b d)`: the features of the label's token without patches."""
         return self.vit.encode_image(None, extra_tokens=self.label_tokens(labels))
 
     def encode_multimodal(self, x: Tensor, labels: Tensor, *, keep: Tensor | None = None) -> Tensor:

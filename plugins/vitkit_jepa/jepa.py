@@ -19,13 +19,13 @@ class JEPA(GradCacheable):
     A batch is `images` `(b v c h w)`, v augmented views of each, or `(b c h w)`, and `labels` int64 `(b,)`,
     −1 (`UNLABELLED`) where a sample has no label. `objective` names the views whose embeddings agree:
 
-    - "joint": the first v − 1 images alone, the last image with a label, and the label alone. If v = 1, the image is used
-      alone and with a label. For a share `swap` of the images, a wrong label k replaces the true label y. Such a view
-      represents the image as a member of class k: z(image, k) − ℓ_k + ℓ_y agrees with the other views. Here ℓ are the
-      projections of labels, without gradient. A view with a label therefore takes its class from the label. An image agrees
-      with its unlabelled views only under its true label.
+    - "joint": the first v − 1 images without a label (one image serves as both), the last image with a label, and the
+      label without an image. For a share `swap` of the images the label is a wrong one, k in place of the image's y. Such a view
+      stands for the image as a member of class k: z(image, k) − ℓ_k + ℓ_y agrees with the other
+      views, where ℓ are the labels' projections, without gradient there. So a view with a label takes its class from
+      the label, and an image agrees with itself only under its true label.
     - "reference": every image with its true label, as in the reference document.
-    - "images": every image alone. This is the baseline without labels; the label embedding of the backbone is frozen.
+    - "images": every image without a label, the baseline. The backbone's label embedding is frozen.
 
     Each view uses a share `keep` of its patches, drawn per image and step (as in FLIP, Li et al., arXiv 2212.00794). The
     cost of a step falls to about this share, and views have less in common. Evaluators use all patches.
@@ -58,14 +58,14 @@ class JEPA(GradCacheable):
         self.backbone, self.projector, self.loss = backbone, projector, loss
         self.objective, self.swap, self.keep = objective, swap, keep
         if objective == "images":
-            # It takes no part in the loss: weight decay would still move it, and DDP would wait for its gradient.
+            # The loss does not use it: weight decay would still change it, and DDP would wait for its gradient.
             backbone.label_embed.requires_grad_(False)
             backbone.label_type.requires_grad_(False)
 
     def uninformed(self, batch_size: int) -> dict[str, float]:
-        """The loss and its parts for embeddings that are all zero; empty if the loss does not define `uninformed`."""
-        stated = getattr(self.loss, "uninformed", None)
-        return {} if stated is None else stated(batch_size)
+        """The loss and its parts for embeddings that are all zero; empty if the loss does not give them."""
+        values_of = getattr(self.loss, "uninformed", None)
+        return {} if values_of is None else values_of(batch_size)
 
     def forward_features(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The features of each sample: `features` `(b v d)` of its views and, with "joint", `labels` and `given_labels`."""
@@ -115,7 +115,7 @@ class JEPA(GradCacheable):
     def _joint_loss(self, features: Tensor, labels: Tensor, given_labels: Tensor) -> dict[str, Tensor]:
         views, batch = features.shape[:2]
         labelled, true_labels = labels >= 0, labels.clamp(min=0)
-        # Each class once over all ranks. If every rank had all classes, a batch norm would see each class once per rank.
+        # Each class is encoded on one rank only; otherwise a batch norm would count it once for each rank.
         classes = torch.arange(self.backbone.num_classes, device=features.device).tensor_split(world_size())[rank()]
         label_features = self.backbone.encode_label(classes)
         projected = self.projector(torch.cat([features.flatten(0, 1), label_features])).float()

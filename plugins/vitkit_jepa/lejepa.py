@@ -26,9 +26,9 @@ class LeJEPALoss(nn.Module):
     size. Gradients follow `vitkit.distributed.collectives`. Raises `UsageError` if `lamda` is outside [0, 1] or projections
     have another shape.
 
-    Source: Balestriero and LeCun, LeJEPA, arXiv 2511.08544, λ = 0.05. The invariance is also a mean over dimensions, as in
-    lightly's `LeJEPALoss` (the paper's norm is k times as large). In lightly the centre μ is the mean of the global views
-    only. Here it is the mean of all views.
+    Source: Balestriero and LeCun, LeJEPA, arXiv 2511.08544, λ = 0.05. As in lightly's `LeJEPALoss` the
+    invariance is a mean over dimensions too (the paper's norm is k times that). In lightly the centre μ is the mean
+    of global views only; here it is the mean of all views.
     """
 
     def __init__(self, lamda: float = 0.05, directions: int = 256, knots: int = 17) -> None:

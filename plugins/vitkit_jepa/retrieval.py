@@ -1,4 +1,4 @@
-"""Label retrieval: a multimodal model gets an image without a label and finds the label."""
+"""Label retrieval: a multimodal model finds the label of an image that it gets without a label."""
 
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from vitkit.validation import at_least, one_of
 from vitkit_eval import check_labels, confusion_matrix, model_classes, named, split_of, topk_accuracy
 
 EMBEDDINGS_SHOWN = 2_000
-"""Embeddings in the report's map: more make the figure no clearer."""
+"""Most embeddings in the report's map: more points do not make it clearer."""
 TOPS = (1, 3)
 
 
@@ -77,8 +77,8 @@ class LabelRetrieval:
         classes: list[str] = dataset.classes
         if backbone.num_classes != len(classes):
             raise UsageError(
-                f"the model knows {backbone.num_classes} labels, {dataset.name} has {len(classes)} classes; "
-                f"evaluate it on the dataset it was trained on"
+                f"the model has {backbone.num_classes} labels, and {dataset.name} has {len(classes)} classes; "
+                f"evaluate it on the dataset that it was trained on"
             )
         self.check(dataset, split)
         columns, images = model_classes(model, dataset), split_of(dataset, split)
@@ -121,10 +121,10 @@ class LabelRetrieval:
         all_labels = torch.arange(backbone.num_classes, device=images.device)
         features = backbone.encode_image(images)
         alone = project(features).float()
-        # One at a time: rows of one matrix product may differ in their last bit, and labels that are the same must tie.
+        # One label at a time: rows of one matrix product may differ in their last bit, and equal labels must have equal scores.
         labels = torch.cat([project(backbone.encode_label(label[None])).float() for label in all_labels])
         m2 = F.cosine_similarity(alone[:, None], labels[None], dim=-1)
-        # One label after another, so that a batch is as large as without labels and stays in the processor's cache.
+        # One label at a time: the batch stays as small as without labels, and fits into the processor's cache.
         with_label = [
             project(backbone.encode_multimodal(images, label.expand(len(images)))).float()
             for label in all_labels

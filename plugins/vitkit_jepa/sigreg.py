@@ -99,8 +99,8 @@ class SIGReg(nn.Module):
 class _WaveSums(torch.autograd.Function):
     """Σ_n m·cos(t_j·p) and Σ_n m·sin(t_j·p) for each t_j: p `(v n s)`, m `(v n)`, t `(knots)` → `(2 knots v s)`.
 
-    The knots are computed one after another, and again in the backward pass. Without this, autograd would keep `2·knots`
-    tensors of p's size.
+    The knots are computed one after another, and a second time in the backward pass, because autograd would keep
+    `2·knots` tensors of p's size.
     """
 
     @staticmethod

@@ -23,10 +23,10 @@ Positives = Literal["class", "augmented"]
 class TripletBatches:
     """A split in shuffled batches of `images`, `positives` and `negatives`, each `(b c h w)`, with the anchors' `labels`.
 
-    Each image is an anchor once per epoch. The positive is another image of its class, or the anchor itself if there is no
-    other. With `positives` "augmented" the positive is the anchor, augmented again. The negative is drawn with equal
-    probability from all images of other classes. Everything is drawn from (seed, epoch, index, rank). A step takes three
-    forward passes; mining in the batch takes one. Images at the end of an epoch that do not fill a batch are left out.
+    Each image is an anchor once an epoch. Its positive is another image of its class, or itself if there is no other; with
+    `positives` "augmented" it is the anchor with another augmentation. Its negative is drawn evenly from all images of
+    other classes. Everything is drawn from (seed, epoch, index, rank). A step takes three forward passes; mining in the
+    batch takes one. Images at the end of an epoch that do not fill a batch are left out.
 
     Lazily read images (`contracts.LazyImages`) are anchors in the order of their storage. Their positives and negatives are
     at any position, which can be slow to read. Mining in the batch avoids this. A triplet with an image that cannot be read

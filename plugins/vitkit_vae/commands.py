@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
+from vitkit.console import out
 from vitkit.errors import UsageError, nearest, printable
 
 if TYPE_CHECKING:
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from vitkit.models import Model
 
 MOST_IMAGES = 1_024
-out = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="the directory of a run that saved a decoder")]
 DatasetOption = Annotated[
     str | None,

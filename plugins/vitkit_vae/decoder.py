@@ -92,6 +92,6 @@ class ConvDecoder(nn.Module):
             outside = labels[(labels < -1) | (labels >= self.num_classes)]
             if len(outside):
                 raise UsageError(
-                    f"label {int(outside[0])} is none of this decoder's {self.num_classes} classes, 0 … {self.num_classes - 1}"
+                    f"label {int(outside[0])} is not one of this decoder's {self.num_classes} classes, 0 … {self.num_classes - 1}"
                 )
         return self.label_embed(labels.clamp(min=0)) * (labels >= 0)[:, None]

@@ -27,7 +27,7 @@ class VAEEncoder(nn.Module):
     log σ² = 10·tanh(a/10) of the linear map's output a: for any a, it lies in [−10, 10] and σ in [0.0067, 148]. Latents are
     computed in fp32. Before training, log σ² is near −4 and μ near 0. The other arguments are those of `vit`.
 
-    Raises `UsageError` if a dimension is below 1 or `depths` are empty or outside 1 … depth. Other errors are those of `vit`.
+    Raises `UsageError` for dimensions below one, depths that are empty or outside 1 … depth, and if `vit` does.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The reconstruction error of a variational autoencoder, and the part of its latent that is used."""
+"""The reconstruction error of a variational autoencoder, and the number of latent dimensions that it uses."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -29,14 +29,14 @@ class Reconstruction:
     without information about the image reaches. The latent is the mean μ; nothing is random. A conditional decoder gets the
     true class.
 
-    `test_size` limits the number of images (chosen by `seed`, in equal shares per class as far as possible); `shown` of
-    them stand in the figure, originals above reconstructions. Only a conditional decoder needs labels. Under autocast the
-    model computes in the precision of autocast; errors are fp32.
+    `test_size` limits the number of images (chosen by `seed`, in equal shares per class as far as possible); the figure has
+    `shown` of them, originals above reconstructions. Only a conditional decoder needs labels. Under autocast the model
+    computes in the precision of autocast; errors are fp32.
 
     Ranks: each reconstructs its share of the images, and every rank returns the same scores.
 
-    Raises `UsageError` if the model has no decoder, reconstructions have another shape than the images, or an image has no
-    label and the decoder is conditional. Raises `VitkitError` if reconstructions are not finite.
+    Raises `UsageError` for a model without a decoder, for reconstructions of another shape than the images, and for images
+    without a label if the decoder is conditional; `VitkitError` for reconstructions that are not finite.
     """
 
     name = "reconstruction"

@@ -15,15 +15,15 @@ from vitkit.models import evaluating, extract_features
 
 DECODED_AT_ONCE = 256
 CLASS_IMAGES = 1_000
-"""The largest number of images of a class whose latents are averaged."""
+"""Most images of a class whose latents are averaged."""
 FITTED_IMAGES = 2_000
-"""Images to whose latents a Gaussian is fitted, at most."""
+"""Most images to whose latents a Gaussian is fitted."""
 EMBEDDINGS_SHOWN = 2_000
-"""Embeddings in the report's map: more make the figure no clearer."""
+"""Most embeddings in the report's map: more points do not make it clearer."""
 
 
 def encoder_of(model: Any) -> Any:
-    """A model's `backbone`; `UsageError` where it has no latents."""
+    """A model's `backbone`; `UsageError` if it has no latents."""
     backbone = getattr(model, "backbone", None)
     if not hasattr(backbone, "encode_latent"):
         raise UsageError(
@@ -34,7 +34,7 @@ def encoder_of(model: Any) -> Any:
 
 
 def decoder_of(model: Any) -> Any:
-    """A model's `decoder`; `UsageError` where it has none."""
+    """A model's `decoder`; `UsageError` if it has none."""
     decoder = getattr(model, "decoder", None)
     if decoder is None:
         parts = ", ".join(name for name, _ in model.named_children()) if isinstance(model, nn.Module) else ""
@@ -100,7 +100,7 @@ def decode(model: Any, latents: Tensor, labels: Tensor | None = None) -> Tensor:
     chunks = latents.split(DECODED_AT_ONCE)
     chunk_labels: Sequence[Tensor | None] = [None] * len(chunks) if labels is None else labels.split(DECODED_AT_ONCE)
     with evaluating(model):
-        decoded = [decoder(z) if of is None else decoder(z, of) for z, of in zip(chunks, chunk_labels, strict=True)]
+        decoded = [decoder(z) if label is None else decoder(z, label) for z, label in zip(chunks, chunk_labels, strict=True)]
     return torch.cat([images.float() for images in decoded]).clone()
 
 
@@ -142,7 +142,7 @@ def path(first: Tensor, second: Tensor, steps: int) -> Tensor:
 
 @dataclass(frozen=True)
 class End:
-    """Where an interpolation begins or ends: a latent `(z,)`, and for an image its pixels `(c h w)` in [0, 1]."""
+    """One end of an interpolation: a latent `(z,)`, and for an image its pixels `(c h w)` in [0, 1]."""
 
     latent: Tensor
     caption: str
@@ -246,7 +246,7 @@ def reconstruction_figure(
 ) -> tuple[Sheet, float]:
     """A sheet of `count` images, the classes in equal shares as far as possible, chosen by `seed`, and their mean squared error.
 
-    `labelled` says whether the split's labels are the model's classes, which a conditional decoder gets.
+    `labelled` is True if the split's labels are the model's classes; a conditional decoder then gets them.
     """
     chosen = split.stratified_subset(count, seed=seed)
     pixels, images, labels = _prepared(model, chosen, torch.arange(len(chosen)))
@@ -285,22 +285,22 @@ def figures(model: Any, dataset: Any, *, seed: int = 0) -> dict[str, ReportFigur
     """
     classes, test = dataset.classes, dataset.test
     features = extract_features(model, test, size=EMBEDDINGS_SHOWN, seed=seed)
-    made: dict[str, ReportFigure] = {
+    by_name: dict[str, ReportFigure] = {
         "embeddings": Embeddings(features.features.cpu().numpy(), features.labels.cpu().numpy(), classes)
     }
     if hasattr(getattr(model, "backbone", None), "vit"):
-        made["attention"] = attention_figure(model, test, classes, seed=seed)
+        by_name["attention"] = attention_figure(model, test, classes, seed=seed)
     if getattr(model, "decoder", None) is not None:
-        made["samples"] = sample_sheet(model, seed=seed, classes=classes)
+        by_name["samples"] = sample_sheet(model, seed=seed, classes=classes)
         prior = fit_gaussian(model, dataset.train, seed=seed)
-        made["samples_fitted"] = sample_sheet(model, seed=seed, classes=classes, prior=prior)
-        made["reconstructions"], _ = reconstruction_figure(model, test, classes, seed=seed)
-        made["interpolations"] = interpolation_sheet(model, _pairs(model, test, classes, seed), classes=classes)
-    return made
+        by_name["samples_fitted"] = sample_sheet(model, seed=seed, classes=classes, prior=prior)
+        by_name["reconstructions"], _ = reconstruction_figure(model, test, classes, seed=seed)
+        by_name["interpolations"] = interpolation_sheet(model, _pairs(model, test, classes, seed), classes=classes)
+    return by_name
 
 
 def _pairs(model: Any, split: ImageSplit, classes: Sequence[str], seed: int, most: int = 4) -> list[tuple[End, End]]:
-    """Up to `most` pairs of images, with two different classes per pair if there are two."""
+    """Up to `most` pairs of images, of two classes each if there are two classes."""
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))[:200]
     by_class: dict[int, list[int]] = {}
     for index in order.tolist():
@@ -308,7 +308,7 @@ def _pairs(model: Any, split: ImageSplit, classes: Sequence[str], seed: int, mos
     turns = zip_longest(*by_class.values())
     picked = [index for turn in turns for index in turn if index is not None][: 2 * most]
     ends = [image_end(model, split, index, classes) for index in picked]
-    return list(zip(ends[0::2], ends[1::2], strict=False))  # an odd one is left over
+    return list(zip(ends[0::2], ends[1::2], strict=False))  # of an odd number the last image is not used
 
 
 def class_name(classes: Sequence[str], label: int) -> str:

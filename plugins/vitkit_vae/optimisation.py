@@ -21,12 +21,12 @@ def scheduled(
     steps: int,
     epoch_steps: int,
 ) -> tuple[Any, LRScheduler]:
-    """Muon with AdamW, or AdamW alone, and a schedule over `steps` steps; an epoch has `epoch_steps` steps.
+    """Muon with AdamW, or only AdamW, and a schedule over `steps` steps; an epoch has `epoch_steps`.
 
     "cosine": 100 steps of warm-up (at most one epoch), then a cosine to zero. "step": the learning rate is multiplied by
     0.3 after each third.
     """
-    made = muon_adamw(model, lr=lr, only_adamw=model.parameters() if optimizer == "adamw" else ())
+    optimiser = muon_adamw(model, lr=lr, only_adamw=model.parameters() if optimizer == "adamw" else ())
     if schedule == "step":
-        return made, StepLR(made, step_size=max(1, steps // 3), gamma=STEP_FACTOR)
-    return made, warmup_cosine(made, steps, warmup=min(WARMUP_STEPS, epoch_steps))
+        return optimiser, StepLR(optimiser, step_size=max(1, steps // 3), gamma=STEP_FACTOR)
+    return optimiser, warmup_cosine(optimiser, steps, warmup=min(WARMUP_STEPS, epoch_steps))

@@ -22,9 +22,9 @@ class PatchFeatures(nn.Module):
     deviations and covariance are those of up to `samples` images of `split`, chosen by `seed` in equal shares per class as
     far as possible. Labels have no other use.
 
-    Embeddings and pooled features keep mainly the differences between the classes of the training. For other images, the
-    concatenated tokens of the first blocks contain more information. Without whitening, a few directions in which all
-    images vary would dominate the cosine.
+    Embeddings and pooled features keep mainly the differences between the classes of the training; for other images the tokens
+    of the first blocks hold more information. Without whitening, a few directions in which all images vary would dominate the
+    cosines between neighbours.
 
     Raises `UsageError` if the backbone has no `vit`, the split has fewer than two images, `components` is below 1, or the
     `vit` does not have this depth.

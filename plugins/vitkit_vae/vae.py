@@ -45,8 +45,8 @@ class MultiTaskVAE(GradCacheable):
     gradient accumulation (see `vitkit.training.gradcache`) triplets are mined among all accumulated images, and the
     classifier sees all their embeddings.
 
-    Raises `UsageError` if no part with a weight is left, if a classifier is given without `supervised`, if a triplet loss
-    has neither labels nor several views, or if shapes do not fit.
+    Raises `UsageError` if no weighted part is left, for a classifier without `supervised`, for a triplet loss without
+    labels on single views, and for shapes that do not fit.
     """
 
     mean: Tensor
@@ -82,9 +82,9 @@ class MultiTaskVAE(GradCacheable):
         if not supervised and "classification" in self.parts:
             raise UsageError("a classifier needs labels: leave it out, or give supervised=True")
         if not self.parts:
-            raise UsageError(f"nothing to learn: the loss weighs {self.loss.used}; give it the classifier or decoder it needs")
+            raise UsageError(f"no part of the loss can be computed: it weighs {self.loss.used}; give the classifier or decoder")
         if not self.parts & {"classification", "triplet"}:
-            backbone.to_embedding.requires_grad_(False)  # it takes no part: DDP would wait for its gradient
+            backbone.to_embedding.requires_grad_(False)  # the loss does not use it, and DDP would wait for its gradient
         for name, values in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(tuple(values)).view(-1, 1, 1), persistent=False)
 

@@ -13,7 +13,7 @@ DROPOUT_LEVELS = 2**15
 
 
 def products_are_faster(q: Tensor, dropout: float) -> bool:
-    """True where attention as two batched products trains faster than `scaled_dot_product_attention`, for heads `(b h n d)`.
+    """True if attention as two batched products trains faster than `scaled_dot_product_attention`, for heads `(b h n d)`.
 
     That is on a CPU in reduced precision or with dropout. Forward and backward of a block without dropout, processor time,
     one core of an AMD EPYC (Zen 4), torch 2.14; torch's operation takes this many times as long:
@@ -35,7 +35,7 @@ def products_are_faster(q: Tensor, dropout: float) -> bool:
 def normalise(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     """`norm(x)` for tokens `(b n d)`.
 
-    In bf16 on a CPU, scale and shift are applied apart: torch's backward pass adds up their gradients in bf16 there, which is
+    In bf16 on a CPU, scale and shift are applied separately: torch's backward pass adds up their gradients in bf16 there, which is
     wrong by 20 % over 132 rows, and by more over more.
     """
     if x.dtype != torch.bfloat16 or x.device.type != "cpu":
@@ -122,7 +122,7 @@ class Block(nn.Module):
     In training each sample skips either branch with probability `drop_path`, and the branches of the other samples are scaled
     by 1/(1 − drop_path) (stochastic depth, arXiv 1603.09382).
 
-    With `queries` the output is that of the first tokens only, `(b queries d)`, at a sixth of the block's cost where they
+    With `queries` the output is that of the first tokens only, `(b queries d)`, at a sixth of the block's cost if they
     are few: enough for a last block of which only the CLS token is used.
 
     Under autocast on a CPU the residual stream has autocast's dtype, since copies between dtypes take a tenth of a step there.

@@ -9,7 +9,7 @@ from vitkit.errors import UsageError
 def sincos1d(positions: Tensor, dim: int) -> Tensor:
     """Codes `(n dim)` of `positions` `(n,)`: sin(p·ω_i), then cos(p·ω_i), with ω_i = 10000^(−2i/dim).
 
-    Raises `UsageError` where `dim` is odd. Source: Vaswani et al., arXiv 1706.03762; as in MAE and timm sines and
+    Raises `UsageError` if `dim` is odd. Source: Vaswani et al., arXiv 1706.03762; as in MAE and timm sines and
     cosines fill a half each and do not alternate.
     """
     if dim % 2:
@@ -22,7 +22,7 @@ def sincos1d(positions: Tensor, dim: int) -> Tensor:
 def sincos2d(grid: tuple[int, int], dim: int) -> Tensor:
     """Codes `(h·w dim)` of a grid's cells in row-major order: one half codes the column, the other the row.
 
-    Raises `UsageError` where `dim` is no multiple of four. Source: MAE, arXiv 2111.06377.
+    Raises `UsageError` if `dim` is no multiple of four. Source: MAE, arXiv 2111.06377.
     """
     if dim % 4:
         raise UsageError(f"positions='sincos2d' needs an embed_dim that four divides; given {dim}")

@@ -14,7 +14,7 @@ class ConvStem(nn.Module):
 
     There are log₂ `patch_size` of them; the last has `embed_dim` channels and each one before it half as many. The norm is
     over the channels of a position, so that training is the same on one rank and on many, and evaluation as training.
-    Weights are drawn by Kaiming's rule, biases are zero. Raises `UsageError` where `patch_size` is not a power of two or
+    Weights are drawn by Kaiming's rule, biases are zero. Raises `UsageError` if `patch_size` is not a power of two or
     `embed_dim` not divisible that often.
 
     Source: Xiao et al., Early Convolutions Help Transformers See Better, arXiv 2106.14881; there with batch norm and ReLU.

@@ -29,7 +29,7 @@ class ViT(nn.Module):
     extra tokens given at call time behind. Then follow `depth` pre-norm blocks and a last layer norm. The order of
     tokens is CLS (with pool="cls"), registers, patches in row-major order, extra tokens.
 
-    `preset` says `embed_dim`, `depth` and `num_heads` where they are None. Parameters at 32×32 pixels, three channels
+    `preset` sets `embed_dim`, `depth` and `num_heads` if they are None. Parameters at 32×32 pixels, three channels
     and patch size 4, without a classification head:
 
     | preset | embed_dim | depth | num_heads | parameters |
@@ -45,15 +45,15 @@ class ViT(nn.Module):
     - `pool`: what `encode_image` returns: the CLS token, or the mean over patches and extra tokens. With "mean" there
       is no CLS token.
     - `positions`: learned ones for CLS, registers and patches; or fixed sines and cosines of a patch's number
-      ("sincos1d") or of its row and column ("sincos2d"), zero for CLS and registers; or none. Extra tokens come with
-      whatever position their giver added.
-    - `checkpoint`: keep each block's input alone for the backward pass and compute the rest again.
+      ("sincos1d") or of its row and column ("sincos2d"), zero for CLS and registers; or none. Extra tokens keep
+      the positions that the caller added.
+    - `checkpoint`: keep only each block's input for the backward pass and compute the rest again.
     - `stem`: "patch" maps each patch by one matrix; "conv" by 3×3 convolutions of stride 2 that see beyond its edge
       (see `ConvStem`), where `patch_size` is a power of two.
 
     Linear weights are drawn from Normal(0, 0.02), the patch embedding's by Kaiming's rule, tokens and learned
     positions from Normal(0, 0.02), all by torch's global generator; biases are zero. Parameters are named as timm
-    names them. Raises `UsageError` where arguments do not fit each other.
+    names them. Raises `UsageError` if arguments do not fit each other.
     """
 
     pos_embed: Tensor | None
@@ -147,10 +147,10 @@ class ViT(nn.Module):
     ) -> Tensor:
         """Images `(b c h w)` → tokens `(b n d)` behind the last norm, in the order that the class describes.
 
-        With `x` None there are no patches: CLS, registers and `extra_tokens` alone. `extra_tokens` `(b m d)`, or
+        With `x` None there are no patches, only CLS, registers and `extra_tokens`. `extra_tokens` `(b m d)`, or
         `(1 m d)` for every sample, go behind the patches. `keep` `(b k)` int64 names patches in [0, num_patches); the
-        others never enter the blocks. With `queries` there are that many tokens alone, the first, which spares most of
-        the last block. Raises `UsageError` where shapes do not fit.
+        others never enter the blocks. With `queries` only that many first tokens are returned, which saves most of
+        the last block's time. Raises `UsageError` if shapes do not fit.
         """
         tokens = self._embed(x, extra_tokens, keep)
         for block in self.blocks[:-1]:
@@ -181,12 +181,12 @@ class ViT(nn.Module):
         if wrong:
             raise UsageError(f"depths {wrong} lie outside 1 … {len(self.blocks)}, the number of blocks")
         tokens = self._embed(x, extra_tokens, None)
-        found = {}
+        features = {}
         for number, block in enumerate(self.blocks[: max(depths, default=0)], start=1):
             tokens = self._step(block, tokens)
             if number in depths:
-                found[number] = self._normed(tokens)
-        return [found[depth] for depth in depths]
+                features[number] = self._normed(tokens)
+        return [features[depth] for depth in depths]
 
     def attention_maps(self, x: Tensor | None, *, extra_tokens: Tensor | None = None) -> Tensor:
         """The attention weights `(b depth heads n n)` of every block; each row, a query's, sums to one."""
@@ -217,7 +217,7 @@ class ViT(nn.Module):
         return F.pad(codes, (0, 0, self.num_prefix_tokens, 0))[None]  # (1 n d)
 
     def _embed(self, x: Tensor | None, extra_tokens: Tensor | None, keep: Tensor | None) -> Tensor:
-        """What enters the first block: `(b n d)`."""
+        """The tokens that enter the first block: `(b n d)`."""
         parts: list[Tensor] = [token for token in (self.cls_token, self.reg_token) if token is not None]
         if parts and self.pos_embed is not None:
             parts = [torch.cat(parts, dim=1) + self.pos_embed[:, : self.num_prefix_tokens]]
@@ -242,7 +242,7 @@ class ViT(nn.Module):
         return torch.cat([part.expand(batch, -1, -1) for part in parts], dim=1)
 
     def _patches(self, x: Tensor, keep: Tensor | None) -> Tensor:
-        """Patch tokens `(b n d)` with their positions; those alone that `keep` names."""
+        """Patch tokens `(b n d)` with their positions; only those that `keep` names."""
         expected = (self.in_chans, *self.img_size)
         if x.ndim != 4 or x.shape[1:] != expected:
             raise UsageError(

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from photographs import write_photographs
 
 import vitkit
 from vitkit import Run
 from vitkit.cli.run import run
 from vitkit.data import build
+from vitkit.errors import UsageError
 from vitkit.training import Recipe
 from vitkit_jepa import JEPA
 
@@ -110,6 +112,30 @@ def test_a_dataset_is_given_its_arguments_by_flag(tmp_path):
     with pytest.raises(ArgumentsError, match="dataset 'digits' takes no argument 'urls'"):
         run(RECIPE, ["--dataset", "digits", "--dataset-arg", "urls=a.tar", "--out", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_images_without_labels_ends_with_a_report_of_label_free_monitors(tmp_path, monkeypatch):
+    monkeypatch.setenv("VITKIT_DATA", str(tmp_path / "store"))
+    folder = write_photographs(tmp_path / "photos", 30)
+    flags = ("--dataset", "image_folder", "--dataset-arg", f"root={folder}", "--batch-size", "8", "--epochs", "2", "--depth", "1")
+    with pytest.raises(UsageError, match="the images of photos have no labels; give --no-multimodal to train on images alone"):
+        run(RECIPE, [*flags, "--out", str(tmp_path / "refused")])
+    summary = train(tmp_path / "run", *flags, "--no-multimodal", "--probe-dataset", "digits", "--eval-size", "100")
+    monitors = {"rankme", "alpha_req", "feature_std", "view_top1"}
+    probes = {f"{features}_{probe}_top1" for features in ("transfer", "pixels") for probe in ("knn", "linear")}
+    assert set(summary["final"]) == {"loss"} | monitors | probes
+    untrained = {name for name, protocol in summary["protocols"].items() if protocol["untrained"] is not None}
+    assert untrained == monitors
+    assert all("on digits" in summary["protocols"][name]["note"] for name in probes)
+    log = (tmp_path / "run" / "log.txt").read_text()
+    for name in ("linear_probe", "knn", "label_retrieval"):
+        assert log.count(f"the evaluator {name} is left out: {name} needs labels") == 1
+    assert "no preprocessing" not in log
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert all(text in report for text in ("rankme", "alpha req", "feature std", "view top-1", "untrained", "neighbours"))
+    model = vitkit.load(tmp_path / "run")
+    assert model.classes == []
+    assert model.encode_image(model.preprocess(build("image_folder", root=str(folder)).test.images)).shape == (6, 128)
 
 
 def _refused(*_):

@@ -39,7 +39,7 @@ def test_a_new_file_has_the_usual_permissions(tmp_path):
         (errno.ENOSPC, "No space left on device; free some room, or choose another --out"),
         (errno.EACCES, "Permission denied; choose a directory that you may write to"),
         (errno.EROFS, "Read-only file system; choose a directory that can be written to"),
-        (errno.EIO, "Input/output error; nothing was left half-written"),
+        (errno.EIO, "Input/output error; no incomplete file was left"),
     ],
 )
 def test_what_goes_wrong_is_said_with_a_way_out(tmp_path, monkeypatch, number, text):

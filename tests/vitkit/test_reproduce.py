@@ -102,7 +102,7 @@ def test_nothing_runs_without_consent(vitkit, done, monkeypatch, tmp_path):
     (done / "recipe.py").write_text("raise AssertionError('it ran')")
     silent = vitkit("reproduce", "first", "--out", "second")
     assert silent.returncode == 2
-    assert "nobody can be asked whether this code may run; give --yes if you trust it" in silent.stderr
+    assert "there is no terminal to confirm that this code may run; give --yes if you trust it" in silent.stderr
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     monkeypatch.setattr("typer.confirm", lambda *_, **__: False)
     assert vitkit("reproduce", "first", "--out", "second").returncode == 130
@@ -257,7 +257,7 @@ def test_a_recipe_that_nobody_could_read_is_refused(vitkit, done):
     (done / "recipe.py").write_bytes(b"#" * (2**20 + 1))
     answer = vitkit("reproduce", "first", "--yes")
     assert answer.returncode == 2
-    assert "the code in first is longer than 1,048,576 bytes; nobody can read that, so it is not run" in answer.stderr
+    assert "the code in first is longer than 1,048,576 bytes; it is too long to read, so it is not run" in answer.stderr
 
 
 def test_modules_beside_a_recipe_are_part_of_the_hashed_code(vitkit, tmp_path):

@@ -147,7 +147,7 @@ def test_labels_that_are_no_captions_and_chunks_of_nothing_are_refused() -> None
     model, batch = make(), make_batch()
     with pytest.raises(UsageError, match="labels run from 0 to 9; there are 9 captions"):
         model.embed_labels(torch.tensor([0, 9]))
-    with pytest.raises(UsageError, match="chunk is 0; expected at least 1 sample"):
+    with pytest.raises(UsageError, match="chunk is 0; expected at least 1"):
         GradCache(model, 0)
     assert model(batch)["loss"].isfinite()
 

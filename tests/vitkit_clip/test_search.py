@@ -113,7 +113,7 @@ def test_a_picture_finds_captions_and_pictures(saved, pictures, tmp_path):
     assert "│ 1 │ 1.0000 │ grey.png │" in said  # itself
     assert "clear.png" in said
     assert str(Path("more") / "pair.png") in said
-    assert f"left out: {pictures / 'broken.jpg'} cannot be read as a picture: UnidentifiedImageError" in said
+    assert f"left out: {pictures / 'broken.jpg'} cannot be read as an image: UnidentifiedImageError" in said
     assert "4 images" in said
 
 
@@ -184,14 +184,14 @@ def test_what_cannot_be_searched_for_says_why(saved, tmp_path, monkeypatch, quer
 
 
 def test_pictures_that_cannot_be_read_are_refused(saved, pictures, tmp_path):
-    with pytest.raises(UsageError, match=r"broken.jpg cannot be read as a picture: UnidentifiedImageError"):
+    with pytest.raises(UsageError, match=r"broken.jpg cannot be read as an image: UnidentifiedImageError"):
         run("search", saved(), pictures / "broken.jpg")
     for path in pictures.rglob("*.png"):
         path.unlink()
-    with pytest.raises(UsageError, match="holds no readable image; .*broken.jpg cannot be read as a picture"):
+    with pytest.raises(UsageError, match="holds no readable image; .*broken.jpg cannot be read as an image"):
         run("search", saved(), "3", "--folder", pictures, "-o", tmp_path / "found.png")
     (pictures / "broken.jpg").unlink()
-    with pytest.raises(DatasetError, match="holds no picture: expected .png, .jpg"):
+    with pytest.raises(DatasetError, match="holds no image: expected .png, .jpg"):
         run("search", saved(), "3", "--folder", pictures)
 
 
@@ -200,7 +200,7 @@ def test_the_picture_that_is_searched_for_is_never_written_over(saved, tmp_path,
     Image.new("RGB", (12, 6), (9, 90, 200)).save(query)
     before = query.read_bytes()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match=r"--out query\.png is the image that is searched for; give another name"):
+    with pytest.raises(UsageError, match=r"--out query\.png is the query image; give another name"):
         run("search", saved(), query, "--out", "query.png")
     assert query.read_bytes() == before
 

@@ -216,6 +216,15 @@ def test_images_without_a_label_are_refused_before_anything_is_encoded(dataset, 
                 act(hidden)
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_a_dataset_without_labels_is_refused_with_what_measures_it(dataset, name):
+    bare = {part: replace(getattr(dataset, part), labels=torch.full((len(getattr(dataset, part)),), -1)) for part in ("train", "test")}
+    message = f"{name} needs labels, and the {'test' if name == 'silhouette' else 'train'} images of shades have none; "
+    message += "use an evaluator without labels, such as 'rankme', or 'transfer' to a labelled dataset"
+    with pytest.raises(UsageError, match=message):
+        evaluators.build(name).check(replace(dataset, **bare))
+
+
 def test_another_split_and_an_empty_one_are_refused(dataset, encoder):
     with pytest.raises(UsageError, match="split is 'valid'; did you mean 'val'. expected 'train', 'val', 'test'"):
         evaluators.build("knn")(encoder, dataset, split="valid")

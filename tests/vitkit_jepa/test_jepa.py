@@ -298,8 +298,8 @@ def test_a_loss_that_states_no_uninformed_value_leaves_it_out() -> None:
             lambda: jepa()({"images": torch.zeros(2, 8, 8), "labels": torch.zeros(2)}),
             r"images are \(2, 8, 8\) and labels \(2,\)",
         ),
-        (lambda: jepa()(batch([0, 3])), "label 3 is none of this model's 3 classes"),
-        (lambda: jepa("reference")(batch([0, 3])), "label 3 is none of this model's 3 classes"),
+        (lambda: jepa()(batch([0, 3])), "label 3 is not one of this model's 3 classes"),
+        (lambda: jepa("reference")(batch([0, 3])), "label 3 is not one of this model's 3 classes"),
     ],
 )
 def test_wrong_arguments_say_what_was_expected(make: Any, message: str) -> None:

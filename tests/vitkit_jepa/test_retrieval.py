@@ -169,7 +169,7 @@ def test_pictures_are_plain_arrays_of_matching_sizes() -> None:
         (lambda: LabelRetrieval()(nn.Linear(2, 2), dataset()), "needs a model whose .backbone takes labels"),
         (
             lambda: LabelRetrieval()(oracle(), SimpleNamespace(name="ten", classes=["x"] * 10)),
-            "knows 4 labels, ten has 10",
+            "has 4 labels, and ten has 10",
         ),
     ],
 )

@@ -60,7 +60,7 @@ def test_a_class_moves_the_image_and_no_class_does_not() -> None:
         (lambda: decoder()(torch.zeros(2, 6), torch.tensor([0, 1])), "a decoder without classes; build it with num_classes"),
         (
             lambda: decoder(num_classes=2)(torch.zeros(2, 6), torch.tensor([0, 2])),
-            "label 2 is none of this decoder's 2 classes, 0 … 1",
+            "label 2 is not one of this decoder's 2 classes, 0 … 1",
         ),
         (
             lambda: decoder(num_classes=2)(torch.zeros(2, 6), torch.tensor([0.0, 1.0])),

@@ -245,7 +245,7 @@ def test_uninformed_values_that_are_not_known_are_left_out() -> None:
         (lambda: vae(supervised=False), "a classifier needs labels: leave it out, or give supervised=True"),
         (
             lambda: vae(classifier=False, weights={"classification": 1.0}),
-            r"nothing to learn: the loss weighs \['classification'\]; give it the classifier or decoder it needs",
+            r"no part of the loss can be computed: it weighs \['classification'\]; give the classifier or decoder",
         ),
         (
             lambda: run(vae(classifier=False, supervised=False), batch()),

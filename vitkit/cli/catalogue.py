@@ -56,7 +56,7 @@ def registry_of(kind: str) -> Registry:
         if kind in (registry.kind, registry.group.split(".")[1]):
             return registry
     near = nearest(kind, KINDS) or ";"
-    raise UsageError(f"no kind named {kind!r}{near} kinds: {', '.join(KINDS)}")
+    raise UsageError(f"no kind named {kind!r}{near} expected {', '.join(KINDS)}")
 
 
 def _print_lines(text: str) -> None:

@@ -1,4 +1,4 @@
-"""`vitkit check`: the conformance kit from the shell."""
+"""`vitkit check`: the conformance checks on the command line."""
 
 from typing import TYPE_CHECKING, Annotated
 

@@ -3,17 +3,15 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vitkit.cli.console import cell
+from vitkit.cli.console import out as console
 from vitkit.errors import UsageError, printable
 
 if TYPE_CHECKING:
     from vitkit.report.comparison import Comparison, Row
-
-PIPE_COLUMNS = 240
-"""Width where the output is not a terminal: enough to keep a row on one line."""
 
 
 def compare(runs: list[Path], out: Path, overwrite: bool = False) -> None:
@@ -30,13 +28,10 @@ def compare(runs: list[Path], out: Path, overwrite: bool = False) -> None:
 
     comparison = read_runs(runs)
     sheet = write_comparison(comparison, out, overwrite=overwrite)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=PIPE_COLUMNS)
-    console.print(_table(comparison))
+    console.print_table(_table(comparison))
     for warning in comparison.warnings:
-        console.print(Text(f"note: {printable(warning)}", style="yellow"), soft_wrap=True)
-    console.print(Text(f"page: {out}" + (f", curves: {sheet}" if comparison.columns else "")), soft_wrap=True)
+        console.print(f"note: {printable(warning)}", style="yellow")
+    console.print(f"page: {printable(out)}" + (f", curves: {printable(sheet)}" if comparison.columns else ""))
 
 
 def _table(comparison: "Comparison") -> Table:
@@ -46,27 +41,27 @@ def _table(comparison: "Comparison") -> Table:
     )
     table.add_column()
     for name in comparison.names:
-        table.add_column(Text(printable(name)), justify="right", overflow="fold")
-    table.add_row("status", *(Text(printable(record.status)) for record in comparison.records))
+        table.add_column(cell(name), justify="right", overflow="fold")
+    table.add_row("status", *(cell(record.status) for record in comparison.records))
     for group, rows in comparison.differences.items():
         table.add_section()
-        table.add_row(Text(group, style="dim"))
+        table.add_row(cell(group, "dim"))
         for name, values in rows.items():
-            table.add_row(Text(printable(name)), *(Text(printable(value)) for value in values))
+            table.add_row(cell(name), *(cell(value) for value in values))
     table.add_section()
-    table.add_row(Text("results", style="dim"))
+    table.add_row(cell("results", "dim"))
     for row in comparison.results:
-        table.add_row(Text(printable(row.name)), *(_cell(row, place) for place in range(len(comparison.names))))
+        table.add_row(cell(row.name), *(_cell(row, place) for place in range(len(comparison.names))))
     return table
 
 
 def _cell(row: "Row", place: int) -> Text:
     value, difference = row.cell(place)
-    cell = Text(value, style="bold" if row.best[place] else "")
+    text = Text(value, style="bold" if row.best[place] else "")
     if difference:
         color = {"better": "green", "worse": "red"}.get(row.verdict(place), "dim")
-        cell.append(f" {difference}", f"not bold {color}")
-    return cell
+        text.append(f" {difference}", f"not bold {color}")
+    return text
 
 
 __all__ = ["compare"]

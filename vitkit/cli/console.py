@@ -1,7 +1,6 @@
-"""The consoles of the command line: results go to `out`, all other lines to `err`.
+"""The standard streams of the command line, beside the consoles of `vitkit.console`.
 
-Neither interprets its text as markup. A console that cannot encode a character shows a similar one, and a closed pipe ends the
-output, never the command.
+A stream that cannot encode a character shows a similar one, and a closed pipe ends the output, never the command.
 """
 
 import codecs
@@ -9,36 +8,14 @@ import os
 import sys
 from typing import IO, Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.text import Text
 
+from vitkit.console import TextConsole, cell, err, out
 from vitkit.errors import LINE_CHARACTERS, printable
 
-PIPE_COLUMNS = 240
-"""Width of a table where the output is not a terminal: wide enough to keep a row on one line."""
 _SIMILAR = {"→": "->", "×": "x", "…": "...", "−": "-", "–": "-", "—": "-", "·": "*", "≥": ">=", "≤": "<=", "√": "sqrt", "‖": "||"}
 _BOX_LINES = {"─": "-", "━": "-", "═": "-", "╌": "-", "│": "|", "┃": "|", "║": "|", "╎": "|"}
-
-
-class TextConsole(Console):
-    """A rich console that prints plain text and tables."""
-
-    def __init__(self, *, stderr: bool = False, width: int | None = None) -> None:
-        super().__init__(stderr=stderr, width=width, highlight=False, markup=False, emoji=False, soft_wrap=True)
-
-    def print_table(self, table: RenderableType) -> None:
-        """Print a table as wide as the terminal, or `PIPE_COLUMNS` wide where there is none."""
-        console = self if self.is_terminal else TextConsole(stderr=self.stderr, width=PIPE_COLUMNS)
-        console.print(table, soft_wrap=False)
-
-
-out = TextConsole()
-err = TextConsole(stderr=True)
-
-
-def cell(text: object, style: str = "") -> Text:
-    """A foreign string as it goes into a table or a line."""
-    return Text(printable(text), style)
 
 
 def print_error(message: str) -> None:
@@ -53,11 +30,11 @@ def is_utf8() -> bool:
 
 
 def prepare_streams() -> None:
-    """Let both standard streams take every text, whatever their encoding, also after the reader has closed the pipe.
+    """Let both standard streams accept every text, for any encoding, and also after the reader has closed the pipe.
 
-    A character outside of the encoding becomes a similar one, or `?`.
+    A character that the encoding lacks becomes a similar one, or `?`.
     """
-    Console.on_broken_pipe = _drop_output  # type: ignore[method-assign]  # rich ends the process there, in the midst of a training
+    Console.on_broken_pipe = _drop_output  # type: ignore[method-assign]  # rich's own handler ends the process, even during a training
     codecs.register_error("vitkit.similar", _similar)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -65,7 +42,7 @@ def prepare_streams() -> None:
 
 
 def flush_streams() -> bool:
-    """Write what is still buffered; False where that fails for another reason than a closed pipe."""
+    """Flush both standard streams; False if that fails for another reason than a closed pipe."""
     written = True
     for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
@@ -98,11 +75,11 @@ def _ascii(character: str) -> str:
 
 
 def _discard(stream: IO[Any]) -> None:
-    """Send the rest of a stream to nowhere, so that no later write fails."""
+    """Redirect a stream to the null device, so that no later write fails."""
     try:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
     except (OSError, ValueError):  # a stream in memory has no descriptor
         return
 

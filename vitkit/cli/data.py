@@ -21,8 +21,8 @@ def list_command() -> None:
 
     table = Table("name", "train", "test", "shape", "classes", "MB")
     broken = []
-    here = stored_names()
-    for name in here:
+    names = stored_names()
+    for name in names:
         path = store_path(name)
         try:
             stored = read_store(path)
@@ -32,20 +32,20 @@ def list_command() -> None:
         shape = "×".join(map(str, stored.train.images.shape[1:]))
         counts = (f"{len(stored.train):,}", f"{len(stored.test):,}")
         table.add_row(cell(name), *counts, shape, str(len(stored.classes)), f"{path.stat().st_size / 1e6:.1f}")
-    out.print(f"dataset store {printable(store_directory())}{'' if here else ': empty'}")
+    out.print(f"dataset store {printable(store_directory())}{'' if names else ': empty'}")
     if table.rows:
         out.print(table)
     for line in broken:
         out.print(f"broken: {line}", style="red")
-    others = [name for name in datasets.names() if name not in here]
-    out.print(f"registered besides: {printable(', '.join(others), 10_000) or 'none'}")
+    others = [name for name in datasets.names() if name not in names]
+    out.print(f"also registered: {printable(', '.join(others), 10_000) or 'none'}")
 
 
 @app.command("get")
 def get_command(
     names: Annotated[list[str], typer.Argument(help="registered datasets, such as mnist cifar10")],
 ) -> None:
-    """Download datasets into the store; a dataset that is there already is checked and stays as it is."""
+    """Download datasets into the store; a dataset that exists already is checked and kept."""
     from vitkit.registry import datasets
 
     for name in names:
@@ -76,7 +76,7 @@ def import_command(
         raise UsageError("FOLDER is empty, perhaps an unset variable; give a folder of images, or . for the working directory")
     path = store_path(name)
     if name == "auto" or name in datasets:
-        raise UsageError(f"--name {name}: that name has another meaning for --dataset; choose another")
+        raise UsageError(f"--name {name}: that name has another meaning for --dataset; choose another name")
     if path.exists() and not overwrite:
         raise UsageError(f"--name {name}: {path} exists already; choose another name, or give --overwrite")
     for line in import_folder(Path(folder), name, img_size=img_size, test_fraction=test_fraction, unlabelled=unlabelled):

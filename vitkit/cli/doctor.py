@@ -1,4 +1,4 @@
-"""`vitkit doctor`: installed plugins, versions, devices and datasets, and what is broken or has a known security hole."""
+"""`vitkit doctor`: installed plugins, versions, devices and datasets, with the broken ones and known vulnerabilities."""
 
 import platform
 import sys
@@ -11,8 +11,8 @@ from rich.table import Table
 
 from vitkit import __version__
 from vitkit.cli.console import cell, out
-from vitkit.cli.known_holes import known_holes
 from vitkit.cli.plugin_commands import Commands, command_of, commands
+from vitkit.cli.vulnerabilities import known_vulnerabilities
 from vitkit.errors import DatasetError, PluginError, printable
 from vitkit.registry import REGISTRIES, version_of
 
@@ -21,13 +21,13 @@ SLOW_IMPORT_SECONDS = 5.0
 
 
 def doctor(context: typer.Context) -> None:
-    """Show plugins, versions, devices and datasets, and name what is broken; the exit code is 1 if something is broken."""
+    """Show plugins, versions, devices and datasets, and list the broken ones; the exit code is 1 if anything is broken."""
     root = context.find_root()
     assert isinstance(root.command, Commands)
     broken = _plugins(root.command.built_in(root)) + _unreadable_metadata()
     out.print(_versions())
     broken += _devices() + _store()
-    for line in known_holes(version_of):
+    for line in known_vulnerabilities(version_of):
         out.print(f"warning: {line}", style="yellow")
     if broken:
         out.print(f"\n{len(broken)} broken:", style="bold red")

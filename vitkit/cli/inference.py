@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vitkit.models.model import Model
 
 PROGRESS_SECONDS = 30.0
-"""Seconds between two lines of progress where there is no terminal."""
+"""Seconds between two lines of progress without a terminal."""
 LISTED_PROBLEMS = 20
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="a directory that a run saved into, or a Hub repository OWNER/NAME")]
@@ -180,7 +180,7 @@ def export(
     from vitkit.models.export import export as write
 
     if output is None and "/" in model and not Path(model).exists():
-        raise UsageError(f"{printable(model)} is no local directory, so the output has no default place; give -o FILE")
+        raise UsageError(f"{printable(model)} is no local directory, so the output has no default path; give -o FILE")
     loaded, _ = _load(model, "cpu", "fp32")
     output = output or Path(model) / f"model{SUFFIX[format]}"
     result = write(loaded, output, format=format, overwrite=overwrite)
@@ -223,21 +223,21 @@ def _dataset(name: str) -> Any:
 
 
 def _arguments(words: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """`k=5` for each evaluator, `knn.k=5` for one."""
+    """Arguments by evaluator: `k=5` is for all evaluators, `knn.k=5` for one."""
     from vitkit.training.recipe import parse_arguments
 
     arguments: dict[str, dict[str, Any]] = {name: {} for name in names}
     for word in words:
         owner, dot, _ = word.partition("=")[0].rpartition(".")
         if dot and owner not in arguments:
-            raise UsageError(f"--arg {printable(word)}: no evaluator {owner!r} is asked; expected one of {', '.join(names)}")
+            raise UsageError(f"--arg {printable(word)}: the evaluator {owner!r} is not selected; expected one of {', '.join(names)}")
         for name in [owner] if dot else names:
             arguments[name] |= parse_arguments([word.removeprefix(f"{owner}.") if dot else word])
     return arguments
 
 
 def _buildable(name: str, arguments: dict[str, dict[str, Any]]) -> bool:
-    """Whether an evaluator that nobody named can be built with the given arguments; a broken plugin only loses its own evaluator."""
+    """Whether an evaluator that was not named can be built with the given arguments; a line reports one that cannot."""
     from vitkit.registry import evaluators
 
     try:
@@ -259,7 +259,7 @@ def _holds_scores(path: Path) -> bool:
 
 @contextmanager
 def _counting(total: int, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on a terminal, elsewhere a line every half minute."""
+    """A progress bar on a terminal; without a terminal a line every half minute."""
     if err.is_terminal:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

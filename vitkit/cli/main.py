@@ -1,4 +1,4 @@
-"""The `vitkit` command: its subcommands, and how a failure ends. A command that needs torch imports it when it is called."""
+"""The `vitkit` command: its subcommands and exit codes. A command that needs torch imports it when it is called."""
 
 import sys
 from collections.abc import Callable
@@ -51,7 +51,7 @@ def run_command(
     """Run a recipe: `vitkit run FILE [flags]`; `vitkit run FILE --help` shows the recipe's own flags."""
     if recipe is None or str(recipe).startswith("-"):
         if recipe is None and not context.args:
-            raise UsageError("which recipe? vitkit run FILE, for example vitkit run recipes/jepa_mnist.py")
+            raise UsageError("no recipe is given; give its file, for example vitkit run recipes/jepa_mnist.py")
         out.print("Usage: vitkit run FILE [flags]\n\nRun a recipe. `vitkit run FILE --help` shows its flags.")
         raise typer.Exit(0 if "--help" in [str(recipe), *context.args] else 2)
     from vitkit.cli import run
@@ -96,13 +96,13 @@ def guarded(call: Callable[[], Any], *, debug: bool) -> int:
     except KeyboardInterrupt:
         err.print("interrupted")
         return 130
-    except SystemExit as leaving:
-        return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
     except Exception as error:
         if debug:
             raise
         print_error(f"{type(error).__name__}: {printable(error, 2000)}")
-        err.print("this message is not vitkit's own; the same command with --debug shows where it comes from")
+        err.print("vitkit did not expect this error; the same command with --debug shows where it comes from")
         return 1
     return 0
 
@@ -113,7 +113,7 @@ def main() -> None:
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     words = [number for number, argument in enumerate(arguments) if not argument.startswith("-")]
-    # What follows a recipe's file is for `vitkit run`, since a recipe may have a flag --debug.
+    # Words after a recipe's file belong to the recipe, which may have a flag --debug.
     end = words[1] if len(words) > 1 and arguments[words[0]] == "run" else len(arguments)
     arguments = [argument for argument in arguments[:end] if argument != "--debug"] + arguments[end:]
     code = guarded(lambda: app(arguments, prog_name="vitkit"), debug=debug)

@@ -17,26 +17,26 @@ commands = Registry("command")
 
 
 class Commands(TyperGroup):
-    """The built-in commands and those of installed plugins; a built-in command goes before a plugin's of the same name."""
+    """The built-in commands and the commands of plugins; of two with the same name the built-in one is called."""
 
     @cached_property
-    def _of_plugins(self) -> dict[str, Entry]:
+    def _plugin_entries(self) -> dict[str, Entry]:
         """The commands of plugins by name; installed distributions are searched once."""
-        return {entry.name: entry for entry in reversed(commands.entries())}  # of equal names the first is listed
+        return {entry.name: entry for entry in reversed(commands.entries())}  # the first of equal names is listed
 
     def built_in(self, ctx: Any) -> list[str]:
         """The names of vitkit's own commands."""
         return super().list_commands(ctx)
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return list(dict.fromkeys([*super().list_commands(ctx), *sorted(self._of_plugins)]))
+        return list(dict.fromkeys([*super().list_commands(ctx), *sorted(self._plugin_entries)]))
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """A built-in command, or for a plugin's command a stand-in with its name and summary, for listing."""
         command = super().get_command(ctx, cmd_name)
-        if command is not None or cmd_name not in self._of_plugins:
+        if command is not None or cmd_name not in self._plugin_entries:
             return command
-        return _stand_in(self._of_plugins[cmd_name])
+        return _stand_in(self._plugin_entries[cmd_name])
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name = args[0]
@@ -49,7 +49,7 @@ class Commands(TyperGroup):
 
 
 def command_of(entry: Entry) -> Any:
-    """The command of an entry; `PluginError` where its function cannot be imported or is not a command for typer."""
+    """The command of an entry; `PluginError` if its function cannot be imported or is not a command for typer."""
     function = entry.load()
     app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
     try:
@@ -58,7 +58,7 @@ def command_of(entry: Entry) -> Any:
     except Exception as error:  # typer raises several types for an argument that it cannot read
         raise PluginError(
             f"command {entry.name!r} of {printable(entry.distribution)} {printable(entry.version)} ({printable(entry.value)}) cannot be "
-            f"read: {type(error).__name__}: {printable(error)}; the plugin's author has to fix it"
+            f"read: {type(error).__name__}: {printable(error)}; report it to the plugin's author"
         ) from error
 
 

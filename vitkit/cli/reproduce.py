@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from vitkit.cli.console import cell, err, out
@@ -31,7 +30,7 @@ def reproduce(
     This executes Python code: the run's copy of its recipe. You are asked first. The exit code is 1 if a metric differs by
     more than its tolerance.
     """
-    from vitkit.reproduce import reproduce as again
+    from vitkit.reproduce import reproduce as run_again
 
     def confirm(code: "Code") -> bool:
         err.print(code.warning)
@@ -40,13 +39,13 @@ def reproduce(
         if not sys.stdin.isatty():
             if code.foreign:
                 raise UsageError(
-                    "this code comes from the Hub, and nobody can be asked whether it may run: read it, then give "
+                    "this code comes from the Hub, and there is no terminal to confirm that it may run: read it, then give "
                     "--trust-remote-code (--yes does not cover it)"
                 )
-            raise UsageError("nobody can be asked whether this code may run; give --yes if you trust it")
+            raise UsageError("there is no terminal to confirm that this code may run; give --yes if you trust it")
         return typer.confirm("Run it?", err=True)
 
-    reproduction = again(run, out=directory, resume=resume, confirm=confirm, console=Console(stderr=True, highlight=False))
+    reproduction = run_again(run, out=directory, resume=resume, confirm=confirm, console=err)
     if reproduction is None:
         raise typer.Exit(130)
     _print(reproduction, run)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperCommand
 
-from vitkit.errors import RunDirectoryError, UsageError
+from vitkit.cli.console import err
+from vitkit.errors import RunDirectoryError, UsageError, printable
 from vitkit.runs.directory import newest_unfinished, read_summary
 from vitkit.runs.settings import FREE, ONE_WAY, SETTINGS, requested
 from vitkit.training.accelerator import resolve_device
@@ -19,11 +19,11 @@ from vitkit.training.recipe import Recipe, plain, typed
 
 PANEL = "Every run"
 CONTEXT = "_typer_context"
-"""The parameter that typer fills; a recipe may have a flag `context`."""
+"""The parameter that typer fills with its context; a recipe may have a flag `context`."""
 
 
 def run(path: Path, arguments: list[str]) -> None:
-    """Read the recipe, parse its flags and run it; leaves with the run's exit code."""
+    """Read the recipe, parse its flags and run it; raises `typer.Exit` with the run's exit code."""
     recipe = Recipe(path, reserved=frozenset(SETTINGS))
     if "debug" not in recipe.flags:  # otherwise it is `vitkit --debug`, which may stand anywhere on the line
         arguments = [word for word in arguments if word != "--debug"]
@@ -56,11 +56,10 @@ def _command(recipe: Recipe) -> Any:
         given = {name for name in values if _is_given(values[CONTEXT], name)}
         settings = {name: values[name] for name in SETTINGS}
         flags = {name: values[name] if name in given or name not in recipe.preset_flags else None for name in recipe.flags}
-        console = Console(stderr=True, highlight=False)
         if settings["resume"] and not settings["overwrite"]:
-            settings, flags = _recorded(recipe, settings, flags, given, console)
+            settings, flags = _recorded(recipe, settings, flags, given)
         line = _command_line(recipe, {**flags, **settings}, given)
-        raise typer.Exit(execute(recipe, {**settings, "command": line}, flags, console))
+        raise typer.Exit(execute(recipe, {**settings, "command": line}, flags, err))
 
     parameters = [inspect.Parameter(CONTEXT, inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
     for name, flag in recipe.flags.items():
@@ -87,9 +86,9 @@ def _is_given(context: typer.Context, name: str) -> bool:
 
 
 def _recorded(
-    recipe: Recipe, settings: dict[str, Any], flags: dict[str, Any], given: set[str], console: Console
+    recipe: Recipe, settings: dict[str, Any], flags: dict[str, Any], given: set[str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """On `--resume`, the settings and flags that the run was started with; refuse a given one that would change its numbers."""
+    """On `--resume`, the settings and flags that the run was started with; a flag that would change its numbers raises."""
     directory = settings["out"] or newest_unfinished(recipe.name)
     summary = read_summary(directory)
     if not summary:
@@ -104,7 +103,7 @@ def _recorded(
         values = flags if name in flags else settings
         if name not in asked or (name in FREE and name in given):
             continue
-        # A flag that was not given means the value that was chosen then; so does `auto` of a precision or preset.
+        # The value that was chosen then counts as the same if the flag was not given, or was `auto` for a precision or preset.
         same = [asked[name]] + ([resolved.get(name)] if asked[name] is None or name in ("precision", "preset") else [])
         if name in given and plain(values[name]) not in same:
             raise RunDirectoryError(
@@ -113,7 +112,7 @@ def _recorded(
             )
         values[name] = typed(recipe.flags[name].annotation, asked[name]) if name in flags else asked[name]
     if "device" not in given:
-        settings["device"] = _device(settings["device"], directory, console)
+        settings["device"] = _device(settings["device"], directory)
     given |= {name for name in asked if name in settings and settings[name] != SETTINGS[name].default}
     given |= {name for name in flags if asked.get(name) is not None and flags[name] != recipe.flags[name].default}
     return {**settings, "out": directory}, flags
@@ -124,12 +123,12 @@ def _is_copy(path: Path, directory: Path) -> bool:
     return path.name == "recipe.py" and path.resolve().parent == directory.resolve()
 
 
-def _device(asked: str, directory: Path, console: Console) -> str:
+def _device(asked: str, directory: Path) -> str:
     """The device that a run was started with, or `auto` and a line if this machine does not have it."""
     try:
         resolve_device(asked)
     except UsageError as error:
-        console.print(f"{directory} was started with {error}; resuming with --device auto", markup=False, soft_wrap=True)
+        err.print(f"{printable(directory)} was started with {error}; resuming with --device auto")
         return "auto"
     return asked
 

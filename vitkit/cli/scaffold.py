@@ -1,4 +1,4 @@
-"""`vitkit new`: write a plugin's package or a recipe to start from, completely or not at all."""
+"""`vitkit new`: write a new plugin or recipe, completely or not at all."""
 
 import importlib.util
 import keyword
@@ -19,7 +19,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 ARGUMENTS = {"head": ", in_dim=64, out_dim=10"}
 USE = {
     "backbone": "A backbone turns images `(b c h w)` into tokens `(b n d)`.",
-    "head": "A recipe with a flag for its head takes it by name: `vitkit run recipes/jepa_mnist.py --projector $name`.",
+    "head": "Use it in a recipe that has a flag for a head: `vitkit run recipes/jepa_mnist.py --projector $name`.",
     "loss": 'Call it on two views of each sample; `["loss"]` of the result is the value to minimise.',
     "dataset": "Any recipe trains on it: `vitkit run recipes/jepa_mnist.py --dataset $name`.",
     "evaluator": "In a recipe, `epoch.evaluate(model, data, $name)` runs it and logs its scores.",
@@ -29,11 +29,11 @@ USE = {
 def new_plugin(name: str, kind: str, parent: Path) -> Path:
     """Write a package `parent/name` that registers one component of `kind` and passes its own tests; return its path.
 
-    Raises `UsageError` for an unknown kind and for a name that is not valid or already taken, `RunDirectoryError` where the directory
-    exists, and `RunError` where it cannot be written.
+    Raises `UsageError` for an unknown kind and for a name that is not valid or already taken, `RunDirectoryError` if the directory
+    exists, and `RunError` if it cannot be written.
     """
     if kind not in KINDS:
-        raise UsageError(f"no kind named {kind!r}{nearest(kind, KINDS) or ';'} kinds: {', '.join(KINDS)}")
+        raise UsageError(f"no kind named {kind!r}{nearest(kind, KINDS) or ';'} expected {', '.join(KINDS)}")
     if not re.fullmatch(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*", name):
         raise UsageError(f"a plugin's name is lower-case words and digits, joined by hyphens, such as my-{kind}; given {name!r}")
     module = name.replace("-", "_")
@@ -78,7 +78,7 @@ def new_recipe(name: str, parent: Path) -> Path:
 
 def _check_free(name: str, module: str, kind: str) -> None:
     if keyword.iskeyword(module) or module in sys.stdlib_module_names:
-        raise UsageError(f"{module!r} is Python's own; choose another name, such as {name}-{kind}")
+        raise UsageError(f"{module!r} is a module of Python; choose another name, such as {name}-{kind}")
     if version_of(name) is not None:
         raise UsageError(f"a distribution {name} {version_of(name)} is installed already; choose another name")
     if importlib.util.find_spec(module) is not None:

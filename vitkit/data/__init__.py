@@ -12,7 +12,7 @@ from vitkit.data.dataset import (
     resolve,
     stand_in,
 )
-from vitkit.data.decode import LARGEST_FILE_BYTES, SUFFIXES, ImageReadError, read_image, read_square
+from vitkit.data.decode import MAX_FILE_BYTES, SUFFIXES, ImageReadError, read_image, read_square
 from vitkit.data.image_files import ImageListing, class_order, list_images
 from vitkit.data.image_folder import import_folder, read_layout
 from vitkit.data.preprocess import Preprocessing, preprocess
@@ -20,7 +20,7 @@ from vitkit.data.split import ImageSplit, stratified_indices
 from vitkit.data.store import Stored, read_store, store_directory, store_lock, store_path, stored_names, write_store
 
 __all__ = [
-    "LARGEST_FILE_BYTES",
+    "MAX_FILE_BYTES",
     "SUFFIXES",
     "ImageBatches",
     "ImageDataset",

@@ -65,7 +65,7 @@ class ImageBatches:
     can be entered at any batch. W ranks share each run of W · `batch_size` images.
 
     The images that are left at the end of an epoch make a smaller last batch, unless `drop_last`. With `shuffle` it is shared equally:
-    up to W − 1 images, other ones in each epoch, are left out, and the mean over the ranks' means is the mean over the batch. Without
+    up to W − 1 images, different ones in each epoch, are left out, and the mean over the ranks' means is the mean over the batch. Without
     `shuffle` every image comes exactly once, and the ranks' last batches differ by up to one image, so that one may be empty. Raises
     `UsageError` for a `batch_size` or `views` below 1, and for `augment` or `mix` beside a sequence of `View`s.
     """
@@ -94,7 +94,7 @@ class ImageBatches:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """The preparation of the images, which a model that is trained on them needs too."""
+        """The preprocessing of the images; a model that is trained on them needs the same."""
         return self.split.preprocessing
 
     @property
@@ -159,7 +159,7 @@ class ImageBatches:
 
 
 def _moved(values: Tensor, device: torch.device) -> Tensor:
-    """On the device; a copy from pinned memory does not wait for the computation on the GPU."""
+    """`values` on the device; a copy from pinned memory does not wait for the computation on the GPU."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 

@@ -1,4 +1,4 @@
-"""Datasets: built from the store or by a plugin, and asked for by name."""
+"""Datasets: built by name, from the store or by a plugin."""
 
 import hashlib
 import json
@@ -20,21 +20,21 @@ from vitkit.registry import Spec, datasets
 from vitkit.validation import at_least
 
 VAL_SHARE = 0.1
-"""Part of the training images that becomes the validation split of a dataset without one."""
-MOST_VAL_IMAGES = 5000
+"""Share of the training images that becomes the validation split of a dataset without one."""
+MAX_VAL_IMAGES = 5000
 DIGEST_IMAGES = 1000
 """Images of each split whose pixels a digest reads."""
 MOMENTS_VALUES = 30_000_000
-"""Pixel values that mean and standard deviation are computed from."""
+"""Approximate number of pixel values that the mean and standard deviation are computed from."""
 
 
 @dataclass(frozen=True)
 class ImageDataset:
     """Three splits of images, and facts that a person needs to judge results on them: `contracts.Dataset`.
 
-    Where `val` is not given, it is split off `train`, which then excludes it: `val_size` images, by default a tenth and at most 5,000,
-    from each class in proportion, at least one of a class of two, by a fixed seed. `val_size=0` leaves `train` as it is and `val`
-    empty. `val_note` tells where the validation images come from.
+    Without `val`, validation images are split off `train`: `val_size` images, by default a tenth and at most 5,000, drawn with a fixed
+    seed from each class in proportion, at least one from a class of two. `val_size=0` leaves `train` as it is and `val`
+    empty. `val_note` describes the source of the validation images.
 
     `hub_id` is the id on the Hugging Face Hub; `notice` is a warning that results on this dataset need; `fallback_for` names the dataset
     that this one replaces; `skipped` has a line for each image that was left out.
@@ -110,17 +110,17 @@ class ImageDataset:
 
 
 def held_out(train: ImageSplit, size: int | None = None, *, seed: int = 0) -> tuple[ImageSplit, ImageSplit, str]:
-    """The training split without a validation split, that validation split, and a sentence on it.
+    """Split `train` into a training and a validation split; returns both and a sentence that describes the validation split.
 
     `size` images, by default a tenth and at most 5,000, are drawn by `seed` from each class in proportion.
     """
     at_least(0, val_size=size)
     if size is None:
-        size = min(round(VAL_SHARE * len(train)), MOST_VAL_IMAGES)
+        size = min(round(VAL_SHARE * len(train)), MAX_VAL_IMAGES)
         size = max(size, 1)
     rows = proportional_indices(train.labels, size, seed)
     if not len(rows):
-        return train, train.subset(rows), "none: all training images are trained on"
+        return train, train.subset(rows), "none: all training images are used for training"
     rest = torch.ones(len(train), dtype=torch.bool)
     rest[rows] = False
     note = f"{len(rows):,} of {len(train):,} training images, stratified, seed {seed}"
@@ -143,7 +143,7 @@ def from_store(
     """A dataset from the store's tensors; mean and std are computed from the training pixels where not given.
 
     Batches deliver images of `img_size`, resized or padded on the device, so that a store file serves every size. `val_size` is as in
-    `ImageDataset`. Raises `UsageError` for an `img_size` below 1, and for a `val_size` where the file has a validation split.
+    `ImageDataset`. Raises `UsageError` for an `img_size` below 1, and for a `val_size` if the file has a validation split.
     """
     if stored.val is not None and val_size is not None:
         raise UsageError(f"val_size is {val_size}, but {stored.name} has a validation split; leave val_size out")
@@ -171,7 +171,7 @@ def imported(name: str, *, img_size: int | None = None, val_size: int | None = N
 def build(name: str, **kwargs: Any) -> ImageDataset:
     """A registered dataset, or else the one that was imported into the store under `name`.
 
-    Raises `UnknownNameError` where there is neither, `ArgumentsError` for arguments that do not fit, `DatasetError`.
+    Raises `UnknownNameError` if there is neither, `ArgumentsError` for arguments that do not fit, `DatasetError`.
     """
     stored = [] if ":" in name or name in datasets else stored_names()
     if name in stored:
@@ -190,7 +190,7 @@ def build(name: str, **kwargs: Any) -> ImageDataset:
 def resolve(name: str, *, default: str, **kwargs: Any) -> ImageDataset:
     """A dataset by name; `auto` is `default`, or the embedded `digits` with a `notice` where that is not available.
 
-    A dataset named by hand never falls back, nor does a store file that is broken. Errors are those of `build`.
+    A dataset that is named never falls back, and neither does a broken store file. Errors are those of `build`.
     """
     if name != "auto":
         return build(name, **kwargs)
@@ -200,12 +200,12 @@ def resolve(name: str, *, default: str, **kwargs: Any) -> ImageDataset:
         return stand_in(default, f"{default} is neither in the dataset store nor could it be downloaded", f"({error})", **kwargs)
 
 
-def stand_in(wanted: str, why: str, more: str = "", **kwargs: Any) -> ImageDataset:
-    """The embedded `digits` in place of a dataset, with a `notice` that says `why`."""
+def stand_in(wanted: str, reason: str, details: str = "", **kwargs: Any) -> ImageDataset:
+    """The embedded `digits` in place of the dataset `wanted`, with a `notice` that gives the reason."""
     digits = build("digits", **kwargs)
     notice = (
-        f"{why}: training on scikit-learn's digits instead, {len(digits.train):,} small images. "
-        f"These numbers are NOT {wanted}'s. {more}"
+        f"{reason}: training on scikit-learn's digits instead, {len(digits.train):,} small images. "
+        f"These numbers are NOT {wanted}'s. {details}"
     )
     return replace(digits, fallback_for=wanted, notice=notice.rstrip())
 
@@ -213,7 +213,7 @@ def stand_in(wanted: str, why: str, more: str = "", **kwargs: Any) -> ImageDatas
 def fetched(name: str, fetch: Callable[[], tuple[dict[str, Tensor], list[str]]]) -> Stored:
     """The store's copy of a dataset, downloaded and converted by `fetch` where there is none yet.
 
-    One process downloads; the others wait for it. Raises `MissingDatasetError` with what was tried where the download
+    One process downloads; the others wait for it. Raises `MissingDatasetError` with the cause if the download
     fails, and `DatasetError` as `write_store` and `read_store` do.
     """
     path = store_path(name)
@@ -240,7 +240,7 @@ def _downloaded(
 def pixel_moments(images: Tensor | LazyImages) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel of uint8 `(n c h w)` scaled to [0, 1], over about 30 million values at most."""
     count = MOMENTS_VALUES // int(torch.Size(images.shape[1:]).numel()) + 1
-    # Drawn, since every k-th image need not be like the others: MNIST's writers alternate.
+    # A random sample, because every k-th image may be unlike the others: in MNIST two groups of writers alternate.
     rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count].sort().values
     sample = images if isinstance(images, Tensor) and count >= len(images) else images.index_select(0, rows)
     values = torch.arange(256, dtype=torch.float64) / 255

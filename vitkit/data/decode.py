@@ -1,12 +1,12 @@
-"""Image files to pixels: the one decoder of import, embed, predict, search and streams.
+"""Decoding of image files, for import, embed, predict, search and streams.
 
-Formats are those of `FORMATS`; nothing else is opened, whatever a file's name says. An image is turned upright by its EXIF
-orientation and laid on white where it is transparent; 16-bit grey becomes 8-bit; of an animation or a TIFF with several pages the
-first one is taken. Memory is bounded: an image has at most Pillow's `Image.MAX_IMAGE_PIXELS` pixels and its file at most
-`LARGEST_FILE_BYTES`, and threads that decode at the same time hold about `DECODED_BYTES` together, or one image.
+Only the formats in `FORMATS` are opened; a file's name does not matter. An image is turned upright by its EXIF orientation and
+laid on white if it is transparent; 16-bit grey becomes 8-bit; only the first image of an animation or a TIFF with several pages is
+decoded. Memory is bounded: an image has at most Pillow's `Image.MAX_IMAGE_PIXELS` pixels and its file at most
+`MAX_FILE_BYTES`, and threads that decode at the same time hold about `DECODED_BYTES` together, or one larger image.
 
-Pillow's `Image.open` warns of large images, and filters of warnings belong to the whole process. So its plugins are called here, and
-no filter is changed.
+Pillow's `Image.open` warns of large images, and a warning filter would change the whole process. Therefore this module calls Pillow's
+plugins directly.
 """
 
 import ctypes
@@ -29,12 +29,12 @@ from torch import Tensor
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 """Endings of image files, in lower case."""
-LARGEST_FILE_BYTES = 256 << 20
+MAX_FILE_BYTES = 256 << 20
 DECODED_BYTES = 512 << 20
 BYTES_PER_PIXEL = 9
 """Memory that decoding takes at its peak: the pixels as stored, and as RGBA before and after multiplication by alpha."""
-TRIMMED_BYTES = 64 << 20
-"""After an image that took more, the C library's free memory is given back to the system."""
+TRIM_BYTES = 64 << 20
+"""After an image that took more than this, the C library returns its free memory to the system."""
 SPARE_FACTOR = 3
 """An image is reduced early to no less than this multiple of the size that is wanted."""
 
@@ -52,7 +52,7 @@ class ImageReadError(ValueError):
 
 
 class MemoryBudget:
-    """Bytes that threads share: `held(size)` waits until they fit, or until nobody else holds any."""
+    """A number of bytes that threads share: `held(size)` waits until `size` more bytes fit, or until no thread holds any."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self._used, self._change = limit, 0, threading.Condition()
@@ -113,7 +113,7 @@ def in_colour(image: Image.Image) -> Image.Image:
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """An image in the mode RGBA becomes RGB on a white ground; another stays as it is."""
+    """An RGBA image on a white background, as RGB; any other image is returned unchanged."""
     if image.mode != "RGBA":
         return image
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -125,14 +125,17 @@ def reduced(image: Image.Image, least: tuple[int, int]) -> Image.Image:
     if factor < 2:
         return image
     width, height = image.size
-    # Of RGBA, resize() multiplies by alpha first; reduce() does not.
+    # resize() multiplies RGBA by alpha first; reduce() does not.
     return image.resize((-(-width // factor), -(-height // factor)), Image.Resampling.BOX)
 
 
 def _decoded(
     file: Path | str | bytes, finish: Callable[[Image.Image], Image.Image], *, draft: tuple[str, tuple[int, int]] | None = None
 ) -> Image.Image:
-    """`finish` of the upright image, while its memory is accounted for; a JPEG is decoded at a fraction down to the size of `draft`."""
+    """The result of `finish` on the upright image, within the memory budget.
+
+    With `draft` (mode, size) a JPEG may be decoded at a fraction of its size, but at least at this size.
+    """
     try:
         with _stream(file) as stream:
             image = _identified(stream)
@@ -147,11 +150,11 @@ def _decoded(
             size = image.width * image.height * BYTES_PER_PIXEL
             with _budget.held(size):
                 image.load()
-                with suppress(Exception):  # damaged EXIF data: the image stays as it lies
+                with suppress(Exception):  # damaged EXIF data: the image is not turned
                     ImageOps.exif_transpose(image, in_place=True)
                 result = finish(image)
                 del image
-                if size > TRIMMED_BYTES and _malloc_trim is not None:
+                if size > TRIM_BYTES and _malloc_trim is not None:
                     _malloc_trim(0)
                 return result
     except ImageReadError:
@@ -169,18 +172,18 @@ def _stream(file: Path | str | bytes) -> Iterator[BinaryIO]:
     with BytesIO(file) if isinstance(file, bytes) else Path(file).open("rb") as stream:
         size = stream.seek(0, os.SEEK_END)
         stream.seek(0)
-        if size > LARGEST_FILE_BYTES:
-            raise ImageReadError(f"the file has {size:,} bytes; expected at most {LARGEST_FILE_BYTES:,}")
+        if size > MAX_FILE_BYTES:
+            raise ImageReadError(f"the file has {size:,} bytes; expected at most {MAX_FILE_BYTES:,}")
         yield stream
 
 
 def _identified(stream: BinaryIO) -> Any:
-    """Pillow's image object, its header read and its pixels not."""
+    """Pillow's image object; its header is read, its pixels are not."""
     prefix = stream.read(16)
     for factory, accept in _openers():
         stream.seek(0)
-        if accept is None or accept(prefix) is True:  # a text says that the format is not installed
-            with suppress(SyntaxError, IndexError, TypeError, struct.error):  # as Image.open does: this plugin does not know it
+        if accept is None or accept(prefix) is True:  # accept() returns a text if the format is not installed
+            with suppress(SyntaxError, IndexError, TypeError, struct.error):  # as in Image.open: the plugin does not know this file
                 return factory(stream, "")
     raise UnidentifiedImageError(f"cannot identify image file; expected {', '.join(FORMATS)}")
 
@@ -194,6 +197,6 @@ def _openers() -> list[tuple[Any, Any]]:
 
 
 __all__ = [
-    "FORMATS", "LARGEST_FILE_BYTES", "SUFFIXES", "ImageReadError", "MemoryBudget", "in_colour", "on_white", "read_image", "read_square",
+    "FORMATS", "MAX_FILE_BYTES", "SUFFIXES", "ImageReadError", "MemoryBudget", "in_colour", "on_white", "read_image", "read_square",
     "reduced",
 ]  # fmt: skip

@@ -1,7 +1,7 @@
-"""One walk over a folder of images, for import, embed, predict and search: every file is taken, or counted in a line.
+"""The image files in a folder, for import, embed, predict and search. Files that are left out are counted and reported.
 
-Hidden files and folders, and the folders that systems and notebooks leave behind, are not looked into. Linked folders are followed,
-except back into a folder that holds them.
+Hidden files and folders, and folders that systems and notebooks create, are skipped. Linked folders are followed, unless the link
+leads to a folder that contains it.
 """
 
 import os
@@ -15,7 +15,7 @@ from vitkit.data.decode import SUFFIXES
 from vitkit.errors import printable
 
 SYSTEM_FOLDERS = {"__macosx", "__pycache__", "@eadir", "@__thumb", "#recycle", "$recycle.bin", "lost+found", "system volume information"}
-"""Names in lower case; folders whose names begin with a dot are not looked into either."""
+"""Names in lower case; folders whose names begin with a dot are skipped, too."""
 OTHER_IMAGES = {
     ".heic", ".heif", ".jp2", ".j2k", ".jxl", ".svg", ".eps", ".pdf", ".psd", ".ico", ".tga", ".ppm", ".pgm", ".pbm", ".dng", ".cr2",
     ".nef", ".arw", ".raw", ".exr", ".hdr", ".dcm", ".npy",
@@ -26,7 +26,7 @@ NAMES_LISTED = 5
 
 @dataclass
 class ImageListing:
-    """`images` below a folder, sorted; lines for images that are `left_out`, and `remarks` on everything else that was passed over."""
+    """`images` below a folder, sorted; lines for images that are `left_out`, and `remarks` on all other files and folders."""
 
     images: list[Path] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
@@ -34,7 +34,7 @@ class ImageListing:
 
 
 def list_images(folder: Path) -> ImageListing:
-    """Every image file in a folder and below it, by its ending, one of `SUFFIXES`."""
+    """Every file in a folder and below it whose name ends with one of `SUFFIXES`."""
     listing = ImageListing()
     unread: Counter[str] = Counter()
     other: Counter[str] = Counter()
@@ -83,7 +83,7 @@ def is_system_folder(name: str) -> bool:
 
 
 def _walk(root: Path) -> Iterator[tuple[Path, str]]:
-    """Each entry below a folder with "file", "skipped" for a folder that is not looked into, or the reason why it is left out."""
+    """Each entry below a folder with "file", "skipped" for a hidden or system folder, or the reason why it is left out."""
     waiting: list[tuple[Path, tuple[tuple[int, int], ...]]] = [(root, (_identity(root),))]
     while waiting:
         folder, above = waiting.pop()

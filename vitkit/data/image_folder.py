@@ -1,4 +1,4 @@
-"""A folder of images into the dataset store: class folders, the layouts of other tools, or images without labels."""
+"""Import of a folder of images into the dataset store: class folders, split folders, or images without labels."""
 
 import hashlib
 import os
@@ -25,14 +25,14 @@ SPLIT_FOLDERS = {
     "val": "val", "valid": "val", "validation": "val", "dev": "val",
     "test": "test", "testing": "test",
 }  # fmt: skip
-"""Names of folders that hold a split, in lower case; capitals make no difference."""
+"""Names of folders that hold a split, in lower case; upper and lower case are not distinguished."""
 DECODED_AHEAD = 64
 """Images that are being decoded while earlier ones are written."""
 
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image file, the split it belongs to, and its class, or None where it has no label."""
+    """An image file, the split that it belongs to, and its class, or None if it has no label."""
 
     split: str
     label: str | None
@@ -41,13 +41,13 @@ class ImageFile:
 
 @dataclass
 class Layout:
-    """What a folder was taken for: its image files, lines for images that are left out, and remarks on the rest."""
+    """The layout of a folder: its image files, lines for images that are left out, and remarks on other files."""
 
     files: list[ImageFile] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     divided: bool = False
-    """True where test images were taken from the training images."""
+    """True if test images were taken from the training images."""
 
     @property
     def labelled(self) -> bool:
@@ -59,10 +59,10 @@ def import_folder(
 ) -> list[str]:
     """Write a folder of images into the store as dataset `name`, and return a line for each image that was left out.
 
-    `read_layout` says how folders are understood. The middle square of each image is resized to `img_size`. The lines are kept in the
+    `read_layout` describes the layouts. The middle square of each image is resized to `img_size`. The lines are kept in the
     store as `skipped`, and remarks on the layout as `layout`. Images are written as they are decoded: memory does not grow with their
-    number. Raises `UsageError` for arguments out of range, and `DatasetError` where `read_layout` does, where fewer than two classes
-    have a readable image to train on, where a split has no readable image, and where the store is not writable.
+    number. Raises `UsageError` for arguments out of range, and `DatasetError` if `read_layout` does, if fewer than two classes
+    have a readable image to train on, if a split has no readable image, and if the store is not writable.
     """
     at_least(1, img_size=img_size)
     path = store_path(name)  # a bad name is refused before any work
@@ -72,7 +72,7 @@ def import_folder(
     with writing_to(path), tempfile.TemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".partial") as pixels:
         readable = list(_decode_into(pixels, layout.files, img_size, skipped))
         rows = {file.path: row for row, file in enumerate(readable)}
-        if layout.divided:  # among the readable ones, so that no split is empty without need
+        if layout.divided:  # test images are chosen among the readable ones, so that a split is not empty if it need not be
             readable = [replace(file, split="train") if file.split == "test" else file for file in readable]
             readable = _with_test(readable, test_fraction)
         classes = sorted({file.label for file in readable if file.split == "train" and file.label is not None}, key=class_order)
@@ -96,21 +96,21 @@ def import_folder(
 def read_layout(root: Path, test_fraction: float, *, unlabelled: bool = False) -> Layout:
     """Every image below `root` with its split and class.
 
-    - Folders called train, val and test, or as in `SPLIT_FOLDERS`, each with a folder a class: these splits. A val or test folder
+    - Folders called train, val and test, or as in `SPLIT_FOLDERS`, each with a folder for each class: these splits. A val or test folder
       without class folders is left out, since nothing can be measured on it.
     - These folders with images directly in them: these splits, without labels.
-    - A folder a class: every image below it has this class, whatever its name; a class may be called `train`.
-    - Images directly in `root`, and at most one folder: images without labels. With `unlabelled` every layout is read so.
+    - A folder for each class: every image below it has this class, for any name of the folder; a class may be called `train`.
+    - Images directly in `root`, and at most one folder: images without labels. With `unlabelled` all layouts are read like this.
 
-    Without a test folder `test_fraction` of the training images of each class, at least one of two, are for testing: the ones whose
-    names' hashes come first, so that adding an image hardly moves others from one split into the other. Raises `UsageError` for a
-    fraction outside [0, 1), and `DatasetError` where there is no folder, no image, only one class, or a split's folder without images.
+    Without a test folder `test_fraction` of the training images of each class, at least one of two, are for testing: those whose
+    names have the smallest hashes, so that adding an image moves few others between the splits. Raises `UsageError` for a
+    fraction outside [0, 1), and `DatasetError` if there is no folder, no image, only one class, or a split's folder without images.
     """
     in_range(0, 1, high_included=False, test_fraction=test_fraction)
     if not root.is_dir():
         raise DatasetError(f"there is no folder at {printable(root)}; expected one with images in it, or with a folder for each class")
     listing = list_images(root)
-    layout = Layout(left_out=listing.left_out, remarks=[f"passed over: {line}" for line in listing.remarks])
+    layout = Layout(left_out=listing.left_out, remarks=[f"skipped: {line}" for line in listing.remarks])
     if not listing.images:
         raise DatasetError(f"{printable(root)} holds no image; expected {', '.join(SUFFIXES)} files in it or below it")
     groups = _top_folders(root, listing.images)
@@ -127,7 +127,8 @@ def read_layout(root: Path, test_fraction: float, *, unlabelled: bool = False) -
         _read_classes(root, groups, layout)
     if all(file.split != "test" for file in layout.files):
         layout.files, layout.divided = _with_test(layout.files, test_fraction), True
-        layout.remarks.append(f"test: {test_fraction:.0%} of the training images of each class, by their names")
+        of_each = " of each class" if layout.labelled else ""
+        layout.remarks.append(f"test: {test_fraction:.0%} of the training images{of_each}, by their names")
     return layout
 
 
@@ -157,7 +158,7 @@ def _split_folders(root: Path, groups: dict[str, list[Path]]) -> dict[str, str]:
     trained = [name for name, role in roles.items() if role == "train" and name in groups]
     inner = {path.relative_to(root).parts[1] for name in trained for path in groups[name] if len(path.relative_to(root).parts) > 2}
     others = [name for name in groups if name and name not in roles]
-    if not trained or (others and len(inner) < 2):  # among other classes, `train` is one of them
+    if not trained or (others and len(inner) < 2):  # `train` is then one of the classes
         return {}
     return roles
 
@@ -172,7 +173,7 @@ def _read_splits(root: Path, groups: dict[str, list[Path]], roles: dict[str, str
         folder = printable(root / name)
         role = roles.get(name)
         if role is None:
-            where = f"{folder}: {len(paths):,} images {'beside' if not name else 'in a folder that is none of'} train, val and test"
+            where = f"{folder}: {len(paths):,} images {'beside' if not name else 'in a folder other than'} train, val and test"
             layout.left_out.append(where)
             continue
         files = [ImageFile(role, label(path) if labelled else None, path) for path in paths]
@@ -239,7 +240,7 @@ def _decode_into(pixels: BinaryIO, files: Sequence[ImageFile], img_size: int, sk
         except ImageReadError as error:
             skipped.append(f"{printable(file.path)}: {printable(error)}")
 
-    with ThreadPoolExecutor() as pool:  # Pillow lets other threads run while it decodes
+    with ThreadPoolExecutor() as pool:  # Pillow releases the GIL while it decodes
         for file in files:
             waiting.append((file, pool.submit(read_square, file.path, img_size)))
             if len(waiting) > DECODED_AHEAD:

@@ -30,7 +30,7 @@ class Preprocessing:
     def pixels(self, images: Tensor) -> Tensor:
         """uint8 `(n c h w)` → float32 in [0, 1] of this size.
 
-        Grey images are repeated where RGB ones are expected, and RGB ones become luma (ITU-R BT.601) where grey ones are.
+        Grey images are repeated if RGB images are expected; RGB images become luma (ITU-R BT.601) if grey images are expected.
         """
         if {images.shape[1], self.shape[0]} == {1, 3}:
             images = images.expand(-1, 3, -1, -1) if self.shape[0] == 3 else grey(images.float()).round()
@@ -49,7 +49,7 @@ class Preprocessing:
         return (images * (1 / std)).sub_(mean / std)
 
     def to_json(self) -> dict[str, Any]:
-        """As `config.json` keeps it."""
+        """The dict that `config.json` stores."""
         return {"shape": list(self.shape), "mean": list(self.mean), "std": list(self.std), "fit": self.fit}
 
     @classmethod
@@ -69,8 +69,8 @@ class Preprocessing:
 def preprocess(images: Tensor | Sequence[Image.Image], preprocessing: Preprocessing) -> Tensor:
     """uint8 `(n c h w)` in [0, 255], or Pillow images of any size and mode → normalised float32 `(n c h w)`.
 
-    Pillow images are turned upright by their EXIF orientation, laid on white where they are transparent, made grey or RGB, and, where
-    `preprocessing` resizes, cropped about their middle to its proportions. Grey tensors are repeated for a model of RGB images, and
+    Pillow images are turned upright by their EXIF orientation, laid on white if they are transparent, made grey or RGB, and, if
+    `preprocessing` resizes, cropped around their centre to its proportions. Grey tensors are repeated for a model of RGB images, and
     RGB ones become luma (ITU-R BT.601) for a model of grey ones. Raises `UsageError` for another type, other numbers of channels, and
     an empty list.
     """

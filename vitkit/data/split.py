@@ -17,7 +17,7 @@ from vitkit.transforms.mixup import Mixing
 from vitkit.validation import at_least, in_range
 
 COPIED_BYTES = 256 << 20
-"""A subset of a tensor up to this size is copied; a larger one reads its rows from the whole tensor when they are needed."""
+"""A subset of a tensor up to this size is copied; a larger subset reads its rows from the full tensor when they are needed."""
 READ_ROWS = 256
 
 
@@ -60,7 +60,7 @@ class ImageSplit:
     def read(self, shares: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """For each index tensor `(m,)` its images uint8 `(k c h w)` and their indices `(k,)`.
 
-        k is m, or for lazy images the number of readable ones; the others are named in `skipped`.
+        k is m; for lazy images it is the number of readable images, and `skipped` names the others.
         """
         if isinstance(self.images, LazyImages):
             yield from self.images.read(shares)
@@ -93,7 +93,7 @@ class ImageSplit:
     def mask_labels(self, fraction: float, *, seed: int = 0) -> "ImageSplit":
         """The same images, with the labels of all but a `fraction` of them `UNLABELLED`, evenly over the classes.
 
-        Raises `UsageError` where `fraction` lies outside (0, 1] or leaves no label.
+        Raises `UsageError` if `fraction` lies outside (0, 1] or leaves no label.
         """
         in_range(0, 1, low_included=False, fraction=fraction)
         count = round(fraction * len(self))
@@ -107,8 +107,8 @@ class ImageSplit:
     def oversample_labelled(self, share: float) -> "ImageSplit":
         """All images, with labelled ones repeated until they are about `share` of the split.
 
-        With few labels a batch would otherwise hold next to none. Raises `UsageError` for a share outside [0, 1) and where there is no
-        label.
+        Use it if only few images have labels, so that most batches would hold none. Raises `UsageError` for a share outside [0, 1) and if
+        there is no label.
         """
         in_range(0, 1, high_included=False, share=share)
         labelled = (self.labels != UNLABELLED).nonzero().squeeze(1)
@@ -132,7 +132,7 @@ class ImageSplit:
         With a sequence of `View`s a batch holds `views`, a tuple of tensors `(b v c h w)`, one for each `View`, and the first of them
         also as `images`; `augment` and `mix` are then not allowed.
 
-        With `mix` augmented images are mixed in pairs within a rank's batch, all views of an image alike, and a batch also holds
+        With `mix` augmented images are mixed in pairs within a rank's batch, all views of an image in the same way, and a batch also holds
         `partners` int64 `(b,)`, the labels of the images mixed in, and `weights` float32 `(b,)`: `labels` count by `weights`,
         `partners` by 1 − `weights`. The two labels of an image are both known or both `UNLABELLED`.
         """

@@ -1,10 +1,10 @@
-"""The dataset store: one memory-mapped safetensors file a dataset.
+"""The dataset store: one memory-mapped safetensors file for each dataset.
 
 `$VITKIT_DATA/<name>.safetensors` (default: the platform's cache directory) holds `train.images` uint8 `(n c h w)`,
 `train.labels` int64 `(n,)`, `test.images`, `test.labels`, optionally `val.images` and `val.labels`, and the metadata `name` and
 `classes`, a JSON list. Labels index `classes`; images without a label have −1, and a dataset without labels has no classes.
 
-Files are written here in pieces, since safetensors' own writer copies every tensor into memory first.
+Files are written here in pieces, because the writer of safetensors copies every tensor into memory first.
 """
 
 import json
@@ -25,12 +25,12 @@ from torch import Tensor
 
 from vitkit.contracts import UNLABELLED
 from vitkit.errors import DatasetError, RunError, UsageError, printable
-from vitkit.files import atomic_write
+from vitkit.files import atomic_write, safetensors_header
 
 SPLITS = ("train", "val", "test")
 PIECE_BYTES = 1 << 20
 LINES_KEPT = 1000
-"""Lines on images that were left out that a store file keeps."""
+"""Most lines on left-out images that a store file keeps."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class StoredSplit:
 
 @dataclass(frozen=True)
 class PixelFile:
-    """The images `rows` of an open file that holds images uint8 of `image_shape` `(c h w)`: a tensor `(n c h w)` that is not in memory."""
+    """A tensor uint8 `(n c h w)` that stays on disk: the images `rows` of an open file of images of `image_shape` `(c h w)`."""
 
     file: BinaryIO
     rows: Sequence[int]
@@ -103,9 +103,9 @@ class Stored:
 
 
 def store_directory() -> Path:
-    """Where datasets are kept: `$VITKIT_DATA`, or `vitkit/data` in the platform's cache directory."""
-    given = os.environ.get("VITKIT_DATA")
-    return Path(given).expanduser() if given else platformdirs.user_cache_path("vitkit") / "data"
+    """The directory of the datasets: `$VITKIT_DATA`, or `vitkit/data` in the platform's cache directory."""
+    folder = os.environ.get("VITKIT_DATA")
+    return Path(folder).expanduser() if folder else platformdirs.user_cache_path("vitkit") / "data"
 
 
 def store_path(name: str) -> Path:
@@ -126,7 +126,7 @@ def stored_names() -> list[str]:
 
 @contextmanager
 def writing_to(path: Path) -> Iterator[None]:
-    """Make the folder of a store file; an `OSError` in the block becomes a `DatasetError` with the way out."""
+    """Make the folder of a store file; an `OSError` in the block becomes a `DatasetError` that says what to do."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield
@@ -136,9 +136,9 @@ def writing_to(path: Path) -> Iterator[None]:
 
 @contextmanager
 def store_lock(name: str) -> Iterator[None]:
-    """Held while a dataset is made, so that the ranks of one job do not all download it.
+    """A lock that is held while a dataset is made, so that only one rank of a job downloads it.
 
-    Raises `DatasetError` where the store is not writable.
+    Raises `DatasetError` if the store is not writable.
     """
     path = store_path(name)
     with writing_to(path):
@@ -151,15 +151,15 @@ def store_lock(name: str) -> Iterator[None]:
 
 
 def read_store(path: str | Path) -> Stored:
-    """Map a store file into memory and check what is cheap to check; pixels stay unread until a batch needs them.
+    """Map a store file into memory and check everything but the pixels, which stay unread until a batch needs them.
 
-    Raises `DatasetError` where it is missing, not readable, cut short or no store file, has other types or shapes, or labels outside
+    Raises `DatasetError` if it is missing, not readable, cut short or no store file, has other types or shapes, or labels outside
     its classes.
     """
     path = Path(path)
     if not path.is_file():
-        raise DatasetError(f"there is no dataset file at {path}; `vitkit data list` shows the ones there are")
-    way = f"delete it and make it again with `vitkit data get {path.stem}` (or `vitkit data import`)"
+        raise DatasetError(f"there is no dataset file at {path}; `vitkit data list` lists the stored datasets")
+    advice = f"delete it and make it again with `vitkit data get {path.stem}` (or `vitkit data import`)"
     try:
         with safe_open(path, framework="pt") as file:
             metadata: dict[str, str] = file.metadata() or {}
@@ -170,12 +170,12 @@ def read_store(path: str | Path) -> Stored:
     except OSError as error:
         raise DatasetError(f"{path} is not readable: {error.strerror or error}") from None
     except (SafetensorError, ValueError, RecursionError) as error:
-        raise DatasetError(f"{path} is cut short or no store file ({error}); {way}") from None
+        raise DatasetError(f"{path} is cut short or no store file ({error}); {advice}") from None
     problem = _problem(tensors, classes)
     if not problem and not _is_names(skipped):
         problem = "its metadata 'skipped' should be a JSON list of lines"
     if problem:
-        raise DatasetError(f"{path}: {problem}; {way}")
+        raise DatasetError(f"{path}: {problem}; {advice}")
     return Stored(metadata.get("name", path.stem), classes, tensors, skipped, metadata)
 
 
@@ -184,7 +184,7 @@ def write_store(
 ) -> Path:
     """Write a dataset into the store in one step: a failure leaves an earlier file as it was.
 
-    Raises `DatasetError` for tensors that `read_store` would refuse, and where the file is not writable.
+    Raises `DatasetError` for tensors that `read_store` would refuse, and if the file is not writable.
     """
     path = store_path(name)
     problem = _problem(tensors, classes)
@@ -205,18 +205,11 @@ def write_store(
 
 
 def _write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor | PixelFile], metadata: Mapping[str, str]) -> None:
-    """The format of safetensors: the header's length in 8 bytes, a JSON header padded to 8 bytes, and the tensors' bytes."""
+    """Write a safetensors file, the tensors in pieces."""
     # Labels come first: their 8-byte numbers have to be aligned, and pixels may end anywhere.
     ordered = sorted(tensors.items(), key=lambda item: (item[1].dtype == torch.uint8, item[0]))
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
-    place = 0
-    for name, tensor in ordered:
-        kind = "U8" if tensor.dtype == torch.uint8 else "I64"
-        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [place, place + tensor.nbytes]}
-        place += tensor.nbytes
-    text = json.dumps(header, ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
+    entries = ((name, "U8" if tensor.dtype == torch.uint8 else "I64", tensor.shape, tensor.nbytes) for name, tensor in ordered)
+    file.write(safetensors_header(entries, metadata))
     for _, tensor in ordered:
         if isinstance(tensor, PixelFile):
             file.writelines(tensor.pieces())
@@ -227,8 +220,8 @@ def _write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor | PixelFile]
 
 def _unwritable(path: Path, reason: str) -> DatasetError:
     return DatasetError(
-        f"cannot write {path}: {reason}; free some room there, or let the environment variable VITKIT_DATA name another "
-        f"directory; nothing was left half-written"
+        f"cannot write {path}: {reason}; free some room there, or set the environment variable VITKIT_DATA to another "
+        f"directory; no incomplete file was left"
     )
 
 
@@ -237,7 +230,7 @@ def _is_names(value: object) -> TypeGuard[list[str]]:
 
 
 def _problem(tensors: Mapping[str, Tensor | PixelFile], classes: object) -> str:
-    """The fault of a dataset's content, or an empty string."""
+    """The problem with a dataset's content, or an empty string."""
     splits = [split for split in SPLITS if split != "val" or f"{split}.images" in tensors or f"{split}.labels" in tensors]
     missing = [f"{split}.{part}" for split in splits for part in ("images", "labels") if f"{split}.{part}" not in tensors]
     if missing:

@@ -1,4 +1,4 @@
-"""Collectives that gradients flow through, and that do nothing with one process.
+"""Collectives with gradients. With one process they do nothing.
 
 One convention gives the gradient of the batch of all ranks. Every rank computes the same loss from reduced (or gathered) values, and calls
 backward on it. The backward pass of a reduction is the sum over ranks of the incoming gradients, W times the true gradient; DDP's mean
@@ -68,10 +68,10 @@ def broadcast_text(text: str, *, device: torch.device | str = "cpu") -> str:
 
 
 class AnyRank:
-    """For each flag: True where any rank has raised it. The answer is the same on every rank, and one call late.
+    """For each flag: True if any rank has raised it. The answer is the same on every rank and arrives one call late.
 
-    All ranks call it equally often. It answers for the flags of the call before, so that it never waits for a device; with one process
-    it answers for the flags of this call.
+    All ranks call it equally often. A call answers for the flags of the previous call, so that it never waits for a device; with one
+    process it answers for its own flags.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:

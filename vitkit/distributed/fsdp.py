@@ -1,7 +1,7 @@
 """Weights sharded over ranks (FSDP2): cloned from the recipe's model, gathered for saving, and sharded again for resuming.
 
 torch's `fully_shard` gives every rank a part of each weight, its gradient and its optimiser state as a `DTensor`.
-`torch.distributed.checkpoint.state_dict` does the same for torch's optimisers; it does not know optimisers that are chained of several.
+`torch.distributed.checkpoint.state_dict` does the same for torch's optimisers, but not for an optimiser that chains several.
 `vitkit.training.accelerator` switches FSDP2 on.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 def is_sharded(value: Any) -> bool:
     """True for a tensor of which each rank has a part."""
-    # Testing the attribute needs no import where nothing is sharded.
+    # Testing the attribute avoids an import if nothing is sharded.
     return isinstance(value, Tensor) and hasattr(value, "full_tensor")
 
 

@@ -2,7 +2,7 @@
 
 A launcher ends the processes of a job on its machine only. A process group's `timeout` counts the time of one collective: it has to be
 longer than the slowest legitimate wait, an evaluation or a report on rank 0, and defaults to 10 minutes with NCCL and to 30 with gloo. It
-also ends without naming the rank that failed. So each rank writes a heartbeat into the process group's store here, and its error before
+also ends without naming the rank that failed. Therefore each rank writes a heartbeat into the process group's store, and its error before
 it stops.
 """
 
@@ -20,7 +20,7 @@ import torch.distributed as dist
 BEAT_SECONDS = 5.0
 """Seconds between two heartbeats of a rank."""
 SILENT_SECONDS = 40.0
-"""A rank without a heartbeat for this time is taken for dead, unless this rank has made progress meanwhile."""
+"""A rank without a heartbeat for this time counts as dead, unless this rank has made progress in that time."""
 GRACE_SECONDS = 10.0
 """Time for the main thread to stop by itself once the failure of another rank is known."""
 ERROR, DONE = "vitkit/error", b"done"
@@ -35,7 +35,7 @@ class RankWatchdog:
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say, self._over, self._moved = say, threading.Event(), time.monotonic()
         self._store: Any = None
-        # torchrun starts a rank as its child; without torchrun another parent is nobody to wait for.
+        # torchrun is the parent of its ranks; without torchrun the parent process does not matter.
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else 0
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             store: Any = dist.distributed_c10d._get_default_store()
@@ -108,14 +108,14 @@ class RankWatchdog:
             elif now - self._moved > SILENT_SECONDS and silent:
                 self._stop(f"nothing was heard of rank {', '.join(map(str, silent))} for {SILENT_SECONDS:.0f} s, so this one stops")
 
-    def _stop(self, why: str, ask: int | None = None) -> None:
-        """Call `say` and end the process, unless the main thread ends first; the signal `ask` makes it save a checkpoint."""
-        if ask is not None:
-            os.kill(os.getpid(), ask)
-        if self._over.wait(GRACE_SECONDS):  # its collective has failed, or it got a signal: it reports that itself
+    def _stop(self, reason: str, signal_number: int | None = None) -> None:
+        """Call `say` and end the process, unless the main thread ends first; a signal makes the main thread save a checkpoint."""
+        if signal_number is not None:
+            os.kill(os.getpid(), signal_number)
+        if self._over.wait(GRACE_SECONDS):  # the main thread has reported the failure itself
             return
         with contextlib.suppress(Exception):
-            self._say(why)
+            self._say(reason)
         sys.stderr.flush()
         os._exit(1)  # the main thread may never return from a collective
 
@@ -131,7 +131,7 @@ def _runs_begun() -> int:
 
 
 def is_collective(error: BaseException) -> bool:
-    """True where an error comes from a collective whose other side is gone."""
+    """True if an error comes from a collective in which another rank is gone."""
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "Connection closed by peer", "NCCL"))
     )

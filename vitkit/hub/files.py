@@ -18,7 +18,7 @@ from vitkit.runs.directory import MODULES
 MIB = 2**20
 CARD, RECIPE, SUMMARY = "README.md", "recipe.py", "summary.json"
 ORIGIN = "origin.json"
-"""Names the repository that a directory was pulled from: `vitkit reproduce` takes its code for a stranger's."""
+"""The file that names the repository a directory was pulled from: `vitkit reproduce` does not trust the code in it."""
 MAX_BYTES = {
     WEIGHTS: 16 * 2**30,
     CONFIG: JSON_BYTES,
@@ -32,7 +32,7 @@ MAX_BYTES = {
 PLOT, PLOT_BYTES = re.compile(r"plots/[\w-]{1,80}\.png"), 16 * MIB
 MODULE, MODULE_BYTES = re.compile(rf"{MODULES}/(\w{{1,80}}/){{0,4}}\w{{1,80}}\.py"), MIB
 MAX_MORE_FILES = 200
-"""Plots and modules of a repository."""
+"""Most plots and modules of a repository."""
 PNG, MAX_PNG_PIXELS = b"\x89PNG\r\n\x1a\n", 64 * 10**6
 
 
@@ -42,8 +42,8 @@ def max_bytes(name: str) -> int | None:
     return MAX_BYTES.get(name, more)
 
 
-def of_run(run: Path, *, allow_secrets: bool = False) -> dict[str, int]:
-    """The files of a run that are published, with their sizes in bytes; checkpoints, logs and other files are not among them.
+def run_files(run: Path, *, allow_secrets: bool = False) -> dict[str, int]:
+    """The files of a run that are published, with their sizes in bytes; checkpoints and logs are not.
 
     Raises `UsageError` for a directory without a run, `HubError` for a file that is a link, too large, or, without
     `allow_secrets`, holds what looks like a token or a password.
@@ -76,7 +76,7 @@ def _header(path: Path) -> bytes:
         return file.read(min(struct.unpack("<Q", size)[0], JSON_BYTES)) if len(size) == 8 else b""
 
 
-def to_fetch(repo: str, listing: Mapping[str, int]) -> list[str]:
+def files_to_fetch(repo: str, listing: Mapping[str, int]) -> list[str]:
     """The names in a repository's listing that are downloaded; the other files are left out.
 
     Raises `HubError` for a repository without a model, with a name outside of it, or with a file that is too large.
@@ -85,9 +85,9 @@ def to_fetch(repo: str, listing: Mapping[str, int]) -> list[str]:
         parts = PurePosixPath(name.replace("\\", "/")).parts
         if not parts or ".." in parts or parts[0] == "/" or ":" in parts[0] or "\0" in name:
             raise HubError(f"{repo} names the file {name!r:.80}, which lies outside of it; nothing was fetched")
-    lacks = [name for name in (CONFIG, WEIGHTS) if name not in listing]
-    if lacks:
-        raise HubError(f"{repo} holds no {' and no '.join(lacks)}: it is no model that vitkit has saved")
+    missing = [name for name in (CONFIG, WEIGHTS) if name not in listing]
+    if missing:
+        raise HubError(f"{repo} holds no {' and no '.join(missing)}: it is not a model that vitkit saved")
     names = [name for name in sorted(listing) if max_bytes(name) is not None]
     for name in names:
         most = max_bytes(name) or 0
@@ -128,14 +128,14 @@ def _check_png(path: Path) -> None:
 def require_free(out: Path) -> None:
     """Raise `UsageError` unless `out` is free or an empty directory."""
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
-        raise UsageError(f"{out} is there already; choose another directory with -o, or remove it")
+        raise UsageError(f"{out} exists already; choose another directory with -o, or remove it")
 
 
 def copy_into(repo: str, folder: Path, sizes: Mapping[str, int], out: Path) -> None:
     """Copy downloaded files of these sizes into a new directory: all of them, checked there, or none.
 
-    They are copied into a directory of this call's own beside `out`, which is then renamed. Of two calls at the same time one
-    succeeds. Raises `HubError` for files that are no complete run, `UsageError` where `out` is taken meanwhile, `RunError` where
+    They are copied into a temporary directory beside `out`, which is then renamed. If two calls run at the same time, one of them
+    succeeds. Raises `HubError` for files that are no complete run, `UsageError` if another process has made `out`, `RunError` if
     it cannot be written.
     """
     partial = out.with_name(f".{out.name}.{uuid4().hex}.partial")
@@ -154,7 +154,7 @@ def copy_into(repo: str, folder: Path, sizes: Mapping[str, int], out: Path) -> N
             partial.rename(out)
         except OSError:
             require_free(out)
-            out.rmdir()  # an empty directory, which some systems do not replace
+            out.rmdir()  # some systems do not replace an empty directory
             partial.rename(out)
     except OSError as error:
         raise RunError(explain(out, error)) from None
@@ -162,4 +162,4 @@ def copy_into(repo: str, folder: Path, sizes: Mapping[str, int], out: Path) -> N
         shutil.rmtree(partial, ignore_errors=True)
 
 
-__all__ = ["CARD", "ORIGIN", "copy_into", "max_bytes", "of_run", "require_free", "to_fetch"]
+__all__ = ["CARD", "ORIGIN", "copy_into", "files_to_fetch", "max_bytes", "require_free", "run_files"]

@@ -26,7 +26,7 @@ TASKS = {
 """The Hub's name of a model's task, by the modules that it was saved with; the first one present counts."""
 MAX_LISTED_CLASSES = 20
 LAST_PLOTS = ("losses", "pace", "statistic_")
-SEAL = "<!-- Written by vitkit push, which writes it anew as long as nothing above this line is edited. sha256:{} -->"
+SEAL = "<!-- Written by vitkit push, which replaces it unless something above this line was edited. sha256:{} -->"
 SEALED = re.compile(r"(?s)(.*\n)<!-- Written by vitkit push[^\n]* sha256:([0-9a-f]{64}) -->\s*")
 
 
@@ -58,13 +58,13 @@ def write_card(run: Path, repo: str, config: Mapping[str, Any], plots: Sequence[
 
 
 def sealed(text: str) -> str:
-    """A card with a last line that shows whether somebody has edited the card since."""
+    """A card with a last line that shows whether the card was edited later."""
     text = text.rstrip() + "\n\n"
     return f"{text}{SEAL.format(_digest(text))}\n"
 
 
 def is_unedited(text: str) -> bool:
-    """Whether a card was written by `sealed` and not edited since; line ends and space at the end do not count."""
+    """Whether a card was written by `sealed` and not edited since; line ends and trailing space do not count."""
     match = SEALED.fullmatch(text.replace("\r\n", "\n"))
     return match is not None and _digest(match[1]) == match[2]
 
@@ -112,7 +112,7 @@ def _result(record: Record, name: str, value: float, references: Sequence[str]) 
 
 
 def _facts(record: Record) -> dict[str, str]:
-    """Facts of the training, by name; those that were not recorded are left out."""
+    """Facts of the training, by name; facts that were not recorded are left out."""
     summary, settings, data = record.summary, record.part("settings"), record.part("dataset")
     counts = [f"{int(data[split]):,} {split}" for split in ("train", "val", "test") if as_float(data.get(split)) >= 1]
     seconds, speed = as_float(summary.get("seconds")), as_float(summary.get("images_per_second"))
@@ -180,7 +180,7 @@ def _text(value: Any) -> str:
 
 
 def _code(value: Any) -> str:
-    """A value on one line as a code span; a bar is escaped, for it ends a table cell also in code."""
+    """A value on one line as a code span; a bar is escaped, because it ends a table cell even in code."""
     line = " ".join(str(value).split()).replace("|", "\\|")
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
     padding = " " if line.startswith("`") or line.endswith("`") or not line else ""

@@ -1,4 +1,4 @@
-"""Errors of the Hub's client, as messages that say what to do; access tokens are left out of them."""
+"""Errors of the Hub's client as messages that say what to do. Messages never contain access tokens."""
 
 import re
 from collections.abc import Iterator
@@ -18,14 +18,14 @@ from vitkit.errors import HubError, VitkitError, printable
 CLIENTS = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
 """The HTTP libraries of the supported versions of huggingface_hub: errors of these modules concern the connection."""
 TOKENS = "https://huggingface.co/settings/tokens"
-AGAIN = "run the same command again: what has arrived is not transferred twice"
+AGAIN = "run the same command again: files that have arrived are not transferred twice"
 _CASES: dict[type[BaseException], str] = {
     LocalTokenNotFoundError: f"no access token for the Hub: make one that may write at {TOKENS}, then `hf auth login`, "
     f"or set HF_TOKEN",
     GatedRepoError: "{repo} is gated: ask for access on its page, and log in with `hf auth login`",
     RepositoryNotFoundError: "there is no repository {repo} on the Hub, or it is private and your token may not see it: "
     "check the name (or the directory, if you meant one), and log in with `hf auth login`",
-    RevisionNotFoundError: "{repo} has no branch, tag or commit {revision!r}; see its page for those that it has",
+    RevisionNotFoundError: "{repo} has no branch, tag or commit {revision!r}; its page lists them",
     OfflineModeIsEnabled: "HF_HUB_OFFLINE forbids reaching the Hub, and {repo} is not in the Hub cache: unset it, or load "
     "it once with a network",
 }
@@ -62,14 +62,14 @@ def _message(repo: str, revision: str | None, error: Exception) -> str | None:
         if status is not None:
             return _refused(repo, status, getattr(cause, "server_message", None) or "")
         if is_connection(cause):
-            what = printable(f"{type(cause).__name__}: {cause}".rstrip(": "), 200)
-            return f"the connection to {HfApi().endpoint} for {repo} failed ({what}); check the network and {AGAIN}"
+            cause_text = printable(f"{type(cause).__name__}: {cause}".rstrip(": "), 200)
+            return f"the connection to {HfApi().endpoint} for {repo} failed ({cause_text}); check the network and {AGAIN}"
         cause = cause.__cause__ or cause.__context__
     return None
 
 
 def _status(error: BaseException) -> int | None:
-    """The HTTP status of the answer that an error concerns, or None where there was no answer."""
+    """The HTTP status of the answer that an error concerns, or None if there was no answer."""
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
@@ -78,14 +78,14 @@ def _refused(repo: str, status: int, answer: str) -> str:
     messages = {
         401: f"the Hub does not accept your access token: it is invalid or has expired{reason}; make another at {TOKENS}, "
         f"then `hf auth login`, or set HF_TOKEN",
-        403: f"your access token gives no right to {repo}{reason}: log in as its owner, take a token that may write "
+        403: f"your access token does not permit access to {repo}{reason}: log in as its owner, take a token that may write "
         f"({TOKENS}), push under your own name, or propose it with --create-pr",
-        409: f"{repo} was changed by somebody else meanwhile{reason}; {AGAIN}",
+        409: f"{repo} was changed by another push{reason}; {AGAIN}",
         413: f"{repo} is too large for the Hub{reason}",
         429: f"the Hub asks to slow down{reason}; wait a few minutes and {AGAIN}",
     }
     if status >= 500:
-        return f"the Hub has trouble of its own: {status}{reason}; wait a little and {AGAIN}"
+        return f"the Hub has an internal error: {status}{reason}; wait a little and {AGAIN}"
     return messages.get(status, f"the Hub refused {repo}: {status}{reason}")
 
 

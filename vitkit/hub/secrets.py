@@ -28,7 +28,7 @@ _ANY = re.compile(b"|".join(re.sub(rb"^\(\?i\)(.*)$", rb"(?i:\1)", pattern) for 
 
 @dataclass(frozen=True)
 class Secret:
-    """Something that looks like a secret: its kind, its line from 1, and its first characters."""
+    """A text that looks like a secret: its kind, its line counted from 1, and its first characters."""
 
     kind: str
     line: int
@@ -36,7 +36,7 @@ class Secret:
 
 
 def find_secrets(content: bytes) -> list[Secret]:
-    """Everything in a file's content that looks like a token, a key or a password, in order."""
+    """The texts in a file's content that look like a token, a key or a password, in order."""
     secrets = []
     for match in _ANY.finditer(content):
         kind = next(kind for kind, pattern in PATTERNS.items() if re.search(pattern, match[0]))
@@ -51,7 +51,7 @@ def describe_secrets(path: Path, secrets: list[Secret]) -> str:
     noun = "a password" if "password" in first.kind or "credentials" in first.kind else "an access token"
     return (
         f"{printable(path)} holds what looks like {noun}; take it out (and revoke it) before publishing: line {first.line}, "
-        f"{first.kind}, {first.start}***{more}. If it is none, push with --allow-secrets (allow_secrets=True)"
+        f"{first.kind}, {first.start}***{more}. If it is no secret, push with --allow-secrets (allow_secrets=True)"
     )
 
 

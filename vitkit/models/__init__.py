@@ -1,7 +1,7 @@
 """Saved models: loading, features, prediction, embedding of whole folders and export."""
 
 from vitkit.models.features import Features, encode_image, evaluating, extract_features, feature_cache
-from vitkit.models.image_sources import pictures_below, read_picture
+from vitkit.models.image_sources import images_below, open_image
 from vitkit.models.model import Model
 from vitkit.models.predict import Prediction
 from vitkit.models.saving import load, save
@@ -16,9 +16,9 @@ __all__ = [
     "evaluating",
     "extract_features",
     "feature_cache",
+    "images_below",
     "load",
     "load_weights",
-    "pictures_below",
-    "read_picture",
+    "open_image",
     "save",
 ]

@@ -12,7 +12,7 @@ from vitkit.errors import UsageError, printable
 
 
 def with_class_order(dataset: Any, classes: Sequence[str]) -> Any:
-    """The dataset with its classes, and the labels of its splits, in the order of `classes`, where both name the same ones.
+    """The dataset with its classes, and the labels of its splits, in the order of `classes`, if both name the same classes.
 
     Numbers are compared as numbers: "01" and "1" are one class. A dataset with other classes is returned as it is; an evaluator that
     needs the model's classes refuses it. Raises `UsageError` for a dataset whose labels cannot be replaced.
@@ -40,9 +40,9 @@ def _key(name: str) -> str:
 
 
 def _renumbered(labels: Tensor, numbers: Tensor) -> Tensor:
-    """Labels by new numbers; those that belong to no class stay."""
-    known = (labels != UNLABELLED) & (labels < len(numbers))
-    return torch.where(known, numbers[labels.clamp(0, len(numbers) - 1)], labels)
+    """Labels with the new numbers of their classes; labels of no class are unchanged."""
+    has_class = (labels != UNLABELLED) & (labels < len(numbers))
+    return torch.where(has_class, numbers[labels.clamp(0, len(numbers) - 1)], labels)
 
 
 __all__ = ["with_class_order"]

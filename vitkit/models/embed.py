@@ -1,9 +1,9 @@
 """Features of many images, written into one safetensors file in pieces that survive an interruption.
 
-`OUT.partial/` beside the output holds a marker file and the finished pieces, a safetensors file each. Each piece names its job,
-a digest of the model's weights and preprocessing, the images, the batch size, the device and the precision, and a digest of its own
-content. Called again, a job takes its intact pieces and computes the others, in the same batches as without an interruption, so that
-the output is the same to the bit. In the end the pieces are removed.
+`OUT.partial/` beside the output holds a marker file and the finished pieces, a safetensors file each. A piece stores the digest of its
+content and the digest of its job: the model's weights and preprocessing, the images, the batch size, the device and the precision. A
+second call of a job uses its intact pieces and computes the others, in the same batches as without an interruption, so the output is
+identical bit by bit. At the end the pieces are removed.
 """
 
 import hashlib
@@ -27,11 +27,11 @@ from vitkit.models.features import device_of
 from vitkit.models.image_sources import Source
 
 FORMAT = "vitkit-features-1"
-PIECE = 1024
-"""Images in a piece, about: an interruption costs at most this many."""
+PIECE_IMAGES = 1024
+"""Approximate number of images in a piece: an interruption loses the work on at most one piece."""
 LOCK = ".lock"
 MARKER = "vitkit-embed"
-"""The file that shows that a folder of pieces is ours; no other folder is written to or removed."""
+"""The file that marks a folder of pieces as vitkit's; no other folder is written to or removed."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ def embed(
 ) -> Embedded:
     """Write `features` float32 `(n d)`, `labels` int64 `(n,)` where they are known, and metadata, to `out`.
 
-    The metadata `vitkit` is a JSON object: `format`, `files` (the name of each row's; a dataset's rows are in its order and have
-    none) or `dataset` and `split`, `classes` of the labels, `skipped` (a line for each image that could not be read), `model` and
-    `preprocessing`. `precision` is fp32, or bf16 by autocast. `progress(done, total)` is called after each batch. `overwrite` replaces
-    a file of features, never another file. Raises `UsageError` for an output that exists, a folder `OUT.partial` that is not ours, a
-    batch size below 1 and where no image can be read; `RunError` where the file cannot be written or another process writes it.
+    The metadata `vitkit` is a JSON object: `format`, `files` (the file of each row; rows of a dataset have none and keep the dataset's
+    order) or `dataset` and `split`, `classes` of the labels, `skipped` (a line for each image that could not be read), `model` and
+    `preprocessing`. `precision` is fp32, or bf16 by autocast. `progress(done, total)` is called after each batch. `overwrite` replaces a
+    file of features, never another file. Raises `UsageError` for an output that exists, a folder `OUT.partial` that vitkit did not make, a
+    batch size below 1, and if no image can be read; `RunError` if the file cannot be written or another process writes it.
     """
     out = Path(out)
     if batch_size < 1:
@@ -104,7 +104,7 @@ def embed(
         tensors, rows, problems = pieces.joined()
         skipped = [f"{source.name(index)}: {problem}" for index, problem in problems.items()]
         if not rows:
-            raise UsageError(f"none of the {len(source)} pictures can be read: {'; '.join(map(printable, skipped[:3]))}")
+            raise UsageError(f"none of the {len(source)} images can be read: {'; '.join(map(printable, skipped[:3]))}")
         if source.labels is not None:
             tensors["labels"] = source.labels[rows].clone()
         description: dict[str, Any] = {"format": FORMAT, **about, "skipped": skipped}
@@ -123,7 +123,7 @@ class _Pieces:
 
     def __init__(self, folder: Path, job: str, count: int, batch_size: int) -> None:
         self.folder, self.job, self.count = folder, job, count
-        self.size = max(1, PIECE // batch_size) * batch_size  # whole batches, the same ones as without a stop
+        self.size = max(1, PIECE_IMAGES // batch_size) * batch_size  # complete batches, the same as without an interruption
         self.starts = range(0, count, self.size)
         self._intact = {start for start in self.starts if self._read(start) is not None}
 
@@ -143,14 +143,14 @@ class _Pieces:
             temporary.write_bytes(save({"features": piece[0], "rows": piece[1]}, metadata=metadata))
 
     def joined(self) -> tuple[dict[str, Tensor], list[int], dict[int, str]]:
-        """`features` of all pieces, their rows, and the problem of each other row."""
+        """`features` of all pieces, their rows, and the problem of each row without features."""
         features: list[Tensor] = []
         rows: list[int] = []
         problems: dict[int, str] = {}
         for start in self.starts:
             piece = self._read(start)
             if piece is None:
-                raise RunError(f"{printable(self._path(start))} was changed meanwhile; the same command computes it again")
+                raise RunError(f"{printable(self._path(start))} was changed by another process; the same command computes it again")
             features.append(piece[0])
             rows += piece[1].tolist()
             problems |= piece[2]
@@ -158,7 +158,7 @@ class _Pieces:
         return {"features": torch.cat(filled) if filled else torch.zeros(0, 0)}, rows, problems
 
     def remove(self) -> None:
-        """Remove the files of this format, and the folder where nothing else is in it."""
+        """Remove the files of this format, and the folder if it is empty afterwards."""
         for path in self.folder.iterdir():
             is_piece = path.suffix == ".safetensors" and path.stem.isdigit()
             if is_piece or path.name in (MARKER, LOCK) or is_leftover(path):
@@ -193,7 +193,7 @@ def _digest(features: Tensor, rows: Tensor, problems: str) -> str:
 
 
 def _holds_features(path: Path) -> bool:
-    """Whether a file is an earlier output: a model, a dataset and any other file are not."""
+    """Whether a file is an earlier output of `embed`."""
     try:
         with safe_open(path, framework="pt") as file:
             return bool(json.loads((file.metadata() or {})["vitkit"])["format"] == FORMAT)
@@ -203,7 +203,7 @@ def _holds_features(path: Path) -> bool:
 
 @contextmanager
 def _partial_folder(out: Path) -> Iterator[Path]:
-    """`OUT.partial`, locked by this process; a folder without our marker is refused, unless it is empty."""
+    """`OUT.partial`, locked by this process. Raises `UsageError` for a folder without the marker that is not empty."""
     folder = out.with_name(f"{out.name}.partial")
     try:
         is_foreign = folder.is_symlink() or (

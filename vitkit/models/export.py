@@ -21,7 +21,7 @@ from vitkit.files import atomic_write
 Format = Literal["onnx", "torch-export"]
 SUFFIX: dict[str, str] = {"onnx": ".onnx", "torch-export": ".pt2"}
 OPSET = 18
-NEEDED = ("onnx", "onnxscript", "onnxruntime")
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-4
 """Largest difference between outputs of the exported and of the saved model, as a share of the largest value of that output."""
 CHECKED_BATCHES = (1, 3)
@@ -67,25 +67,25 @@ class Exported(nn.Module):
 
 
 def export(model: TrainedModel, out: str | Path, *, format: Format | None = None, overwrite: bool = False) -> Export:
-    """Write a model as `out`, on the CPU and in fp32, and check that it gives the same numbers.
+    """Write a model to `out`, for the CPU in fp32, and check that the file gives the same numbers.
 
     Its input `images` is float32 `(batch c h w)` in [0, 1], of the size of `model.preprocessing`, with any batch size; its outputs are
     those of `Exported`, in that order. `format` is onnx or torch-export (default: by the suffix of `out`, .onnx or .pt2). The metadata
-    of an ONNX file holds `classes` and `preprocessing` as JSON. The file is run by onnxruntime or torch on noise, in batches of other
-    sizes, before it takes its place. Raises `UsageError` for another suffix, a file that exists, a model without preprocessing and
-    packages that are missing; `VitkitError` where the model cannot be exported or the numbers differ.
+    of an ONNX file holds `classes` and `preprocessing` as JSON. Before the file takes its place, onnxruntime or torch runs it on noise in
+    batches of other sizes. Raises `UsageError` for another suffix, a file that exists, a model without preprocessing and
+    packages that are missing; `VitkitError` if the model cannot be exported or the numbers differ.
     """
     out = Path(out)
     suffix = out.suffix if format is None else SUFFIX.get(format, "")
     if suffix not in SUFFIX.values() or out.suffix != suffix or out.is_dir():
         raise UsageError(f"cannot export to {out}: expected a name that ends with .onnx (onnx) or .pt2 (torch-export)")
     if out.exists() and not overwrite:
-        raise UsageError(f"{out} is there already; choose another name, or give --overwrite")
-    missing = [name for name in NEEDED if find_spec(name) is None] if suffix == ".onnx" else []
+        raise UsageError(f"{out} exists already; choose another name, or give --overwrite")
+    missing = [name for name in ONNX_PACKAGES if find_spec(name) is None] if suffix == ".onnx" else []
     if missing:
         raise UsageError(f"exporting to ONNX needs {', '.join(missing)}: pip install 'vitkit[export]'")
     if not model.preprocessing:
-        raise UsageError("this model was saved without preprocessing, so the size of its images is not known")
+        raise UsageError("this model was saved without preprocessing, so the size of its images is unknown")
     preprocessing = Preprocessing.from_json(model.preprocessing)
     wrapped = Exported(model, preprocessing).cpu().float().eval()
     example = _noise(2, preprocessing)
@@ -131,7 +131,7 @@ def _to_onnx(wrapped: Exported, example: Tensor, file: Path, model: TrainedModel
 
 
 def _to_torch(wrapped: Exported, example: Tensor, file: Path, model: TrainedModel) -> Callable[[Tensor], Outputs]:
-    with _exporting("torch's form"):
+    with _exporting("a torch program"):
         program = _traced(wrapped, example)
         about = {"classes.json": json.dumps(model.classes), "preprocessing.json": json.dumps(model.preprocessing)}
         torch.export.save(program, file, extra_files=about)
@@ -150,7 +150,7 @@ def _traced(wrapped: Exported, example: Tensor) -> torch.export.ExportedProgram:
 
 
 @contextlib.contextmanager
-def _exporting(what: str) -> Iterator[None]:
+def _exporting(target: str) -> Iterator[None]:
     """Within this block the exporters' log messages and warnings are silent; their errors become `VitkitError`."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
@@ -161,7 +161,7 @@ def _exporting(what: str) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except Exception as error:  # exporters raise many kinds
-        raise VitkitError(f"this model cannot be exported to {what}: {type(error).__name__}: {printable(error)}") from error
+        raise VitkitError(f"this model cannot be exported to {target}: {type(error).__name__}: {printable(error)}") from error
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

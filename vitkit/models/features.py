@@ -1,4 +1,4 @@
-"""Features of images: of a batch, and of a whole split, computed once for all evaluators that ask."""
+"""Features of images: of a batch, or of a split, computed once for all evaluators."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -122,7 +122,7 @@ def _extract(model: Any, split: Any, batch_size: int, size: int | None, seed: in
     if size is not None:
         split = split.stratified_subset(size, seed=seed)
     if len(split) == 0:
-        raise UsageError("the split to evaluate on holds no images")
+        raise UsageError("the split to evaluate on holds no images; choose another split or dataset")
     features, labels = [], []
     with evaluating(model) as device:
         for batch in split.batches(batch_size).epoch(0, device=device, rank=rank(), world=world_size()):
@@ -137,7 +137,7 @@ def _extract(model: Any, split: Any, batch_size: int, size: int | None, seed: in
 
 def _encode(model: Any, images: Tensor) -> Tensor:
     count = len(images)
-    if count == 0:  # this rank's part of the last batch; one image of zeros gives the number of features
+    if count == 0:  # this rank has no image of the last batch; one image of zeros gives the number of features
         images = images.new_zeros(1, *images.shape[1:])
     return encode_image(model, images)[:count].float()
 

@@ -1,4 +1,4 @@
-"""The inputs of a trained model: image files of a person, or a split of a dataset."""
+"""The inputs of a trained model: image files, or a split of a dataset."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from vitkit.errors import DatasetError, UsageError, printable
 from vitkit.validation import at_least, one_of
 
 FINGERPRINT_IMAGES = 1000
-"""Images of a dataset that its fingerprint reads, about."""
+"""Approximate number of images of a dataset that its fingerprint reads."""
 
 
 class Preprocessed(Protocol):
@@ -31,7 +31,7 @@ class Preprocessed(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """Images `start` … `stop` − 1 of a source: `images` float32 `(m c h w)` of `rows`, and the problem of each other one."""
+    """Images `start` … `stop` − 1 of a source: `images` float32 `(m c h w)` of `rows`, and a problem for each other row."""
 
     start: int
     stop: int
@@ -41,7 +41,10 @@ class Batch:
 
 
 class Source(Protocol):
-    """Images in a fixed order. `labels` int64 `(n,)` index `classes`, where they are known; `left_out` has a line for each omission."""
+    """Images in a fixed order.
+
+    `labels` int64 `(n,)` index `classes`, where they are known; `left_out` has a line for each file that is left out.
+    """
 
     labels: Tensor | None
     classes: list[str]
@@ -62,7 +65,7 @@ class Files:
     """Image files, decoded by threads while the model computes.
 
     The folder below `root` that an image lies in, or the one below a split's folder, names its class; `classes` are these names in the
-    order of `class_order`. `left_out` has a line for each kind of file that was passed over.
+    order of `class_order`. `left_out` has a line for each kind of file that is left out.
     """
 
     def __init__(self, paths: Sequence[Path], root: Path | None = None, left_out: Sequence[str] = ()) -> None:
@@ -95,15 +98,15 @@ class Files:
     def batches(self, model: Preprocessed, starts: Sequence[int], size: int) -> Iterator[Batch]:
         """Batches of `size` images, one from each of `starts`; an image that cannot be read is among its problems."""
 
-        def ask(start: int) -> list[Future[Tensor | str]]:
+        def submit(start: int) -> list[Future[Tensor | str]]:
             return [pool.submit(_prepared, model, path) for path in self.paths[start : start + size]]
 
         with ThreadPoolExecutor() as pool:
             waiting: list[Future[Tensor | str]] = []
             try:
                 for place, start in enumerate(starts):
-                    current = waiting if place else ask(start)
-                    waiting = ask(starts[place + 1]) if place + 1 < len(starts) else []
+                    current = waiting if place else submit(start)
+                    waiting = submit(starts[place + 1]) if place + 1 < len(starts) else []
                     yield _collected(start, [future.result() for future in current])
             finally:
                 for future in waiting:
@@ -158,14 +161,14 @@ def prepared(model: Preprocessed, images: Any, batch_size: int) -> Iterator[Tens
     at_least(1, batch_size=batch_size)
     if isinstance(images, str | Path):
         path = Path(images).expanduser()
-        images = pictures_below(path) if path.is_dir() else [path]
+        images = images_below(path) if path.is_dir() else [path]
     if not isinstance(images, Tensor | Sequence) or len(images) == 0:
-        raise UsageError(f"images are {images!r:.80}; expected a folder, picture files, Pillow images or a uint8 tensor")
+        raise UsageError(f"images are {images!r:.80}; expected a folder, image files, Pillow images or a uint8 tensor")
     for start in range(0, len(images), batch_size):
-        some = images[start : start + batch_size]
-        if not isinstance(some, Tensor):
-            some = [read_picture(one, least=_size(model)) if isinstance(one, str | Path) else one for one in some]
-        yield model.preprocess(some)
+        batch = images[start : start + batch_size]
+        if not isinstance(batch, Tensor):
+            batch = [open_image(image, least=_size(model)) if isinstance(image, str | Path) else image for image in batch]
+        yield model.preprocess(batch)
 
 
 def find_source(images: Sequence[str], *, split: str = "test") -> Source:
@@ -176,7 +179,7 @@ def find_source(images: Sequence[str], *, split: str = "test") -> Source:
     """
     one_of(("train", "val", "test"), **{"--split": split})
     if not images:
-        raise UsageError("which images? give a folder, a dataset's name, or picture files")
+        raise UsageError("no images are given; give a folder, a dataset's name, or image files")
     if not all(word.strip() for word in images):
         raise UsageError("an argument for the images is empty, perhaps an unset variable; give a folder, a dataset's name, or files")
     if len(images) == 1 and not Path(images[0]).expanduser().exists() and Path(images[0]).suffix.lower() not in SUFFIXES:
@@ -188,34 +191,34 @@ def find_source(images: Sequence[str], *, split: str = "test") -> Source:
         path = Path(word).expanduser()
         if path.is_dir():
             listing = list_images(path)
-            paths += _some(path, listing.images)
+            paths += _not_empty(path, listing.images)
             left_out += [*listing.left_out, *(f"{printable(path)}: {remark}" for remark in listing.remarks)]
         elif path.is_file():
             paths.append(path)
         else:
             if "://" in word:
                 raise UsageError(f"{printable(word)} is an address; download the image, and give the file")
-            raise UsageError(f"no picture at {printable(path)}; give files and folders that are there, or one dataset's name")
+            raise UsageError(f"no image at {printable(path)}; give files and folders that exist, or one dataset's name")
     return Files(paths, root if root is not None and root.is_dir() else None, left_out)
 
 
-def pictures_below(folder: Path) -> list[Path]:
-    """Every image file in a folder and below it, in alphabetical order; `DatasetError` where there is none."""
-    return _some(folder, list_images(folder).images)
+def images_below(folder: Path) -> list[Path]:
+    """Every image file in a folder and below it, in alphabetical order; `DatasetError` if there is none."""
+    return _not_empty(folder, list_images(folder).images)
 
 
-def _some(folder: Path, paths: list[Path]) -> list[Path]:
+def _not_empty(folder: Path, paths: list[Path]) -> list[Path]:
     if not paths:
-        raise DatasetError(f"{printable(folder)} holds no picture: expected {', '.join(SUFFIXES)} files in it or below it")
+        raise DatasetError(f"{printable(folder)} holds no image: expected {', '.join(SUFFIXES)} files in it or below it")
     return paths
 
 
-def read_picture(path: str | Path, *, least: tuple[int, int] | None = None) -> Image.Image:
-    """An image file, decoded as `vitkit.data.read_image` does; `UsageError` with the reason where it is not readable."""
+def open_image(path: str | Path, *, least: tuple[int, int] | None = None) -> Image.Image:
+    """An image file, decoded as `vitkit.data.read_image` does; `UsageError` with the reason if it is not readable."""
     try:
         return read_image(path, least=least)
     except ImageReadError as error:
-        raise UsageError(f"{printable(path)} cannot be read as a picture: {printable(error)}") from None
+        raise UsageError(f"{printable(path)} cannot be read as an image: {printable(error)}") from None
 
 
 def _dataset(name: str) -> Any:
@@ -229,8 +232,8 @@ def _dataset(name: str) -> Any:
 
 def _size(model: Preprocessed) -> tuple[int, int] | None:
     """Height and width of the model's images, where they are resized."""
-    given = getattr(model, "preprocessing", None) or {}
-    return (given["shape"][1], given["shape"][2]) if given.get("fit") == "resize" else None
+    preprocessing = getattr(model, "preprocessing", None) or {}
+    return (preprocessing["shape"][1], preprocessing["shape"][2]) if preprocessing.get("fit") == "resize" else None
 
 
 def _prepared(model: Preprocessed, path: Path) -> Tensor | str:
@@ -243,10 +246,10 @@ def _prepared(model: Preprocessed, path: Path) -> Tensor | str:
 
 
 def _collected(start: int, results: Sequence[Tensor | str]) -> Batch:
-    images = [one for one in results if isinstance(one, Tensor)]
-    rows = [start + place for place, one in enumerate(results) if isinstance(one, Tensor)]
-    problems = {start + place: one for place, one in enumerate(results) if isinstance(one, str)}
+    images = [result for result in results if isinstance(result, Tensor)]
+    rows = [start + place for place, result in enumerate(results) if isinstance(result, Tensor)]
+    problems = {start + place: result for place, result in enumerate(results) if isinstance(result, str)}
     return Batch(start, start + len(results), torch.cat(images) if images else None, rows, problems)
 
 
-__all__ = ["Batch", "DatasetSplit", "Files", "Source", "find_source", "pictures_below", "prepared", "read_picture"]
+__all__ = ["Batch", "DatasetSplit", "Files", "Source", "find_source", "images_below", "open_image", "prepared"]

@@ -1,4 +1,4 @@
-"""Limits of what a factory may build from arguments that came from somebody else."""
+"""Limits on the memory that a factory may take while it builds a component from untrusted arguments."""
 
 from collections.abc import Callable
 from functools import cache
@@ -13,17 +13,17 @@ from vitkit.errors import AmbiguousNameError, ArgumentsError, PluginError, Unkno
 
 META = torch.device("meta")
 FEW_TENSORS, TENSORS_PER_SAVED = 256, 16
-"""Tensors that building may make: a few, and so many per saved tensor, for masks, tables and parts that are replaced."""
+"""Tensors that building may make: a fixed number and a number per saved tensor, for masks, tables and parts that are replaced."""
 FEW_BYTES, BYTES_PER_SAVED = 256 * 2**20, 4
-"""Bytes that building may take, likewise."""
+"""Bytes that building may take: a fixed number and a number per saved byte."""
 
 
 class MemoryLimit(TorchDispatchMode):
-    """Within it a thread makes tensors of at most `most` bytes together, and at most `tensors` of them; else `UsageError`.
+    """A context in which a thread may make tensors of at most `most` bytes together and at most `tensors` tensors; else `UsageError`.
 
-    The size of a result is known before its memory is taken, from the same operation on the meta device. `exceeded` is the reason
-    once a limit was reached, for callers whose factory turns errors into others. Random numbers come from a generator of its
-    own. Other threads are not affected.
+    The size of a result is known before its memory is taken, from the same operation on the meta device. `exceeded` keeps the
+    reason once a limit was reached, because a factory may replace the error by another one. Random numbers come from the context's
+    own generator. Other threads are not affected.
 
     With `plan=True` every operation runs on the meta device only: no memory is taken and nothing is computed.
     """
@@ -36,7 +36,7 @@ class MemoryLimit(TorchDispatchMode):
 
     @classmethod
     def of_saved(cls, size: int, tensors: int, *, plan: bool = False) -> "MemoryLimit":
-        """The limits of building a model whose weights have `size` bytes in so many tensors."""
+        """The limits of building a model whose weights have `size` bytes in `tensors` tensors."""
         return cls(FEW_BYTES + BYTES_PER_SAVED * size, FEW_TENSORS + TENSORS_PER_SAVED * tensors, plan=plan)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -87,7 +87,7 @@ class MemoryLimit(TorchDispatchMode):
 
 
 def plan(build: Callable[[], Any], limit: MemoryLimit) -> Any:
-    """`build()` on the meta device, or None where that fails; `UsageError` beyond the limit and as the registry raises it.
+    """`build()` on the meta device, or None if that fails. Raises `UsageError` beyond the limit, and the errors of the registry.
 
     A factory that reads values while it builds fails on the meta device. Its errors are not raised: a real build shows them.
     """
@@ -103,7 +103,7 @@ def plan(build: Callable[[], Any], limit: MemoryLimit) -> Any:
 
 
 def state_shapes(module: Any) -> dict[str, tuple[tuple[int, ...], torch.dtype]] | None:
-    """Shape and dtype of every saved tensor of a module; None where a shape is not known before its first call."""
+    """Shape and dtype of every saved tensor of a module; None if a shape is not known before its first call."""
     if not isinstance(module, nn.Module):
         return None
     state = module.state_dict()

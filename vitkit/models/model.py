@@ -21,7 +21,7 @@ Images = str | Path | Tensor | Sequence[str | Path | Image.Image]
 
 
 class Model(nn.Module):
-    """A loaded model: its saved modules as attributes, and the facts that their use needs.
+    """A loaded model: its saved modules as attributes, its config, classes and preprocessing.
 
     `config` is the content of `config.json`, `classes` the class names, `preprocessing` the arguments of `preprocess`.
     """
@@ -37,7 +37,7 @@ class Model(nn.Module):
     def preprocess(self, images: Tensor | Sequence[Image.Image]) -> Tensor:
         """uint8 `(n c h w)` in [0, 255] or Pillow images → float32 `(n c h w)`, resized and normalised as in training.
 
-        Raises `UsageError` for another type or number of channels, and where the model was saved without preprocessing.
+        Raises `UsageError` for another type or number of channels, and if the model was saved without preprocessing.
         """
         if not self.preprocessing:
             raise UsageError("this model was saved without preprocessing; normalise images as its training did")
@@ -67,14 +67,14 @@ class Model(nn.Module):
         """A folder, image files, Pillow images or uint8 `(n c h w)` → a `Prediction` each: see `vitkit.models.predict.predict`."""
         device = device_of(self)
         batches = prepared(self, images, batch_size)
-        return [one for batch in batches for one in predict(self, batch.to(device), labels=labels, top=top)]
+        return [prediction for batch in batches for prediction in predict(self, batch.to(device), labels=labels, top=top)]
 
     def evaluate(self, evaluator: Any, dataset: Any, split: SplitName = "test") -> Scores:
         """An evaluator's scores on a split of a dataset, as this model sees the dataset.
 
         Its images are preprocessed as the training images were: grey ones are repeated for a model of RGB images, RGB ones become
-        luma for a model of grey ones. Where its classes have the names of the model's in another order, labels follow the model's
-        order. Raises `UsageError` as the evaluator does, and for other numbers of channels.
+        luma for a model of grey ones. If its classes have the names of the model's classes in another order, labels follow the
+        model's order. Raises `UsageError` as the evaluator does, and for other numbers of channels.
         """
         if self.preprocessing and hasattr(dataset, "with_preprocessing"):
             dataset = dataset.with_preprocessing(Preprocessing.from_json(self.preprocessing))

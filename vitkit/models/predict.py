@@ -34,7 +34,7 @@ def predict(
 ) -> list[Prediction]:
     """A `Prediction` for each of the preprocessed images `(n c h w)`, with the `top` best labels, or all.
 
-    The first of these that the model has gives the scores:
+    The scores come from the first of these parts that the model has:
 
     - `classifier`: probabilities, the softmax of its logits;
     - `text`: cosines between images and texts, the model's classes or `labels`;
@@ -72,7 +72,7 @@ def _scoring(model: TrainedModel, labels: Sequence[str] | None) -> tuple[list[st
             raise UsageError("this model compares images with texts: give it some, with --label 'a text' or labels=[...]")
         return texts, "cosine", lambda features: _cosines(project(features), project_text(text.encode_text(texts)))
     if labels is not None:
-        raise UsageError(f"only a model with a module named 'text' takes labels of your own; {_has(model)}")
+        raise UsageError(f"only a model with a module named 'text' takes --label or labels=[...]; {_has(model)}")
     if hasattr(backbone, "encode_label"):
         device = next(backbone.parameters()).device
         classes = torch.arange(len(model.classes), device=device)
@@ -80,7 +80,7 @@ def _scoring(model: TrainedModel, labels: Sequence[str] | None) -> tuple[list[st
             project(features), project(backbone.encode_label(classes))
         )
     raise UsageError(
-        f"predicting takes a module named 'classifier' or 'text', or a backbone that encodes labels; {_has(model)}: "
+        f"predicting needs a module named 'classifier' or 'text', or a backbone that encodes labels; {_has(model)}: "
         f"`vitkit embed` gives its features, `vitkit eval` measures them; a recipe saves a classifier with "
         f"run.save(backbone=..., classifier=...)"
     )

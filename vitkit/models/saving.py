@@ -28,10 +28,10 @@ from vitkit.registry import ADDED, Spec, architecture_only, version_of
 FORMAT = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 KINDS = ("backbone", "head", "loss")
-"""Kinds that a saved model is built from; components of other kinds read files and download, which loading must not."""
+"""Kinds that a saved model is built from. Components of other kinds read files and download, which loading must not do."""
 MAX_MODULES, MAX_NAME_CHARACTERS, MAX_PIXELS = 64, 64, 2**14
 LEAST_LARGEST = 2**20
-"""A number among a component's arguments may be this large, or as large as the count of bytes of the weights."""
+"""Largest allowed number among a component's arguments, unless the weights have more bytes than this."""
 VERSION = re.compile(r"[\w.+!-]{1,40}", re.ASCII)
 
 Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
@@ -42,7 +42,7 @@ class VersionWarning(UserWarning):
 
 
 class ArchitectureWarning(UserWarning):
-    """A model was saved that cannot be loaded, for its component does not declare an argument as architecture."""
+    """A saved model cannot be loaded, because a component does not declare one of its arguments as architecture."""
 
 
 def save(
@@ -58,7 +58,7 @@ def save(
 
     The weights are written first, then the config with their size and SHA-256: loading notices an old config beside new
     weights. Raises `UsageError` for a module without a Spec, a name that cannot be an attribute, a state that is no tensor and
-    arguments that are not plain JSON, and `RunError` where the files cannot be written.
+    arguments that are not plain JSON, and `RunError` if the files cannot be written.
     """
     directory = Path(directory)
     specs, tensors = {}, {}
@@ -66,7 +66,7 @@ def save(
         spec = getattr(module, "spec", None)
         if not isinstance(spec, Spec):
             raise UsageError(
-                f"module {name!r} ({type(module).__name__}) was not built by a registry, so no one could build it "
+                f"module {name!r} ({type(module).__name__}) was not built by a registry, so it cannot be built "
                 f"again; register it and use e.g. heads.build(...), or heads.add(...) in a notebook"
             )
         if not _is_free(name):
@@ -103,11 +103,11 @@ def save(
 
 
 def load(source: str | Path, *, device: str | torch.device = "cpu") -> Model:
-    """Build a saved model again from registered names and load its weights strictly, in evaluation mode.
+    """Build a saved model from registered names and load its weights strictly, in evaluation mode.
 
-    `source` is a directory that a run saved into. Nothing in it is executed, and no other file is opened. The random state stays
-    as it was; other threads may build modules meanwhile. Raises `CheckpointError` for files that are missing, damaged or
-    foreign and `MissingPluginError` for a plugin that is not installed; warns with `VersionWarning` where another version of
+    `source` is a directory that a run saved into. Nothing in it is executed, and no other file is opened. The random state is
+    unchanged, and other threads may build modules at the same time. Raises `CheckpointError` for files that are missing, damaged or
+    foreign and `MissingPluginError` for a plugin that is not installed; warns with `VersionWarning` if another version of
     it is installed.
     """
     directory = Path(source)
@@ -118,7 +118,7 @@ def load(source: str | Path, *, device: str | torch.device = "cpu") -> Model:
     with architecture_only(max(LEAST_LARGEST, size)):
         limit = MemoryLimit.of_saved(size, count, plan=True)
         planned = {part.name: part.build(limit) for part in parts}
-        _check_state(weights, planned, parts)  # cheap, and before gigabytes are read
+        _check_state(weights, planned, parts)  # this is cheap, so it comes before gigabytes are read
         weights.verify()
         limit = MemoryLimit.of_saved(size, count)
         modules = {part.name: part.build(limit) for part in parts}
@@ -142,7 +142,7 @@ def check(directory: str | Path) -> dict[str, Any]:
 class _Part:
     """One module of a saved model, as its config describes it.
 
-    Raises `CheckpointError` for a Spec that is none, and `MissingPluginError`.
+    Raises `CheckpointError` for an invalid Spec, and `MissingPluginError`.
     """
 
     def __init__(self, directory: Path, name: str, data: Any) -> None:
@@ -174,7 +174,7 @@ class _Part:
             self.fix = f"; {name!r} was {difference}: {pin}"
 
     def build(self, limit: MemoryLimit) -> Any:
-        """The module, or, where `limit` is a plan, the module on the meta device or None where that fails."""
+        """The module. If `limit` is a plan, the module is on the meta device, or None if it cannot be built there."""
         try:
             if limit.plan:
                 return plan(self.spec.build, limit)
@@ -198,7 +198,7 @@ class _Part:
 
 
 def _is_free(name: str) -> bool:
-    """Whether a module of a model can have this name: `model.<name>` is not something else already."""
+    """Whether a module of a model can have this name: `Model` has no other attribute of this name."""
     empty = Model({}, {"classes": [], "preprocessing": {}})
     return (
         len(name) <= MAX_NAME_CHARACTERS
@@ -250,7 +250,7 @@ def _open_weights(directory: Path, config: Mapping[str, Any]) -> TensorFile:
 
 
 def _check_state(weights: TensorFile, modules: Mapping[str, Any], parts: list[_Part]) -> None:
-    """`CheckpointError` where the saved tensors are not exactly those of the modules; nothing where a module is only planned."""
+    """`CheckpointError` if the saved tensors are not exactly those of the modules; nothing if a module is only planned."""
     built = {name: state_shapes(module) for name, module in modules.items()}
     expected: Shapes = {
         f"{name}.{key}": value for name, state in built.items() if state is not None for key, value in state.items()
@@ -265,7 +265,8 @@ def _check_state(weights: TensorFile, modules: Mapping[str, Any], parts: list[_P
         )
     for key, (shape, dtype) in expected.items():
         saved_shape, saved_dtype = weights.shapes[key]
-        if shape != saved_shape and (shape, saved_shape) != ((1,), ()):  # parameters that had 0 dimensions, see load_scalars
+        # Older models saved some parameters with 0 dimensions: see `load_scalars`.
+        if shape != saved_shape and (shape, saved_shape) != ((1,), ()):
             raise CheckpointError(f"{weights.path}: {key} has the shape {saved_shape}, its config builds {shape}{fix}")
         if dtype != saved_dtype:
             raise CheckpointError(f"{weights.path}: {key} is {saved_dtype}, its config builds {dtype}{fix}")

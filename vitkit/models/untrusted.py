@@ -1,4 +1,4 @@
-"""Files that come from somebody else, read within bounds of work and memory.
+"""Reading untrusted files, with limits on work and memory.
 
 `vitkit.component_arguments.check_architecture` checks the components that such a file names. `vitkit.models.memory_limit` limits the
 memory that building them takes.
@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 
 from vitkit.errors import CheckpointError
 
-JSON_BYTES, JSON_VALUES, DEPTH = 32 * 2**20, 2 * 2**20, 32
-"""The most bytes, values and levels of a JSON file: far beyond one that names thousands of classes."""
+JSON_BYTES, JSON_VALUES, JSON_LEVELS = 32 * 2**20, 2 * 2**20, 32
+"""The most bytes, values and levels of a JSON file; a file that names thousands of classes has far fewer."""
 HEADER_BYTES = 16 * 2**20
 """The longest header of a safetensors file: about 100 bytes a tensor."""
 AGAIN = "copy or download the whole directory again"
@@ -62,7 +62,7 @@ class TensorFile:
             raise CheckpointError(f"cannot read {self.path}: {error.strerror or error}; {AGAIN}") from None
 
     def verify(self) -> None:
-        """Raise `CheckpointError` where the SHA-256 of the file is not the recorded one; the file is read once, in blocks."""
+        """Raise `CheckpointError` if the SHA-256 of the file is not the recorded one; the file is read once, in blocks."""
         with self.path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != self.sha256:
@@ -77,7 +77,7 @@ class TensorFile:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file from somebody else: a plain file of at most 32 MiB, 2 million values and 32 levels.
+    """The content of an untrusted JSON file: a plain file of at most 32 MiB, 2 million values and 32 levels.
 
     Raises `CheckpointError` for any other.
     """
@@ -100,8 +100,8 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"{path} has {size:,} bytes; a vitkit {path.stem} has at most {JSON_BYTES:,}")
     if values > JSON_VALUES:
         raise CheckpointError(f"{path} holds more than {JSON_VALUES:,} values; no vitkit {path.stem} does")
-    if _depth(value) > DEPTH:
-        raise CheckpointError(f"{path} is nested more than {DEPTH} levels deep; no vitkit {path.stem} is")
+    if _depth(value) > JSON_LEVELS:
+        raise CheckpointError(f"{path} is nested more than {JSON_LEVELS} levels deep; no vitkit {path.stem} is")
     return value
 
 

@@ -37,12 +37,12 @@ NAMES = (
     (r"\.layer_scale(1|2)\.lambda1$", r".ls\1.gamma"),
     (r"^(layernorm|layer_norm)\.", "norm."),
 )
-"""Names of other libraries and what timm and vitkit call them, applied in this order."""
+"""Patterns of names in other libraries, with the names in timm and vitkit; applied in this order."""
 
 
 @dataclass(frozen=True)
 class LoadedWeights:
-    """What `load_weights` did, by the names of tensors.
+    """The result of `load_weights`, by the names of tensors.
 
     - `loaded`: tensors of the backbone that now hold the file's values.
     - `changed`: a line for each loaded tensor whose values were resampled, summed over channels, or multiplied by a layer scale.
@@ -70,13 +70,13 @@ def load_weights(backbone: nn.Module, file: str | Path, *, key: str | None = Non
     by timm, DINO, DINOv2, MAE, DeiT or Hugging Face's ViT, DeiT, ViT-MAE and DINOv2 models. `key` names the entry of a training
     checkpoint that holds the model (default: the first of an averaged model, a teacher, a model).
 
-    Where shapes differ, these are adapted: position embeddings by bicubic interpolation with antialiasing; the patch embedding by the
-    pseudo-inverse of the same interpolation (Beyer et al., FlexiViT, arXiv 2212.08013), its channels by their sum or by repeating them;
-    query, key and value are joined; layer scales are multiplied into the layer before them where the backbone has none. Positions
-    are zero for tokens that have none in the file. Other tensors of another shape are not loaded.
+    Some tensors of another shape are adapted: position embeddings by bicubic interpolation with antialiasing; the patch embedding by
+    the pseudo-inverse of the same interpolation (Beyer et al., FlexiViT, arXiv 2212.08013), its channels by their sum or by repeating them;
+    query, key and value are joined; layer scales are multiplied into the layer before them where the backbone has none. Positions are zero
+    for tokens that have none in the file. All others are not loaded.
 
     Raises `CheckpointError` for a file that cannot be read without running code, `UsageError` for a backbone without a patch embedding
-    and where no block fits.
+    and if no block fits.
     """
     path = Path(file)
     target = backbone.state_dict()
@@ -86,14 +86,14 @@ def load_weights(backbone: nn.Module, file: str | Path, *, key: str | None = Non
     prefix = prefixes[0]
     vit = backbone.get_submodule(prefix.rstrip(".")) if prefix else backbone
     state, names, unused = _in_timm_names(_state_dict(path, key))
-    own = {name.removeprefix(prefix): value for name, value in target.items() if name.startswith(prefix)}
-    changed = _adapt(state, own, vit)
+    vit_target = {name.removeprefix(prefix): value for name, value in target.items() if name.startswith(prefix)}
+    changed = _adapt(state, vit_target, vit)
     report = LoadedWeights(path, changed=[f"{prefix}{line}" for line in changed])
     for name, value in state.items():
-        if name in own and own[name].shape == value.shape:
+        if name in vit_target and vit_target[name].shape == value.shape:
             report.loaded.append(prefix + name)
             continue
-        reason = f"the backbone has {tuple(own[name].shape)}" if name in own else "the backbone has none"
+        reason = f"the backbone has {tuple(vit_target[name].shape)}" if name in vit_target else "the backbone has none"
         unused += [f"{source} {tuple(value.shape)}: {reason}" for source in names[name]]
     if not any(name.startswith(f"{prefix}blocks.") for name in report.loaded):
         raise UsageError(
@@ -208,7 +208,7 @@ def _adapt(state: dict[str, Tensor], target: Mapping[str, Tensor], vit: nn.Modul
 
 
 def _positions(source: Tensor, target: Mapping[str, Tensor], vit: Any, prefix: Mapping[str, int]) -> Tensor | None:
-    """Position embeddings `(1 n d)` for the backbone's tokens: CLS, registers and patches. None where the file's grid is not known."""
+    """Position embeddings `(1 n d)` for the backbone's tokens: CLS, registers and patches. None if the file's grid is not known."""
     grid = getattr(vit, "grid_size", None) or getattr(getattr(vit, "patch_embed", None), "grid_size", None)
     if grid is None or source.ndim != 3 or source.shape[2] != target["pos_embed"].shape[2]:
         return None
@@ -226,8 +226,8 @@ def _positions(source: Tensor, target: Mapping[str, Tensor], vit: Any, prefix: M
     if places and count:
         taken = special[:, : 1 if prefix["cls"] else 0] if has_cls else special[:, :0]
         others = special[:, int(prefix["cls"]) :] if "reg_token" in target else special[:, :0]
-        known = torch.cat([taken, others], dim=1)[:, :places]
-        rows[:, : known.shape[1]] = known
+        first = torch.cat([taken, others], dim=1)[:, :places]
+        rows[:, : first.shape[1]] = first
     return torch.cat([rows, patches], dim=1)
 
 

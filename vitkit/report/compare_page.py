@@ -16,11 +16,11 @@ from vitkit.report.curves import CHANCE, draw, fit_axes
 from vitkit.report.formatting import format_constant, format_number, title_of
 from vitkit.report.record import Series
 from vitkit.report.style import MUTED, PALETTE, Plot, drawable, house_style, legend_below, panels, png
-from vitkit.report.templating import Banner, Picture, render
+from vitkit.report.templating import Banner, PlotImage, render
 
 STYLES = ("-", "--", "-.", ":")
 MARK = "vitkit compare"
-"""Stands in the head of every page and image that is written here; only such files are overwritten without being asked to."""
+"""A mark in every page and image that this module writes; without `overwrite` only marked files are replaced."""
 HEAD_BYTES = 1024
 
 
@@ -36,7 +36,7 @@ def write_comparison(comparison: Comparison, page: Path, *, overwrite: bool = Fa
             raise UsageError(
                 f"{path} exists and was not written by vitkit compare; choose another --out, or give --overwrite to replace it"
             )
-    pictures = []
+    images = []
     columns = comparison.columns
     with house_style():
         if columns:
@@ -45,7 +45,7 @@ def write_comparison(comparison: Comparison, page: Path, *, overwrite: bool = Fa
                 temporary.write_bytes(data)
         for name, series in columns.items():
             plot = _single(comparison, name, series)
-            pictures.append(Picture(plot, png(plot.figure)))
+            images.append(PlotImage(plot, png(plot.figure)))
     rows = [
         {"title": title_of(row.name), "cells": [(*row.cell(i), row.best[i], row.verdict(i)) for i in range(len(row.values))]}
         for row in comparison.results
@@ -57,7 +57,7 @@ def write_comparison(comparison: Comparison, page: Path, *, overwrite: bool = Fa
         results=rows,
         warnings=Banner("warning", "Before you compare", tuple(comparison.warnings)) if comparison.warnings else None,
         differences=[pair for group in comparison.differences.values() for pair in group.items()],
-        pictures=pictures,
+        images=images,
     )
     write_text(page, text)
     return sheet
@@ -97,7 +97,7 @@ def _lines(axis: Axes, comparison: Comparison, name: str, series: Sequence[Serie
     lines = [("chance", record.chance(name)) for record in comparison.records]
     lines += [("uninformed", record.bound("uninformed", name)) for record in comparison.records]
     for label, value in dict.fromkeys(lines):
-        # The differences between curves matter here: a line far away from the curves would press them flat.
+        # A line far away from the curves would make their differences invisible.
         if value is not None and values.min() - np.ptp(values) <= value <= values.max() + np.ptp(values):
             axis.axhline(value, color=MUTED, linestyle=CHANCE, linewidth=1.0)
             axis.annotate(

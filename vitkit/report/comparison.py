@@ -1,4 +1,4 @@
-"""Several runs: their differences, their results, and reasons why these may not be comparable."""
+"""Several runs: their differences, their results, and reasons why the results may not be comparable."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ MISSING = "–"
 COSTS: dict[str, Literal["max", "min"] | None] = {
     "epochs": None, "parameters": None, "seconds": "min", "images_per_second": "max",
 }  # fmt: skip
-"""Fields of the summary that stand below the metrics, with the direction in which they improve."""
+"""Fields of the summary shown below the metrics, with the direction in which they improve."""
 CONDITIONS = ("split", "samples", "chance", "frozen", "note")
-"""Fields of a protocol that two comparable measurements share."""
+"""Fields of a protocol that have to be equal in comparable measurements."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ class Comparison:
         if len(set(data)) > 1:
             used = ", ".join(f"{name}: {dataset}" for name, dataset in zip(self.names, data, strict=True))
             warnings.append(f"The runs used different data ({used}): their results cannot be compared.")
-        elif unlike := [name for name in self._metrics if not self._measured_alike(name)]:
-            warnings.append(f"Not measured in the same way in all runs: {', '.join(unlike)}; their reports say how.")
+        elif different := [name for name in self._metrics if not self._measured_alike(name)]:
+            warnings.append(f"Not measured in the same way in all runs: {', '.join(different)}; see the reports of the runs.")
         for name, record in zip(self.names, self.records, strict=True):
             reached = max((series.epochs[-1] for series in record.metrics.values()), default=None)
             last = "it has no evaluation yet" if reached is None else f"its last evaluation is of epoch {reached:g}"
@@ -124,7 +124,7 @@ class Comparison:
 
 
 def read_runs(directories: Sequence[Path]) -> Comparison:
-    """Read run directories; the shortest ends of their paths that differ become their names.
+    """Read run directories; the runs are named by the shortest ends of their paths that differ.
 
     Raises `UsageError` for fewer than two directories, for the same one twice, and for one that holds no run.
     """

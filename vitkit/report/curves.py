@@ -93,7 +93,7 @@ def losses(record: Record) -> Plot | None:
 
 
 def metrics(record: Record) -> Plot | None:
-    """A panel for each evaluation: validation and test, chance, the untrained network, and results to compare with."""
+    """A panel for each metric: validation and test values, chance, the untrained network, and references."""
     columns = {name: series for name, series in record.metrics.items() if series}
     if not columns:
         return None
@@ -105,7 +105,7 @@ def metrics(record: Record) -> Plot | None:
         _metric_panel(axis, record, stem, names, columns)
     alt = " ".join(_description(name, columns[name]) for name in columns)
     splits = {record.split(name) for name in columns}
-    caption = "Solid: test split. Dash-dotted: validation split, the only one that may decide anything." if "val" in splits else ""
+    caption = "Solid: test split. Dash-dotted: validation split, the one to select by." if "val" in splits else ""
     return Plot("metrics", "Evaluations", figure, alt, caption, wide=len(groups) > 1)
 
 

@@ -1,4 +1,4 @@
-"""How names and numbers are written, on pages, in figures and on the terminal."""
+"""The format of names and numbers on pages, in figures and on the terminal."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""The page of one run: what its templates show."""
+"""The page of one run: the values that its template shows."""
 
 import math
 import shlex
@@ -18,16 +18,16 @@ from vitkit.report.formatting import (
     title_of,
 )
 from vitkit.report.record import Record, base_name
-from vitkit.report.templating import Banner, Picture, render
+from vitkit.report.templating import Banner, PlotImage, render
 from vitkit.runs.directory import LAST
 
 MAX_CARDS = 8
 MAX_ROWS = 60
 UNINFORMED_TOLERANCE = 0.02
-"""Share of its uninformed value within which a loss counts as not having left it."""
+"""A loss within this share of its uninformed value is reported."""
 STATUS = {
     "interrupted": ("warning", "This run was stopped before its end", "Its numbers are those of its last evaluation."),
-    "failed": ("error", "This run failed", "Its numbers are those of the last evaluation before; log.txt says more."),
+    "failed": ("error", "This run failed", "Its numbers are those of the last evaluation; log.txt has the reason."),
     "running": ("warning", "This run has not ended", "The page shows its state when the page was written."),
     "stopped": (
         "error", "This run stopped without an ending",
@@ -48,8 +48,8 @@ class Result(NamedTuple):
         return self.metrics.get("test") or next(reversed(self.metrics.values()))
 
 
-def page(record: Record, training: Sequence[Picture], evaluation: Sequence[Picture], problems: Sequence[str]) -> str:
-    """The page; `training` and `evaluation` hold pictures, `problems` say which ones are missing and why."""
+def page(record: Record, training: Sequence[PlotImage], evaluation: Sequence[PlotImage], problems: Sequence[str]) -> str:
+    """The page with the plots of `training` and `evaluation`; each line in `problems` names a missing plot and the reason."""
     results = results_of(record)
     return render(
         "report.html.j2",
@@ -135,7 +135,7 @@ def uninformed_losses(record: Record) -> list[str]:
 
 
 def _cards(record: Record, results: Sequence[Result]) -> list[dict[str, Any]]:
-    """A card for each metric, of several k for the smallest; for the loss if there is no metric."""
+    """A card for each metric, or for the loss if there is none; of a top-k metric only for the smallest k."""
     finite = [result for result in results if result.name != "loss" and np.isfinite(record.final[result.main])]
     smallest: dict[str, int] = {}
     for result in finite:
@@ -157,7 +157,7 @@ def _card(record: Record, result: Result) -> dict[str, Any]:
     lines += [(f"chance {format_constant(chance)}", "", "")] if chance is not None else []
     lines += [(f"untrained {format_constant(untrained)}", "", "")] if untrained is not None else []
     for label, value in references:
-        # Reference numbers belong to the dataset that the recipe is for.
+        # Reference numbers are for the recipe's dataset, not for one that replaces it.
         comparable = not record.part("dataset").get("fallback_for")
         verdict = "" if final == value else "better" if (final > value) == (record.direction(metric) == "max") else "worse"
         lines.append((f"{label} {format_constant(value)}", f"({format_difference(final, value)})" if comparable else "", verdict))
@@ -210,7 +210,7 @@ def _table(record: Record, results: Sequence[Result]) -> dict[str, Any] | None:
 
 
 def _best(record: Record, result: Result) -> str:
-    """The best value; where there is a validation split, the test value at the epoch that is best on it."""
+    """The best value; with a validation split it is the test value at the epoch with the best validation value."""
     chooser = result.metrics.get("val", result.main)
     best = record.best(chooser)
     if best is None:
@@ -237,7 +237,7 @@ def _protocol(record: Record, result: Result) -> str:
 
 
 def _evaluations(record: Record) -> dict[str, Any] | None:
-    """All evaluations as a table: the curves for people who cannot see them."""
+    """All evaluations as a table, for people who cannot see the curves."""
     if not record.metrics:
         return None
     epochs = sorted({float(epoch) for series in record.metrics.values() for epoch in series.epochs})

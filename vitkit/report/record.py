@@ -1,4 +1,4 @@
-"""A run as its directory records it: the two tables and the summary."""
+"""The record of a run in its directory: two tables and the summary."""
 
 import csv
 import math

@@ -12,7 +12,7 @@ from vitkit.report import curves
 from vitkit.report.page import page
 from vitkit.report.record import read_record
 from vitkit.report.style import Plot, house_style, png
-from vitkit.report.templating import Picture
+from vitkit.report.templating import PlotImage
 
 if TYPE_CHECKING:
     from vitkit.contracts import ReportFigure
@@ -32,21 +32,21 @@ def write_report(
     directory = Path(directory)
     record = read_record(directory)
     record = record if summary is None else replace(record, summary=summary)
-    training: list[Picture] = []
-    evaluation: list[Picture] = []
+    training: list[PlotImage] = []
+    evaluation: list[PlotImage] = []
     problems: list[str] = []
 
-    def add(pictures: list[Picture], name: str, draw: Callable[[], Plot | None]) -> None:
+    def add(images: list[PlotImage], name: str, draw: Callable[[], Plot | None]) -> None:
         try:
             plot = draw()
             data = png(plot.figure) if plot else b""
-        except Exception as error:  # a mistake in a plugin or in here costs one figure, never the report of a long run
+        except Exception as error:  # an error in one figure must not lose the report of a long run
             problems.append(f"{name}: {error}")
             return
         if plot:
             with atomic_write(directory / "plots" / f"{_file_name(name)}.png") as temporary:
                 temporary.write_bytes(data)
-            pictures.append(Picture(plot, data))
+            images.append(PlotImage(plot, data))
 
     with house_style():
         add(training, "losses", partial(curves.losses, record))

@@ -1,6 +1,6 @@
 """Sheets of images: each pixel becomes a square of equal pixels, in rows with captions below the images.
 
-`torchvision.utils.make_grid` does not do: it draws no captions, gives all rows the same height, and needs torch to be imported.
+`torchvision.utils.make_grid` is not used: it draws no captions, gives all rows the same height, and imports torch.
 """
 
 import textwrap
@@ -30,13 +30,13 @@ FONT, LINE = 14, 18
 """Height of letters and of lines in pixels."""
 CAPTION_LINES = 5
 SOFTWARE = "vitkit sheet"
-"""The text in a PNG file that says that `write_sheet` wrote it."""
+"""The text that marks a PNG file as written by `write_sheet`."""
 MAX_IMAGES = 128
 """Number of images that a report shows of one sheet."""
 
 
 def sheet(name: str, given: "Sheet") -> Plot:
-    """The plot of a sheet, pixel for pixel."""
+    """The plot of a sheet; each pixel of the sheet is a pixel of the plot."""
     count = len(given.images)
     pixels = sheet_pixels(replace(given, images=given.images[:MAX_IMAGES], captions=given.captions[:MAX_IMAGES]))
     height, width = pixels.shape[:2]
@@ -90,10 +90,10 @@ def sheet_pixels(given: "Sheet") -> np.ndarray:
     tops = np.cumsum([GAP, *(height + lines + GAP for lines in below)])
     canvas = Image.new("RGB", (columns * (width + GAP) + GAP, int(tops[-1])), "white")
     draw = ImageDraw.Draw(canvas)
-    for place, one in enumerate(pixels):
+    for place, image in enumerate(pixels):
         row, column = divmod(place, columns)
         left, top = GAP + column * (width + GAP), int(tops[row])
-        canvas.paste(Image.fromarray(one.repeat(scale, 0).repeat(scale, 1)), (left, top))
+        canvas.paste(Image.fromarray(image.repeat(scale, 0).repeat(scale, 1)), (left, top))
         for line, text in enumerate(texts[place] if texts else ()):
             at = (left + width / 2, top + height + line * LINE + LINE / 2)
             draw.text(at, text, fill=INK, font=_font(), anchor="mm")

@@ -1,4 +1,4 @@
-"""How figures look: one palette, one font that matplotlib brings, drawn by Agg without global state."""
+"""The style of figures: one palette and the font of matplotlib, drawn by Agg without global state."""
 
 import io
 import math
@@ -67,7 +67,7 @@ class Plot:
 
 @contextmanager
 def house_style() -> Iterator[None]:
-    """Figures made inside look the same on every machine, whatever its matplotlibrc says."""
+    """A context in which figures look the same on every machine: no matplotlibrc is used."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(RC_PARAMS)
@@ -117,7 +117,7 @@ def drawable(text: str, limit: int = 60) -> str:
         tail = limit // 3
         text = f"{text[: limit - tail - 1].rstrip()}…{text[-tail:].lstrip()}"
     text = glyphs(text).replace("$", r"\$")
-    return f"\u200a{text}" if text.startswith("_") else text  # a legend leaves out what begins with an underscore
+    return f"\u200a{text}" if text.startswith("_") else text  # a legend leaves out labels that begin with an underscore
 
 
 def one_line(text: str) -> str:

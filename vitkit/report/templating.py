@@ -1,4 +1,4 @@
-"""Pages from Jinja2 templates: every value is escaped, and a page needs nothing but itself."""
+"""Pages from Jinja2 templates: every value is escaped, and a page needs no other file."""
 
 import base64
 from collections.abc import Mapping
@@ -18,8 +18,8 @@ PIXELS_PER_INCH = 100
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A plot and its PNG file, which the page contains."""
+class PlotImage:
+    """A plot with its PNG data, which the page contains."""
 
     plot: Plot
     data: bytes
@@ -45,7 +45,7 @@ class Banner:
 
 
 def render(template: str, **values: Any) -> str:
-    """The page that a template of this package makes of values."""
+    """A template of this package, rendered with values."""
     style = resources.files("vitkit.report").joinpath("page.css").read_text(encoding="utf-8")
     return _environment().get_template(template).render(style=Markup(style), **values)
 

@@ -102,7 +102,7 @@ class Claim:
     def _log(self, lines: list[str]) -> None:
         path = self.directory / "log.txt"
         with contextlib.suppress(OSError):
-            if path.is_symlink():  # it may lead to a file of somebody else
+            if path.is_symlink():  # a link may lead to a file of another user
                 path.unlink()
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
             with open(os.open(path, flags, 0o666), "a", encoding="utf-8", newline="\n") as log:
@@ -142,7 +142,7 @@ def claim(out: Path | None, name: str, *, recipe: bytes | None = None, resume: b
         _complete_replacement(directory)
         for name in (REPLACED, REMOVED):
             if os.path.lexists(directory / name):
-                raise RunDirectoryError(f"{directory / name} holds files that no run wrote; move it away, or choose another --out")
+                raise RunDirectoryError(f"{directory / name} holds files that no run wrote; move them away, or choose another --out")
         replaces = _replaces(directory, resume=resume, overwrite=overwrite)
         remove_leftovers(directory)
     except BaseException:
@@ -157,7 +157,7 @@ def _undo(lock: FileLock, made: list[Path]) -> None:
             if path.name == LOCK:
                 path.unlink()
     lock.release()
-    with contextlib.suppress(OSError):  # another process has written into one of them meanwhile
+    with contextlib.suppress(OSError):  # another process may have written into one of them
         for path in made:
             if path.name != LOCK:
                 path.rmdir()
@@ -179,7 +179,7 @@ def _replaces(directory: Path, *, resume: bool, overwrite: bool) -> bool:
     present = {path.name for path in directory.iterdir() if not is_leftover(path)} - {LOCK}
     if not present:
         return False
-    # A run writes its summary first: without a summary, files of such names belong to somebody else.
+    # A run writes its summary first: without a summary, the files are not those of a run.
     if not summary and ("summary.json" not in present or not present <= {*FILES, *FOLDERS}) and not (directory / LAST).exists():
         raise RunDirectoryError(f"{directory} is not empty and holds no run; choose another --out")
     if not overwrite:
@@ -206,7 +206,10 @@ def trackers_aside(directory: Path) -> Iterator[None]:
 
 
 def _move_aside(directory: Path, names: Collection[str]) -> None:
-    """Move files and folders of the earlier run into `.vitkit-replaced`; an empty one marks those that it did not have."""
+    """Move files and folders of the earlier run into `.vitkit-replaced`.
+
+    If the earlier run had no trackers or no summary, an empty folder or file takes their place there.
+    """
     aside = directory / REPLACED
     aside.mkdir(exist_ok=True)
     for name in names:

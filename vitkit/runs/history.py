@@ -48,6 +48,8 @@ class History:
         self.protocols: dict[str, dict[str, Any]] = {}
         self.references: dict[str, dict[str, float]] = {}
         self.figures: dict[str, ReportFigure] = {}
+        self.untrained: dict[str, float] = {}
+        """Values of metrics for the network before training; `add_scores` writes them into the protocols."""
         self._began, self._earlier_seconds = time.monotonic(), 0.0
         self._started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
@@ -57,16 +59,18 @@ class History:
         return self._earlier_seconds + time.monotonic() - self._began
 
     def add_losses(self, row: dict[str, Any]) -> None:
-        """Add an epoch's row, in place of rows of the same and later epochs, which a stop has left behind."""
+        """Add an epoch's row; it replaces rows of the same and later epochs, which remain after an interruption."""
         self.losses = [*(old for old in self.losses if old["epoch"] < row["epoch"]), row]
 
     def add_metrics(self, row: dict[str, Any]) -> None:
-        """Add an evaluated epoch's row, in place of rows of the same and later epochs."""
+        """Add an evaluated epoch's row; it replaces rows of the same and later epochs."""
         self.metrics = [*(old for old in self.metrics if old["epoch"] < row["epoch"]), row]
 
     def add_scores(self, scores: "Scores") -> None:
         """Keep the protocols and figures that belong to scores."""
-        self.protocols |= {name: asdict(protocol) for name, protocol in scores.protocols.items()}
+        for name, protocol in scores.protocols.items():
+            untrained = protocol.untrained if protocol.untrained is not None else self.untrained.get(name)
+            self.protocols[name] = asdict(protocol) | {"untrained": untrained}
         self.figures |= scores.figures
 
     def write_losses(self, directory: Path) -> None:

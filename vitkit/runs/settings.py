@@ -1,4 +1,4 @@
-"""The settings that the runner adds to every recipe's flags, and the values that a run was asked for."""
+"""The settings that the runner adds to every recipe's flags, and the values that were requested for a run."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ FREE = ("device", "compile", "report_to")
 
 
 def requested(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that a run was asked for, by name: the recipe's flags and the runner's settings, before anything was resolved."""
+    """The requested values of a run by name: the recipe's flags and the runner's settings, before they were resolved."""
     recorded = summary.get("requested")
     if isinstance(recorded, Mapping):
         return dict(recorded)

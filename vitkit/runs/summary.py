@@ -86,7 +86,7 @@ _CHECKS = {
 
 
 def validate_summary(summary: Mapping[str, Any], source: str | Path = "summary.json") -> RunSummary:
-    """Check the type of every field of a summary that may come from a stranger, before it is used.
+    """Check the type of every field of a summary that is not trusted, before it is used.
 
     Missing fields and nulls pass, and so do fields that vitkit does not know. `source` names the file in the message.
     Raises `UsageError` for the first field with another type, or for a recipe name that could lead out of `runs/`.

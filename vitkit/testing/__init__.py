@@ -1,15 +1,15 @@
-"""The conformance kit: what every registered component must do, as checks with readable messages.
+"""The conformance kit: checks of the contracts that registered components follow.
 
     from vitkit.testing import check_head
     check_head(MyHead, in_dim=8, out_dim=3)            # raises ConformanceError with every check that fails
 
-From the shell the same is `vitkit check NAME`, and under pytest, one test a check:
+`vitkit check NAME` runs the same checks on the command line. Under pytest each check is a test:
 
     @pytest.mark.vitkit("my-package")                  # a distribution, or a registered name
     def test_contract(vitkit_check):
         vitkit_check()
 
-How a component says which small example of itself is to be checked: `vitkit.contracts`.
+`vitkit.contracts` describes how a component declares the small example that is checked.
 """
 
 from vitkit.errors import ConformanceError

@@ -1,4 +1,4 @@
-"""A component and the small example of it that is checked."""
+"""Components to check, each with a small example."""
 
 import atexit
 import inspect
@@ -23,7 +23,7 @@ from vitkit.data.store import Stored
 from vitkit.errors import ConformanceError, UnknownNameError, UsageError, nearest
 from vitkit.registry import ADDED, REGISTRIES, Spec, canonical
 
-USUAL: dict[str, Any] = {
+USUAL_ARGUMENTS: dict[str, Any] = {
     "in_dim": 16, "out_dim": 4, "num_classes": 3, "in_chans": 3, "img_size": 32, "vocab_size": 32, "context_length": 8,
 }  # fmt: skip
 """Small values for required arguments by their usual names; `root` is a folder of made-up images."""
@@ -31,10 +31,10 @@ USUAL: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A component of a kind with the arguments that it is built with; `name` as messages call it.
+    """A component of a kind with the arguments that it is built with; `name` is its name in messages.
 
     A registered component is built through its registry, a bare factory by calling it. `store` is the dataset store that it is
-    built with, by default the user's. A check adds remarks that are no failures to `notes`.
+    built with, by default the user's. A check adds remarks to `notes`.
     """
 
     kind: str
@@ -90,14 +90,14 @@ class Case:
         return {first: torch.randn(samples, self._size(built, "in_chans"), height, width)}
 
     def _size(self, built: Any, name: str) -> Any:
-        """A dimension from the built component, its arguments, the signature's default or `USUAL`, in that order."""
+        """A dimension from the built component, its arguments, the signature's default or `USUAL_ARGUMENTS`, in that order."""
         if getattr(built, name, None) is not None:
             return getattr(built, name)
         if name in self.kwargs:
             return self.kwargs[name]
         default = _parameters(self.factory).get(name)
         has_default = default is not None and isinstance(default.default, int | tuple | list)
-        return default.default if has_default and default else USUAL[name]
+        return default.default if has_default and default else USUAL_ARGUMENTS[name]
 
 
 def make_case(
@@ -121,8 +121,8 @@ def make_case(
             continue
         if parameter.name == "root":
             kwargs["root"], store = str(image_folder() / "images"), image_folder() / "store"
-        elif parameter.name in USUAL:
-            kwargs[parameter.name] = USUAL[parameter.name]
+        elif parameter.name in USUAL_ARGUMENTS:
+            kwargs[parameter.name] = USUAL_ARGUMENTS[parameter.name]
     return Case(kind, name, factory, kwargs, distribution, store=store)
 
 
@@ -147,11 +147,11 @@ def _parameters(factory: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
         return {}
 
 
-def _example(what: str, example: Callable[[int], Any], samples: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def _example(component: str, example: Callable[[int], Any], samples: int) -> tuple[dict[str, Any], dict[str, Any]]:
     answer = example(samples)
     if not isinstance(answer, tuple) or len(answer) != 2 or not all(isinstance(part, dict) for part in answer):
         raise ConformanceError(
-            f"vitkit_example of {what} returned {answer!r:.80}; expected two dicts, (arguments, inputs), for a number of samples"
+            f"vitkit_example of {component} returned {answer!r:.80}; expected two dicts, (arguments, inputs), for a number of samples"
         )
     return answer
 
@@ -159,7 +159,7 @@ def _example(what: str, example: Callable[[int], Any], samples: int) -> tuple[di
 def find(asked: str, kind: str | None = None, **given: Any) -> list[Case]:
     """The cases of a distribution, of a registered name in every kind that has it, or of DISTRIBUTION:NAME.
 
-    Raises `UnknownNameError` where nothing installed has that name, and `UsageError` for arguments to several components.
+    Raises `UnknownNameError` if nothing installed has that name, and `UsageError` for arguments to several components.
     """
     registries = [registry for registry in REGISTRIES.values() if kind in (None, registry.kind)]
     entries = [

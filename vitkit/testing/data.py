@@ -1,4 +1,4 @@
-"""What datasets must do."""
+"""Checks of datasets."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from vitkit.contracts import UNLABELLED, Batches, Dataset
 from vitkit.errors import ConformanceError
 from vitkit.testing.cases import Case
 
-BATCH = 4
+BATCH_SIZE = 4
 SPLITS = ("train", "val", "test")
 
 
@@ -23,7 +23,7 @@ def check_dataset_fields(case: Case) -> str:
     if not isinstance(dataset.classes, list) or not all(isinstance(name, str) for name in dataset.classes):
         raise ConformanceError(f"{case}: classes are {dataset.classes!r:.80}; expected a list of names")
     if len(set(dataset.classes)) != len(dataset.classes):
-        raise ConformanceError(f"{case}: classes name one class twice ({dataset.classes!r:.80}); give each class a name of its own")
+        raise ConformanceError(f"{case}: classes name one class twice ({dataset.classes!r:.80}); give each class a different name")
     shape = tuple(dataset.shape)
     if len(shape) != 3 or not all(isinstance(size, int) and size > 0 for size in shape):
         raise ConformanceError(f"{case}: shape is {dataset.shape!r:.40}; expected (channels, height, width)")
@@ -60,7 +60,7 @@ def check_splits(case: Case) -> str:
 def check_dataset_batches(case: Case) -> str:
     """Batches of `images`, float32 `(b c h w)` of the dataset's shape, and `labels`, int64 `(b,)`; also a batch of one."""
     dataset = case.build()
-    for size in (BATCH, 1):
+    for size in (BATCH_SIZE, 1):
         batches = _batches(case, dataset, size)
         batch = next(iter(batches.epoch(0)))
         if not isinstance(batch, Mapping) or not {"images", "labels"} <= batch.keys():
@@ -74,18 +74,18 @@ def check_dataset_batches(case: Case) -> str:
             raise ConformanceError(f"{case}: a batch's labels are {labels.dtype} {tuple(labels.shape)}; expected int64 ({count},)")
         if not bool(images.isfinite().all()):
             raise ConformanceError(f"{case}: a batch holds numbers that are not finite; is a channel's std zero?")
-    return f"of {BATCH} and of one"
+    return f"of {BATCH_SIZE} and of one"
 
 
 def check_dataset_determinism(case: Case) -> str:
     """The same epoch, seed and index give the same batch, `start` skips batches, and two ranks share the batches of one process."""
-    batches = _batches(case, case.build(), BATCH)
-    first, repeated = _first(batches, 3), _first(_batches(case, case.build(), BATCH), 3)
+    batches = _batches(case, case.build(), BATCH_SIZE)
+    first, repeated = _first(batches, 3), _first(_batches(case, case.build(), BATCH_SIZE), 3)
     if not all(torch.equal(a["images"], b["images"]) for a, b in zip(first, repeated, strict=True)):
         raise ConformanceError(f"{case}: one epoch's batches differ under one seed; draw from a generator seeded by both")
     if len(first) > 1 and not torch.equal(_first(batches, 1, start=1)[0]["images"], first[1]["images"]):
         raise ConformanceError(f"{case}: epoch(0, start=1) does not begin with the second batch; a run could not be resumed")
-    halves = [_first(_batches(case, case.build(), BATCH // 2), 1, rank=rank, world=2)[0]["labels"] for rank in range(2)]
+    halves = [_first(_batches(case, case.build(), BATCH_SIZE // 2), 1, rank=rank, world=2)[0]["labels"] for rank in range(2)]
     if not torch.equal(torch.cat(halves).sort().values, first[0]["labels"].sort().values):
         raise ConformanceError(f"{case}: two ranks' first batches are not the two halves of one process's")
     return f"{len(first)} batches, 2 ranks"

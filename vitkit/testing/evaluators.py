@@ -1,4 +1,4 @@
-"""What evaluators must do."""
+"""Checks of evaluators."""
 
 import math
 from collections.abc import Mapping
@@ -67,15 +67,15 @@ def _check_scores(case: Case, scores: Any, split: SplitName) -> None:
                 f"{case}: {name} has no protocol; state its split and samples: protocols={{{name!r}: Measurement(...)}}"
             )
         if protocol.split != split:
-            raise ConformanceError(f"{case}: the protocol of {name} says split {protocol.split!r}; expected {split!r}, which was asked for")
+            raise ConformanceError(f"{case}: the protocol of {name} has split {protocol.split!r}; expected {split!r}")
         if protocol.kind not in get_args(MetricKind):
             raise ConformanceError(f"{case}: {name} has kind {protocol.kind!r}; expected {', '.join(map(repr, get_args(MetricKind)))}")
         if protocol.direction not in ("max", "min"):
             raise ConformanceError(f"{case}: {name} has direction {protocol.direction!r}; expected 'max' or 'min'")
         if protocol.kind == "proportion":
-            for what, number in (("", value), ("the chance level of ", protocol.chance), ("the untrained value of ", protocol.untrained)):
+            for prefix, number in (("", value), ("the chance level of ", protocol.chance), ("the untrained value of ", protocol.untrained)):
                 if number is not None and not 0.0 <= number <= 1.0:
-                    raise ConformanceError(f"{case}: {what}{name} is {number:g}; expected a proportion in [0, 1], or kind 'score'")
+                    raise ConformanceError(f"{case}: {prefix}{name} is {number:g}; expected a proportion in [0, 1], or kind 'score'")
         if protocol.kind == "error" and value < 0:
             raise ConformanceError(f"{case}: {name} is {value:g}; expected an error of at least 0, or kind 'score'")
     extra = sorted(scores.protocols.keys() - scores.keys())
@@ -96,12 +96,12 @@ def check_leaves_the_model(case: Case) -> str:
     if not torch.equal(torch.random.get_rng_state(), state):
         raise ConformanceError(f"{case} moves the random state; wrap it in torch.random.fork_rng()")
     if [module.training for module in model.modules()] != modes:
-        raise ConformanceError(f"{case} leaves the model in another mode; put every module's .training back")
+        raise ConformanceError(f"{case} leaves the model in another mode; restore every module's .training")
     changed = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
     if changed or any(parameter.grad is not None for parameter in model.parameters()):
         raise ConformanceError(f"{case} changes the model ({', '.join(changed[:4]) or 'gradients'}); evaluate under torch.inference_mode()")
     if dict(first) != dict(evaluate(evaluator, inputs)):
-        raise ConformanceError(f"{case} gives other numbers the second time; draw from a generator of its own, seeded by an argument")
+        raise ConformanceError(f"{case} gives other numbers the second time; draw from a separate generator, seeded by an argument")
     return "mode, state, gradients, seed"
 
 
@@ -118,7 +118,7 @@ def check_evaluator_precision(case: Case) -> str:
 
 
 def check_small_datasets(case: Case) -> str:
-    """A test split of one image and of none: scores, or a `UsageError` that says why not."""
+    """A test split of one image and of none: scores, or a `UsageError` with the reason."""
     evaluator = case.build()
     outcomes = []
     for size in (1, 0):
@@ -134,7 +134,7 @@ def check_small_datasets(case: Case) -> str:
             outcomes.append("refused")
         except Exception as error:
             raise ConformanceError(
-                f"{case} fails with {size} test images: {type(error).__name__}: {error}; raise a UsageError that says what it needs"
+                f"{case} fails with {size} test images: {type(error).__name__}: {error}; raise a UsageError with the reason"
             ) from error
     return f"one: {outcomes[0]}, none: {outcomes[1]}"
 

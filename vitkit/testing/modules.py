@@ -1,4 +1,4 @@
-"""What backbones, heads and losses must do alike: gradients, precision, modes, seeds, state, small batches."""
+"""Checks that backbones, heads and losses share: gradients, precision, modes, seeds, state, small batches."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,8 +12,8 @@ from vitkit.errors import ConformanceError, UsageError
 from vitkit.testing.cases import Case
 
 SAMPLES = 3
-CLOSE = 0.1
-"""Largest distance of results under bf16 from those in fp32, as a share of their norm: eight bits of precision, through some layers."""
+MAX_DISTANCE = 0.1
+"""Largest distance between results in bf16 and fp32, as a share of their norm: bf16 has eight bits of precision."""
 
 
 def outputs(case: Case, module: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -48,7 +48,7 @@ def objective(case: Case, results: Mapping[str, Tensor]) -> Tensor:
 
 
 def built_module(case: Case, seed: int = 0) -> nn.Module:
-    """The component; `ConformanceError` where it is not a torch module."""
+    """The component; `ConformanceError` if it is not a torch module."""
     module = case.build(seed)
     if not isinstance(module, nn.Module):
         raise ConformanceError(f"{case} is a {type(module).__name__}; expected an nn.Module, which can be trained and saved")
@@ -83,7 +83,7 @@ def check_gradients(case: Case) -> str:
         )
     given = [v.grad for v in inputs.values() if isinstance(v, Tensor) and v.requires_grad]
     if given and all(grad is None for grad in given):
-        raise ConformanceError(f"{case}: no gradient reaches its inputs; nothing before it could be trained")
+        raise ConformanceError(f"{case}: no gradient reaches its inputs; modules before it could not be trained")
     everything = {**trained, **{f"input {i}": grad for i, grad in enumerate(given)}}
     bad = [name for name, grad in everything.items() if grad is not None and not bool(grad.isfinite().all())]
     if bad:
@@ -115,9 +115,9 @@ def check_precision(case: Case) -> str:
             raise ConformanceError(f"{case}: {name} is missing under bf16 autocast")
         difference, norm = (half[name].float() - tensor).detach().norm(), tensor.detach().norm()
         far = float(difference / norm.clamp(min=1e-3 * max(tensor.numel(), 1) ** 0.5))
-        if far > CLOSE:
+        if far > MAX_DISTANCE:
             raise ConformanceError(
-                f"{case}: {name} under bf16 autocast lies {far:.0%} from fp32's, expected at most {CLOSE:.0%}; compute "
+                f"{case}: {name} under bf16 autocast lies {far:.0%} from fp32's, expected at most {MAX_DISTANCE:.0%}; compute "
                 f"exponentials, differences and sums over many values in fp32"
             )
     total = objective(case, half)
@@ -160,7 +160,7 @@ def check_modes(case: Case) -> str:
                 f"{case}: {name} of a sample depends on its neighbours in evaluation mode; use running statistics there"
             )
     differs = any(not torch.equal(trained[name], first[name]) for name in first)
-    return "training differs" if differs else "both alike"
+    return "training differs" if differs else "both are equal"
 
 
 def check_determinism(case: Case) -> str:
@@ -174,19 +174,19 @@ def check_determinism(case: Case) -> str:
         objective(case, results).backward()
         gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
         runs.append({"parameters": dict(module.state_dict()), "results": results, "gradients": gradients})
-    for what, first in runs[0].items():
-        second = runs[1][what]
+    for group, first in runs[0].items():
+        second = runs[1][group]
         differing = [name for name in first if not torch.equal(first[name], second[name])]
         if differing:
             raise ConformanceError(
-                f"{case}: {what} differ between two runs under one seed ({_some(differing)}); draw from torch's global "
+                f"{case}: {group} differ between two runs under one seed ({_some(differing)}); draw from torch's global "
                 f"generator, not from numpy's, random's or one of your own"
             )
     return "seeded"
 
 
 def check_state(case: Case) -> str:
-    """The state dict goes through safetensors into another instance, which then gives the same results to the bit."""
+    """The state dict goes through safetensors into another instance, which then gives identical results."""
     module, other = built_module(case, seed=0).eval(), built_module(case, seed=1).eval()
     state = module.state_dict()
     odd = [key for key, value in state.items() if not isinstance(value, Tensor)]
@@ -213,7 +213,7 @@ def check_state(case: Case) -> str:
 
 
 def check_batches(case: Case) -> str:
-    """A batch of one sample and an empty one: finite results of that many rows, or a `UsageError` that says why not."""
+    """A batch of one sample and an empty one: finite results of that many rows, or a `UsageError` with the reason."""
     module = built_module(case).eval()
     outcomes = []
     for samples in (1, 0):
@@ -227,7 +227,7 @@ def check_batches(case: Case) -> str:
         except Exception as error:
             raise ConformanceError(
                 f"{case} fails with a batch of {samples}: {type(error).__name__}: {error}; give a result, or raise a "
-                f"UsageError that says what it needs"
+                f"UsageError with the reason"
             ) from error
         finite(case, results, f"for a batch of {samples}")
         wrong = [name for name, tensor in results.items() if case.kind != "loss" and len(tensor) != samples]

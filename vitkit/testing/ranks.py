@@ -32,7 +32,7 @@ SOLUTION = (
 def check_ranks(case: Case) -> str:
     """Two gloo processes with parts of the batch give the loss and, by DDP's mean, the gradient of one process with all of it."""
     if not torch.distributed.is_available():
-        return "torch was built without processes"
+        return "torch was built without distributed processes"
     module = case.build()
     inputs, bigger = case.inputs(module, sum(SIZES)), case.inputs(module, sum(SIZES) + 1)
     tensors, others = _split(inputs)
@@ -54,8 +54,8 @@ def check_ranks(case: Case) -> str:
         for part in parts:
             if not torch.allclose(part, value, rtol=1e-5, atol=1e-5):
                 gap = float((part - value).abs().max())
-                what = name if name.startswith("part ") else f"the gradient of {name}"
-                raise ConformanceError(f"{case}: {what} in two processes is off by {gap:.3g} from one process's; {SOLUTION}")
+                quantity = name if name.startswith("part ") else f"the gradient of {name}"
+                raise ConformanceError(f"{case}: {quantity} in two processes is off by {gap:.3g} from one process's; {SOLUTION}")
     return f"{' + '.join(map(str, SIZES))} samples"
 
 
@@ -66,7 +66,7 @@ TEST_IMAGES = 11
 def check_evaluator_ranks(case: Case) -> str:
     """Two gloo processes return the scores of one, each test image counted once."""
     if not torch.distributed.is_available():
-        return "torch was built without processes"
+        return "torch was built without distributed processes"
     if case.inputs(case.build(), 8).keys() - {"model", "dataset"}:
         return "takes other inputs"
     expected = _scores(case)
@@ -101,13 +101,13 @@ def _evaluate(rank: int, folder: str, portable: tuple[Any, ...]) -> None:
 
 
 def _start(case: Case, worker: Any, *arguments: Any) -> None:
-    """Run `worker(rank, *arguments)` in two processes; `ConformanceError` where one fails."""
+    """Run `worker(rank, *arguments)` in two processes; `ConformanceError` if one fails."""
     try:
         torch.multiprocessing.start_processes(worker, arguments, nprocs=len(SIZES), start_method=_start_method(case.kind))
     except Exception as error:
         if "freeze_support" in str(error):
             raise ConformanceError(
-                f"{case}: other processes import this script too; put what it does under if __name__ == '__main__':"
+                f"{case}: other processes import this script too; put its code under if __name__ == '__main__':"
             ) from None
         raise ConformanceError(f"{case} fails in two processes: {str(error).strip().splitlines()[-1]}; {SOLUTION}") from error
 

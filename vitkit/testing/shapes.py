@@ -1,4 +1,4 @@
-"""What each kind of module must return: tokens, features, or losses by name."""
+"""Checks of the results of modules: tokens, features, or losses by name."""
 
 import inspect
 import math
@@ -87,7 +87,7 @@ def check_uninformed(case: Case) -> str:
     unknown = sorted(set(values) - set(parts))
     if unknown:
         raise ConformanceError(f"{case}: uninformed names {', '.join(unknown)}; expected parts of the loss: {', '.join(parts)}")
-    return ", ".join(f"{name} {value:.4g}" for name, value in values.items()) or "no part has such a value"
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items()) or "no part has an uninformed value"
 
 
 def _expect(case: Case, what: str, result: object, shape: tuple[int | None, ...]) -> None:

@@ -1,4 +1,4 @@
-"""The checks of each kind, and how they are run."""
+"""The checks of each kind, and functions that run them."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ _MODULES: dict[str, Check] = {
 _ALL: dict[str, Check] = {
     "docstring": signatures.check_docstring,
     "spec": signatures.check_spec,
-    "arguments": signatures.check_arguments_of_strangers,
+    "arguments": signatures.check_untrusted_arguments,
 }
 CHECKS: dict[str, dict[str, Check]] = {
     "backbone": {"shapes": shapes.check_tokens, **_MODULES, **_ALL},
@@ -52,12 +52,12 @@ CHECKS: dict[str, dict[str, Check]] = {
         **_ALL,
     },
 }
-"""The checks of each kind by name. A check takes a `Case`, returns a line on what it saw, and raises `ConformanceError`."""
+"""The checks of each kind by name. A check takes a `Case` and returns a line on the result, or raises `ConformanceError`."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """One check of one component: `seen` says what it saw, `problem` is empty where it passed, `notes` are remarks for the author."""
+    """One check of one component: `seen` describes the result, `problem` is empty if it passed, `notes` are remarks for the author."""
 
     case: Case
     check: str

@@ -1,12 +1,11 @@
 """Checkpoints: the state that a run resumes from, as one safetensors file with a checksum and without pickle.
 
-`safetensors.torch.save` holds the whole file in memory beside the tensors. Here the header is written by hand and tensors follow one
-at a time, and reading maps the file, so neither holds everything twice.
+`safetensors.torch.save` holds the whole file in memory beside the tensors. Here tensors are written one at a time after the
+header, and reading maps the file, so neither holds everything twice.
 """
 
 import hashlib
 import json
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,12 @@ from torch import Tensor, nn
 
 from vitkit.distributed.fsdp import shard_optimizer_state, shard_state
 from vitkit.errors import CheckpointError
-from vitkit.files import atomic_write
+from vitkit.files import atomic_write, safetensors_header
 from vitkit.training.ema import weights_of
 
 FORMAT = "vitkit-state-1"
 UNSET = "0" * 64
-"""Stands in the place of the checksum while the checksum is computed."""
+"""The text in the place of the checksum while the checksum is computed."""
 CHUNK_BYTES = 2**24
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
@@ -33,7 +32,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class State:
-    """The arguments of `save_state`, bit for bit."""
+    """A training state as read from a file: the arguments of `save_state`, bit for bit."""
 
     model_state: dict[str, Tensor]
     optimizer: dict[str, Any]
@@ -43,7 +42,7 @@ class State:
 
     @property
     def evaluated(self) -> dict[str, Tensor]:
-        """The weights that evaluators saw: the averaged ones, if there are any."""
+        """The weights that were evaluated: the averaged weights if there are any, else the trained ones."""
         if self.ema_state is None:
             return self.model_state
         return weights_of(self.ema_state)
@@ -53,13 +52,13 @@ class State:
 
         Raises `CheckpointError` for another model or optimiser, and if only one side has averaged weights or a schedule.
         """
-        way = "resume with the recipe and the arguments that the run was started with"
+        advice = "resume with the recipe and the arguments that the run was started with"
         parts = (("averaged weights", average, self.ema_state), ("a schedule", schedule, self.scheduler))
-        for what, here, saved in parts:
-            if (here is None) != (saved is None):
-                with_, without = ("this run", "the checkpoint") if saved is None else ("the checkpoint", "this run")
-                raise CheckpointError(f"{with_} has {what}, {without} has none; {way}")
-        before = [set(group) for group in optimizer.param_groups]
+        for name, current, saved in parts:
+            if (current is None) != (saved is None):
+                owner, other = ("this run", "the checkpoint") if saved is None else ("the checkpoint", "this run")
+                raise CheckpointError(f"{owner} has {name}, {other} has none; {advice}")
+        expected = [set(group) for group in optimizer.param_groups]
         try:
             model.load_state_dict(shard_state(self.model_state, model.state_dict()))
             optimizer.load_state_dict(shard_optimizer_state(self.optimizer, optimizer))
@@ -69,12 +68,12 @@ class State:
                 schedule.load_state_dict(self.scheduler)
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())
-            raise CheckpointError(f"the checkpoint is another model's or optimiser's: {reason:.400}; {way}") from None
-        # torch accepts another optimiser's state, and fails only at the next step.
-        groups = zip(before, optimizer.param_groups, strict=True)
+            raise CheckpointError(f"the checkpoint belongs to another model or optimiser: {reason:.400}; {advice}") from None
+        # torch accepts the state of another optimiser here and fails only at the next step.
+        groups = zip(expected, optimizer.param_groups, strict=True)
         lost = sorted({key for keys, group in groups for key in keys - set(group)})
         if lost:
-            raise CheckpointError(f"the checkpoint is another optimiser's: it has no {', '.join(lost)}; {way}")
+            raise CheckpointError(f"the checkpoint belongs to another optimiser: it has no {', '.join(lost)}; {advice}")
 
 
 def save_state(
@@ -89,7 +88,7 @@ def save_state(
     """Write a training state atomically.
 
     Every argument is a tree of dicts and lists. Its tensors become the tensors of the file, and the rest a JSON text in the metadata,
-    beside a SHA-256 of the whole file. Functions in a scheduler's state are left out, because the recipe makes them anew. Raises
+    beside a SHA-256 of the whole file. Functions in a scheduler's state are left out, because the recipe makes them again. Raises
     `RunError` if the file cannot be written, and `CheckpointError` for a value that is neither a tensor nor JSON.
     """
     tree = {
@@ -102,7 +101,8 @@ def save_state(
     tensors: dict[str, Tensor] = {}
     skeleton = json.dumps(_take_apart(tree, tensors))
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # the format aligns values to their size
-    header = _header(tensors, {"format": FORMAT, "tree": skeleton, "sha256": UNSET})
+    entries = ((name, DTYPES[tensor.dtype], tensor.shape, tensor.nbytes) for name, tensor in tensors.items())
+    header = safetensors_header(entries, {"format": FORMAT, "tree": skeleton, "sha256": UNSET})
     digest = hashlib.sha256(header)
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         file.write(header)
@@ -117,7 +117,7 @@ def save_state(
 def load_state(path: str | Path) -> State:
     """Read a training state; raises `CheckpointError` if it is missing, cut short, changed or of another kind."""
     path = Path(path)
-    way = "delete it and start again with --overwrite, or take another checkpoint"
+    advice = "delete it and start again with --overwrite, or take another checkpoint"
     try:
         with path.open("rb") as file:
             size = path.stat().st_size
@@ -127,36 +127,23 @@ def load_state(path: str | Path) -> State:
             metadata = json.loads(header[8:])["__metadata__"]
             version, digest, skeleton = metadata["format"], metadata["sha256"], metadata["tree"]
             if version != FORMAT:
-                raise CheckpointError(f"{path} is a training state of version {version!r:.40}, expected {FORMAT!r}; {way}")
+                raise CheckpointError(f"{path} is a training state of version {version!r:.40}, expected {FORMAT!r}; {advice}")
             checksum = hashlib.sha256(_with_digest(header, digest, UNSET))
             for chunk in _chunks(file):
                 checksum.update(chunk)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise CheckpointError(f"{path} is cut short, damaged or no training state; {way}") from None
+        raise CheckpointError(f"{path} is cut short, damaged or no training state; {advice}") from None
     if checksum.hexdigest() != digest:
-        raise CheckpointError(f"{path} is cut short or damaged: its checksum does not fit its {size} bytes; {way}")
+        raise CheckpointError(f"{path} is cut short or damaged: its checksum does not fit its {size} bytes; {advice}")
     try:
         with safe_open(path, framework="pt") as tensors:
             names = tensors.keys()
             read = {name: tensors.get_tensor(name).clone() for name in names}  # nothing depends on the file afterwards
         return State(**_put_together(json.loads(skeleton), read))
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no training state: {error}; {way}") from None
-
-
-def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The header of a safetensors file: its length in 8 bytes, then JSON, padded to a multiple of 8."""
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
-    place = 0
-    for name, tensor in tensors.items():
-        end = place + tensor.numel() * tensor.element_size()
-        entries[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [place, end]}
-        place = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
+        raise CheckpointError(f"{path} is no training state: {error}; {advice}") from None
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -23,12 +23,12 @@ def preview(
 ) -> Group:
     """Tables of the arguments, the settings and the model: parameters, tokens per view, FLOPs per sample (forward pass).
 
-    With `devices` also a table of the needs of a run on that many devices, see `vitkit.training.memory_estimate`.
+    `devices` adds a table of the memory and time of a run on that many devices, see `vitkit.training.memory_estimate`.
     """
     batch = next(iter(batches.epoch(0, seed=session.seed) if hasattr(batches, "epoch") else batches))
     check_batch(batch)
     samples = samples_of(batch)
-    measured = min(samples, memory_estimate.MEASURED_ON)  # a large batch may not fit into the machine that plans for larger ones
+    measured = min(samples, memory_estimate.MEASURED_SAMPLES)  # the machine that makes the plan may be too small for the batch
     few = map_batch(batch, lambda value: value[:measured].to(session.device))
     model = model.to(session.device)
     counter = FlopCounterMode(display=False)
@@ -56,9 +56,9 @@ def preview(
 
 @contextmanager
 def _tokens(model: nn.Module) -> Iterator[dict[int, int]]:
-    """Sequence lengths that backbones compute with during the block, and the number of sequences of each; filled at its end.
+    """The sequence lengths in backbones during the block, with the number of sequences of each length; filled when the block ends.
 
-    Of each backbone the layer with the most tokens counts: its output may have fewer.
+    For each backbone the layer with the most tokens counts, because the backbone's output may have fewer.
     """
     backbones = [m for m in model.modules() if hasattr(m, "embed_dim") and hasattr(m, "spec")]
     inner = {part for backbone in backbones for part in backbone.modules() if part is not backbone}

@@ -15,14 +15,17 @@ from vitkit.distributed.fsdp import local, shard_state
 
 
 class ModelEma:
-    """θ̄ ← d·θ̄ + (1 − d)·θ over the tensors of a model's `state_dict`; the first update copies θ.
+    """θ̄ ← d_n·θ̄ + (1 − d_n)·θ over the tensors of a model's `state_dict`; the first update copies θ.
 
-    Integer tensors, such as counters, are the model's latest. The average of a sharded model is sharded in the same way.
+        d_n = min(`decay`, (1 + n) / (10 + n)) after n updates
+
+    Early averages are short, so that a training of few steps does not end near the weights that it began with (as in TensorFlow's
+    `ExponentialMovingAverage`). A decay of 0.99 is reached after 890 updates. Integer tensors, such as counters, are copied
+    from the model. The average of a sharded model is sharded in the same way.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.updates = 0
-        self._average = get_ema_multi_avg_fn(decay)
+        self.updates, self.decay = 0, decay
         self._values: dict[str, Tensor] = {name: value.detach().clone() for name, value in model.state_dict().items()}
 
     @torch.no_grad()
@@ -31,7 +34,8 @@ class ModelEma:
         pairs = [(local(old), local(new.detach())) for old, new in zip(self._values.values(), model.state_dict().values(), strict=True)]
         smooth = [pair for pair in pairs if self.updates and pair[0].is_floating_point()]
         if smooth:
-            self._average([old for old, _ in smooth], [new for _, new in smooth], self.updates)
+            average = get_ema_multi_avg_fn(min(self.decay, (1 + self.updates) / (10 + self.updates)))
+            average([old for old, _ in smooth], [new for _, new in smooth], self.updates)
         for old, new in pairs:
             if not (self.updates and old.is_floating_point()):
                 old.copy_(new)

@@ -1,12 +1,12 @@
 """One epoch that has been trained, as `run.fit` yields it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
 from vitkit.contracts import Evaluator, Scores, SplitName
-from vitkit.errors import UsageError, printable
+from vitkit.errors import UsageError
 from vitkit.models.features import feature_cache
 from vitkit.runs.history import check_metric_names
 from vitkit.training.session import Session
@@ -14,7 +14,10 @@ from vitkit.validation import at_least
 
 
 class Epoch:
-    """One trained epoch: `number` counts from 1, `step` is the number of steps so far, `losses` are the epoch's mean loss and parts."""
+    """One trained epoch.
+
+    `number` counts from 1, `step` is the number of optimiser steps so far, and `losses` holds the epoch's mean loss and its parts.
+    """
 
     def __init__(self, session: Session, number: int, epochs: int, step: int, losses: dict[str, float]) -> None:
         self._session = session
@@ -42,20 +45,25 @@ class Epoch:
     def evaluate(self, model: nn.Module, data: Any, *evaluators: Evaluator, split: SplitName = "test") -> Scores:
         """Call evaluators on a split of `data`, log their scores and return them joined.
 
-        They compute in the run's precision, and features of the same images are computed once for all of them. An evaluator whose
-        conditions the data does not meet (it raises `UsageError`) is left out with a line, so that the training is not lost.
+        They compute in the run's precision, and features of the same images are computed once for all of them. If an evaluator
+        raises `UsageError`, because the data does not suit it, a line reports that and the training continues without its scores.
         """
-        scores = Scores()
-        with self._session.autocast(), feature_cache():
-            for evaluator in evaluators:
-                try:
-                    scores |= evaluator(model, data) if split == "test" else evaluator(model, data, split=split)
-                except UsageError as error:
-                    name = getattr(getattr(evaluator, "spec", None), "name", type(evaluator).__name__)
-                    self._session.say(f"the evaluator {printable(name)} is left out: {printable(error)}")
+        scores = measure(self._session, model, data, evaluators, split)
         if scores:
             self.log(scores)
         return scores
 
 
-__all__ = ["Epoch"]
+def measure(session: Session, model: nn.Module, data: Any, evaluators: Iterable[Evaluator], split: SplitName) -> Scores:
+    """The joined scores of evaluators, see `Epoch.evaluate`; nothing is logged."""
+    scores = Scores()
+    with session.autocast(), feature_cache():
+        for evaluator in evaluators:
+            try:
+                scores |= evaluator(model, data) if split == "test" else evaluator(model, data, split=split)
+            except UsageError as error:
+                session.say_left_out(evaluator, error)
+    return scores
+
+
+__all__ = ["Epoch", "measure"]

@@ -1,9 +1,9 @@
 """Losses over more samples than a device holds at once, with the gradient of one batch.
 
-Features are computed one part of the batch at a time and only they are kept. The loss sees the features of the whole batch.
-In the backward pass the features of each part are computed again, with the random state of the first time, and their gradient
-flows on to the parameters. Memory is that of one part and of all features, time is one more forward pass, and dropout drops
-the same units. A batch norm belongs into `compute_loss`, because in `forward_features` it would see each part alone.
+Features are computed for one part of the batch at a time, and only the features are kept. The loss takes the features of the full
+batch. The backward pass computes the features of each part a second time, from the same random state, so that dropout drops the same
+units, and passes their gradient on to the parameters. The memory is that of one part and of all features; the cost is one more
+forward pass. Put a batch norm into `compute_loss`, because in `forward_features` it would see only one part.
 
 Source: Gao et al., Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup, arXiv 2101.06983.
 """
@@ -22,7 +22,7 @@ from vitkit.validation import at_least
 
 
 class GradCacheable(nn.Module, ABC):
-    """A model whose loss compares samples with each other, split into what each sample gives and the comparison.
+    """A model whose loss compares samples with each other, in two steps: the features of each sample, and the comparison.
 
     A model declares this by inheriting from it. `model(batch)` is `compute_loss(forward_features(batch))`.
     """
@@ -63,7 +63,7 @@ class GradCache(GradCacheable):
         return _concatenate([recompute(self.model.forward_features, chunk, use_reentrant=False) for chunk in chunks])
 
     def uninformed(self, batch_size: int) -> dict[str, float]:
-        """The model's losses of a prediction that uses no information; empty where it does not state them."""
+        """The losses of a prediction that uses no information, as the model gives them; empty if it gives none."""
         stated = getattr(self.model, "uninformed", None)
         return dict(stated(batch_size)) if callable(stated) else {}
 
@@ -73,7 +73,7 @@ class GradCache(GradCacheable):
 
 
 class Accumulated(nn.Module):
-    """A `GradCacheable` model called with several batches, and a seed for each: the loss and gradient of them as one batch.
+    """A `GradCacheable` model that is called with several batches and a seed for each; it computes the loss of all of them as one batch.
 
     Ranks: as the model's.
     """

@@ -1,4 +1,4 @@
-"""Running a recipe: the common part of `vitkit run` and `vitkit reproduce`, however the recipe ends."""
+"""Running a recipe for `vitkit run` and `vitkit reproduce`, and ending the run, whether the recipe returns or raises."""
 
 import contextlib
 from collections.abc import Mapping
@@ -38,7 +38,7 @@ def _end(run: Run, error: BaseException) -> int:
     collective = _collective_error(error) if session.accelerator.num_processes > 1 else None
     if collective is not None:
         ignore_termination()  # the launcher ends all ranks when one has died
-        reason = session.watchdog.failure(wait=3.0) or "it said nothing, so it was killed or its machine is gone"
+        reason = session.watchdog.failure(wait=3.0) or "it left no message: its process was killed, or its machine stopped"
         return _stop_with_another(session, f"{reason} ({' '.join(str(collective).split()):.200})")
     if isinstance(error, KeyboardInterrupt):
         reason = session.watchdog.failure(wait=1.0)
@@ -60,7 +60,7 @@ def _end(run: Run, error: BaseException) -> int:
 
 
 def _collective_error(error: BaseException | None) -> BaseException | None:
-    """The error of a collective that another one came from: the launcher's SIGTERM may arrive while the first is handled."""
+    """The error of a collective among `error` and the errors it was raised from: SIGTERM may arrive while the first is handled."""
     while error is not None and not is_collective(error):
         error = error.__context__
     return error

@@ -39,7 +39,7 @@ from vitkit.training.session import Session
 from vitkit.training.signals import Interrupted, Signals
 
 CHECKPOINT_SECONDS = 300.0
-"""The most work that a kill can cost; besides, every epoch ends with a checkpoint."""
+"""Seconds between two checkpoints within an epoch: a killed run loses at most this much work. Every epoch ends with one, too."""
 
 
 class Fit:
@@ -68,22 +68,22 @@ class Fit:
         self.batches: Batches = batches if hasattr(batches, "epoch") else LoaderBatches(batches)
         self.total_steps = session.steps(self.batches, epochs)
         self.module, self.cached = model, session.grad_accum > 1 and isinstance(model, GradCacheable)
-        # Sharded weights can only be used by all ranks together: evaluators and the recipe keep a full model of their own.
+        # All ranks have to use sharded weights together, so evaluators and the recipe keep an unsharded model.
         self.trained = clone_for_sharding(model.to(session.device), optimizer) if session.sharded else model
         self._compile()
         wrapped = Accumulated(cast(GradCacheable, self.trained)) if self.cached else self.trained
         self.model, self.optimizer = session.accelerator.prepare(wrapped, optimizer)
         self.schedule, self._weight_decay = schedule, weight_decay
         self._decayed = [number for number, group in enumerate(optimizer.param_groups) if group.get("weight_decay")]
-        self._steppers: list[Any] = [m for m in self.trained.modules() if callable(getattr(m, "set_step", None))]
-        self._followers: list[Any] = [m for m in self.trained.modules() if callable(getattr(m, "after_step", None))]
+        self._have_set_step: list[Any] = [m for m in self.trained.modules() if callable(getattr(m, "set_step", None))]
+        self._have_after_step: list[Any] = [m for m in self.trained.modules() if callable(getattr(m, "after_step", None))]
         self.average = ModelEma(self.trained, ema) if ema else None
         self.progress: dict[str, Any] = {
             "epoch": 0, "batch": 0, "step": 0, "trained": False, "sums": {}, "count": 0, "images": 0,
             "train_seconds": 0.0, "best": None, "best_epoch": 0, "stale": 0, "uninformed_checked": False,
         }  # fmt: skip
         self._losses = LossLog(session, self.progress)
-        self._monitor = Monitor(monitor, mode, patience, self.progress, self._rank_0s) if monitor else None
+        self._monitor = Monitor(monitor, mode, patience, self.progress, self._from_rank_0) if monitor else None
         self._any_rank = AnyRank(session.device)
         self._saved_at = time.monotonic()
         self._skipped, self._first = 0, True
@@ -94,7 +94,7 @@ class Fit:
             self._restore()
         with session.progress(self.epochs, len(self.batches)):
             while progress["epoch"] < self.epochs:
-                # Not around `yield`: a loop that is left by `break` has its own Ctrl-C back.
+                # The handlers are not active around `yield`: the body of the recipe's loop keeps Python's own Ctrl-C.
                 with signals:
                     if not progress["trained"]:
                         with signals.deferred():
@@ -104,7 +104,7 @@ class Fit:
                         self._checkpoint(LAST)
                     signals.raise_if_asked()
                 epoch = self._make_epoch()
-                with self._averaged():
+                with self._averaged_weights():
                     yield epoch
                 reason = self._judge(epoch)
                 progress |= {"epoch": progress["epoch"] + 1, "batch": 0, "trained": False, "sums": {}, "count": 0}
@@ -112,7 +112,7 @@ class Fit:
                     session.say(reason)
                     break
         if self.average is not None or self.trained is not self.module:
-            self._put_weights()
+            self._load_weights()
 
     def _compile(self) -> None:
         session = self.session
@@ -147,7 +147,7 @@ class Fit:
             progress["epoch"], seed=session.seed, start=progress["batch"], device=session.device,
             rank=accelerator.process_index, world=accelerator.num_processes,
         )  # fmt: skip
-        # A plain loader draws from the global generators, which the model uses meanwhile.
+        # A plain loader draws from the global generators, which the model uses at the same time.
         if session.device.type == "cuda" and not isinstance(self.batches, LoaderBatches):
             stream = prefetch(stream)
         began, images_before, seconds_before = time.monotonic(), progress["images"], progress["train_seconds"]
@@ -176,7 +176,7 @@ class Fit:
         if self._first:
             self._first = False
             self._set_uninformed(group)
-        for module in self._steppers:
+        for module in self._have_set_step:
             module.set_step(progress["step"], self.total_steps)
         if self._weight_decay is not None:
             for number in self._decayed:
@@ -188,7 +188,7 @@ class Fit:
         self.optimizer.zero_grad()
         if self.schedule is not None:
             self.schedule.step()
-        for module in self._followers:
+        for module in self._have_after_step:
             module.after_step(progress["step"], self.total_steps)
         if self.average is not None:
             self.average.update(self.trained)
@@ -246,14 +246,14 @@ class Fit:
         return (total / total.sum()).unbind()
 
     def _set_uninformed(self, group: list[Any]) -> None:
-        """Ask the model for its losses of a prediction that uses no information, for as many samples as are compared in a step."""
+        """Ask the model for the losses of a prediction that uses no information, for the number of samples that a step compares."""
         uninformed = getattr(self.module, "uninformed", None)
         if callable(uninformed):
             compared = sum(map(samples_of, group)) if self.cached else samples_of(group[0])
             self._losses.set_uninformed(uninformed(compared * self.session.accelerator.num_processes))
 
     def _say_skipped(self) -> None:
-        """One line about images that could not be read, if this epoch met more of them than the ones before."""
+        """Report images that could not be read, if their number has grown in this epoch."""
         skipped = getattr(self.batches, "skipped", None)
         if skipped is None:
             return
@@ -266,20 +266,20 @@ class Fit:
     def _checkpoint(self, path: Path) -> None:
         self._losses.read()
         self._saved_at = time.monotonic()
-        # A finite loss may have a gradient that is not.
+        # A step with a finite loss may still make weights infinite.
         finite = [local(parameter.detach()).isfinite().all() for parameter in self.trained.parameters()]
         if self._sum(float(not bool(torch.stack(finite).all()))):
             self._losses.stop(f"the weights are not finite after step {self.progress['step']}")
         if self.session.directory is None:
             return
-        # All ranks gather sharded states together; the others drop them.
+        # All ranks gather sharded states together; only rank 0 keeps them.
         average = self.average.state_dict() if self.average is not None else None
         state, optimizer, average = full_tensor(
             [self.trained.state_dict(), self.optimizer.state_dict(), average], keep=self.session.is_main, device="cpu"
         )
         if not self.session.is_main:
             return
-        scaler = self.session.accelerator.scaler  # fp16's
+        scaler = self.session.accelerator.scaler  # None without fp16
         save_state(
             self.session.directory / path,
             model_state=state,
@@ -316,7 +316,7 @@ class Fit:
         session.say(f"resuming at epoch {self.progress['epoch'] + 1}, {where}")
 
     def _judge(self, epoch: Epoch) -> str | None:
-        """Save the best checkpoint of the monitored metric; returns a sentence if the training is to stop."""
+        """Save a checkpoint if the monitored metric is the best so far; returns a sentence if the training must stop."""
         if self._monitor is None or not epoch.logged:
             return None
         if self._monitor.is_best(epoch, self.session.history.protocols):
@@ -329,27 +329,27 @@ class Fit:
             return value
         return float(all_reduce_sum(torch.tensor(value, device=self.session.device)))
 
-    def _rank_0s(self, value: float) -> float:
+    def _from_rank_0(self, value: float) -> float:
         """Rank 0's value: evaluations may differ in the last bit, and ranks that decide differently would wait for each other."""
         if self.session.accelerator.num_processes == 1:
             return value
         return float(broadcast(torch.tensor(value, dtype=torch.float64, device=self.session.device)))
 
     @contextlib.contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """Let the model hold its averaged weights during the block, and its trained weights again afterwards."""
+    def _averaged_weights(self) -> Iterator[None]:
+        """Let the model hold its averaged weights during the block, and its trained weights afterwards."""
         if self.average is None and self.trained is self.module:
             yield
             return
-        same = self.trained is self.module
-        trained = {name: value.clone() for name, value in self.module.state_dict().items()} if same else {}
-        self._put_weights()
+        in_place = self.trained is self.module
+        trained = {name: value.clone() for name, value in self.module.state_dict().items()} if in_place else {}
+        self._load_weights()
         yield
-        # Not reached after a `break`: the averaged weights stay, to be saved.
-        if same:
+        # After a `break` in the recipe's loop this is not reached: the averaged weights stay in the model, to be saved.
+        if in_place:
             self.module.load_state_dict(trained)
 
-    def _put_weights(self) -> None:
+    def _load_weights(self) -> None:
         """Load the averaged weights, or the trained ones, into the recipe's model."""
         weights = self.average.weights() if self.average is not None else self.trained.state_dict()
         self.module.load_state_dict(full_tensor(weights))

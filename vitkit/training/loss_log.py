@@ -1,4 +1,4 @@
-"""The losses of a run while it trains: read back from the device now and then, checked, and summed for the epoch's row."""
+"""The losses of a run while it trains: copied from the device at intervals, checked, and summed for the epoch's row."""
 
 import math
 import statistics
@@ -15,20 +15,20 @@ from vitkit.runs.directory import LAST
 from vitkit.runs.history import check_loss_names
 from vitkit.training.session import Session
 
-LOOK_SECONDS = 0.25
-"""Seconds between loss read-backs; each one synchronises the device."""
-LOOK_BATCHES = 50
-"""The most batches between loss read-backs."""
-TRAIL = 20
+READ_SECONDS = 0.25
+"""Seconds between two copies of the losses from the device; each copy waits for the device."""
+READ_BATCHES = 50
+"""The most batches between two copies of the losses from the device."""
+TRAIL_BATCHES = 20
 """Batches before a loss that is not finite, or before a spike, that are written to the log."""
-SPIKE, RECENT = 10.0, 100
+SPIKE_DEVIATIONS, RECENT_BATCHES = 10.0, 100
 """A spike is a loss this many standard deviations (1.48 · the median deviation) above the median of the recent batches."""
-UNINFORMED_AFTER, UNINFORMED_TOLERANCE = 0.1, 0.02
+UNINFORMED_AFTER_SHARE, UNINFORMED_TOLERANCE = 0.1, 0.02
 """After this share of the steps a loss still within this share of the uninformed value is reported."""
 
 
 class LossLog:
-    """Losses of the batches since the last read-back, and the account of the batches before.
+    """The losses that are still on the device, and those of the latest batches, for messages.
 
     `progress` is the loop's; `sums` and `count` in it make the epoch's mean losses.
     """
@@ -36,8 +36,8 @@ class LossLog:
     def __init__(self, session: Session, progress: dict[str, Any]) -> None:
         self._session, self._progress = session, progress
         self._pending: list[tuple[int, Mapping[str, Tensor], Tensor | None, float]] = []
-        self._trail: deque[str] = deque(maxlen=TRAIL)
-        self._recent: deque[dict[str, float]] = deque(maxlen=RECENT)
+        self._trail: deque[str] = deque(maxlen=TRAIL_BATCHES)
+        self._recent: deque[dict[str, float]] = deque(maxlen=RECENT_BATCHES)
         self._uninformed: dict[str, float] = {}
         self._read_at = time.monotonic()
 
@@ -47,11 +47,11 @@ class LossLog:
 
     @property
     def due(self) -> bool:
-        """True if it is time to read the losses back."""
-        return time.monotonic() - self._read_at > LOOK_SECONDS or len(self._pending) >= LOOK_BATCHES
+        """True if it is time to copy the losses from the device."""
+        return time.monotonic() - self._read_at > READ_SECONDS or len(self._pending) >= READ_BATCHES
 
     def read(self) -> None:
-        """Read the pending losses back, in one copy. A value that is not finite raises `RunError`, before anything of it is saved."""
+        """Copy the pending losses from the device, all at once. Raises `RunError` for a value that is not finite."""
         device = self._session.device
         dtype = torch.float32 if device.type == "mps" else torch.float64
         scalars = [value for _, parts, norm, _ in self._pending for value in (*parts.values(), norm) if value is not None]
@@ -66,7 +66,7 @@ class LossLog:
         self._read_at = time.monotonic()
 
     def stop(self, reason: str) -> NoReturn:
-        """Write the batches before to the log and raise `RunError`."""
+        """Write the latest batches to the log and raise `RunError`."""
         self._session.note(f"{reason}; the last {len(self._trail)} batches, with the learning rate of their step:", *self._trail)
         directory = self._session.directory
         exists = directory is not None and (directory / LAST).exists()
@@ -77,13 +77,13 @@ class LossLog:
         )
 
     def set_uninformed(self, values: Mapping[str, float]) -> None:
-        """Draw the losses of a prediction that uses no information as reference lines, and compare with them later."""
+        """Keep the losses of a prediction that uses no information: the report draws them, and `check_uninformed` compares with them."""
         self._uninformed = {name: float(value) for name, value in values.items()}
         self._session.history.references.setdefault("uninformed", {}).update(self._uninformed)
 
     def check_uninformed(self, step: int, total: int) -> None:
         """Once, after a tenth of the steps: one line if the loss is still that of a prediction that uses no information."""
-        if not self._uninformed or self._progress["uninformed_checked"] or step < UNINFORMED_AFTER * total:
+        if not self._uninformed or self._progress["uninformed_checked"] or step < UNINFORMED_AFTER_SHARE * total:
             return
         self._progress["uninformed_checked"] = True
         self.read()
@@ -114,19 +114,22 @@ class LossLog:
 
     def _note_spike(self, loss: float, place: str) -> None:
         """Write the batches before a spike to the log; the run continues."""
-        if len(self._recent) < RECENT // 2:
+        if len(self._recent) < RECENT_BATCHES // 2:
             return
         recent = [parts["loss"] for parts in self._recent]
         middle = statistics.median(recent)
         deviation = 1.4826 * statistics.median(abs(value - middle) for value in recent)
-        if loss - middle > SPIKE * max(deviation, 0.01 * abs(middle)):
+        if loss - middle > SPIKE_DEVIATIONS * max(deviation, 0.01 * abs(middle)):
             spike = f"the loss spikes at {place}: {loss:.6g}, the median before it was {middle:.6g}; the batches before it:"
             self._session.note(spike, *self._trail)
             self._recent.clear()  # the next batches set a new level
 
 
 def check_parts(parts: Any) -> Tensor:
-    """The `loss` among what a model returned; raises `UsageError` for anything but a dict of scalar tensors with one to minimise."""
+    """The tensor `loss` in the dict that a model returned.
+
+    Raises `UsageError` if the model returned no dict of scalar tensors, or if no gradient can be computed from its `loss`.
+    """
     if not isinstance(parts, Mapping) or "loss" not in parts:
         raise UsageError(f"a model given to run.fit returns a dict with 'loss'; got {type(parts).__name__}: {parts!r:.80}")
     check_loss_names(parts)

@@ -1,6 +1,6 @@
-"""The needs of a run on many devices, for `--dry-run --devices N`: measured on a few images here, and calculated from there.
+"""Memory and time of a run on many devices, for `--dry-run --devices N`: calculated from one step on a few images.
 
-Assumptions, all shown in `rows`: memory grows linearly with the images of a device, plus a part that does not depend on them; the
+Assumptions: memory grows linearly with the images of a device, plus a part that does not depend on them; the
 global batch is divided evenly; FLOPs are those of matrix products and convolutions; nothing waits for the network.
 """
 
@@ -16,12 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vitkit.training.batches import map_batch, samples_of, tensors_of
 
-PEAK = 989e12
-"""FLOP/s of one device: an H100 SXM in bf16, dense, as its data sheet says."""
+PEAK_FLOPS = 989e12
+"""FLOP/s of one device: an H100 SXM in bf16, dense, from its data sheet."""
 UTILISATION = 0.4
-"""The share of the peak that training reaches: what well-tuned transformers of some hundred million parameters do."""
-MEASURED_ON = 8
-"""Samples of the measured step: enough for a difference, few enough for a laptop."""
+"""The share of the peak that well-tuned training of transformers with a few hundred million parameters reaches."""
+MEASURED_SAMPLES = 8
+"""Samples of the measured step: enough to separate the fixed part of the memory, and few enough for a laptop."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Needs:
         return self.state_bytes / devices + gathered + self.activation_bytes(images)
 
     def seconds(self, images: int, devices: int) -> float:
-        """Time of so many images, forward and backward, on all devices at `UTILISATION` of `PEAK`."""
-        return images * (self.forward_flops + self.backward_flops) / (devices * PEAK * UTILISATION)
+        """Seconds for `images` images, forward and backward, on all devices at `UTILISATION` of `PEAK_FLOPS`."""
+        return images * (self.forward_flops + self.backward_flops) / (devices * PEAK_FLOPS * UTILISATION)
 
 
 def measure(
@@ -73,9 +73,9 @@ def measure(
 
     Activations are what autograd saves for the backward pass, each storage once, without the weights and the batch itself. A
     second forward pass on half of the samples separates the part that grows with their number. Gradients and the optimiser's state are
-    those that the step leaves behind; averaged weights are a copy of weights and buffers.
+    measured after the step; averaged weights are a copy of weights and buffers.
     """
-    samples = min(MEASURED_ON, samples_of(batch))
+    samples = min(MEASURED_SAMPLES, samples_of(batch))
     few = map_batch(batch, lambda value: value[:samples].clone())  # nothing else of the batch is kept
     model.train()
     forward, backward = FlopCounterMode(display=False), FlopCounterMode(display=False)
@@ -122,7 +122,7 @@ def rows(needs: Needs, *, devices: int, batch_size: int, steps: int, epochs: int
         "a parameter": f"{needs.state_bytes / count:.1f} bytes: "
         + ", ".join(f"{name} {held / count:.1f}" for name, held in kinds.items()),
         "the model's state": f"{_size(needs.state_bytes)} for {needs.parameters:,} parameters",
-        "activations": f"{_size(needs.image_bytes)} a sample, and {_size(needs.fixed_bytes)} whatever their number",
+        "activations": f"{_size(needs.image_bytes)} a sample, and {_size(needs.fixed_bytes)} for any number of samples",
         "batch": f"{batch_size} samples, {each} on each of {devices} devices",
         "a device, DDP": _size(needs.replicated_bytes(each, devices)),
         "a device, fully sharded": _size(needs.sharded_bytes(each, devices)),
@@ -131,7 +131,7 @@ def rows(needs: Needs, *, devices: int, batch_size: int, steps: int, epochs: int
         "FLOPs an epoch": f"{flops * batch_size * steps:.3g}",
         "an epoch": f"{_time(epoch)}, {epoch * devices / 3600:.3g} device-hours",
         "all epochs": f"{_time(epoch * epochs)}, {epoch * epochs * devices / 3600:.3g} device-hours",
-        "assumed": f"{UTILISATION:.0%} of {PEAK / 1e12:.0f} TFLOP/s a device (H100 SXM, bf16, dense), no waiting for data, "
+        "assumed": f"{UTILISATION:.0%} of {PEAK_FLOPS / 1e12:.0f} TFLOP/s a device (H100 SXM, bf16, dense), no waiting for data, "
         f"network or evaluations; activations as this machine's device keeps them; under full sharding two layers gathered",
     }
 
@@ -139,12 +139,12 @@ def rows(needs: Needs, *, devices: int, batch_size: int, steps: int, epochs: int
 class _Saved:
     """Bytes of the storages that autograd saves, each once."""
 
-    def __init__(self, known: set[int]) -> None:
-        self.bytes, self._seen = 0, known
+    def __init__(self, excluded: set[int]) -> None:
+        self.bytes, self._seen = 0, excluded
 
     def pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._seen:  # none is freed, and its address taken by another, before the backward pass
+        if storage.data_ptr() not in self._seen:  # no storage is freed before the backward pass, so an address names one storage
             self._seen.add(storage.data_ptr())
             self.bytes += storage.nbytes()
         return tensor
@@ -152,8 +152,8 @@ class _Saved:
 
 @contextmanager
 def _saved(model: nn.Module, batch: dict[str, Tensor]) -> Iterator[_Saved]:
-    known = (*model.parameters(), *model.buffers(), *tensors_of(batch))
-    saved = _Saved({tensor.untyped_storage().data_ptr() for tensor in known})
+    excluded = (*model.parameters(), *model.buffers(), *tensors_of(batch))
+    saved = _Saved({tensor.untyped_storage().data_ptr() for tensor in excluded})
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
         yield saved
 
@@ -190,4 +190,4 @@ def _time(seconds: float) -> str:
     return f"{seconds:.3g} seconds"
 
 
-__all__ = ["PEAK", "UTILISATION", "Needs", "measure", "rows"]
+__all__ = ["PEAK_FLOPS", "UTILISATION", "Needs", "measure", "rows"]

@@ -14,7 +14,8 @@ Mode = Literal["max", "min"]
 class Monitor:
     """Compares a metric over epochs; `best`, `best_epoch` and `stale` in the loop's `progress` are its state.
 
-    `mode` None takes the direction of the metric's protocol, or "max" for a number without one. `agree` makes ranks decide alike.
+    `mode` None takes the direction of the metric's protocol, or "max" for a number without one. `agree(value)` gives every rank the same
+    value.
     """
 
     def __init__(

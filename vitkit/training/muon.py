@@ -87,9 +87,9 @@ class Muon(Optimizer):
             gradient.lerp(local(buffer), group["momentum"]) if group["nesterov"] else local(buffer)
             for gradient, buffer in zip(gradients, buffers, strict=True)
         ]
-        # What an update's rank does not hold is gathered from the other ranks.
-        whole = [full_tensor(like_shards(update, p)) for update, p in zip(updates, parameters, strict=True)]
-        steps = orthogonalise_all(whole, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        # A rank holds only its part of a sharded update, so the other parts are gathered.
+        complete = [full_tensor(like_shards(update, p)) for update, p in zip(updates, parameters, strict=True)]
+        steps = orthogonalise_all(complete, group["ns_coefficients"], group["ns_steps"], group["eps"])
         torch._foreach_mul_([local(p) for p in parameters], 1 - float(group["lr"]) * group["weight_decay"])
         scale = LR_SCALES[group["adjust_lr_fn"] or "original"]
         for parameter, step in zip(parameters, steps, strict=True):

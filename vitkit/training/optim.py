@@ -22,7 +22,7 @@ class ChainedOptimizer(Optimizer):
     def __init__(self, *optimizers: Optimizer) -> None:
         parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
         if len({id(p) for p in parameters}) < len(parameters):
-            raise UsageError("two optimisers share a parameter; give each of them its own")
+            raise UsageError("two optimisers share a parameter; give each parameter to one of them")
         self.optimizers = optimizers
         super().__init__(parameters, {})
         self.param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
@@ -87,7 +87,7 @@ def adamw(
 ) -> AdamW:
     """torch's AdamW for the trainable parameters of a network.
 
-    Weight decay leaves out parameters of at most one dimension (biases, norms) and those that a module names in its method
+    Weight decay leaves out parameters of at most one dimension (biases, norms) and the parameters that a module names in its method
     `no_weight_decay()`, as in timm: CLS and register tokens, positions, label types.
 
     `layer_decay` in (0, 1] makes learning rates smaller towards the input, for fine-tuning (BEiT, arXiv 2106.08254): a module
@@ -122,7 +122,7 @@ def _named(model: nn.Module, method: str) -> set[int]:
 
 
 def _layer_scales(model: nn.Module, layer_decay: float | None) -> dict[int, float]:
-    """The factor of the learning rate by a parameter's id; 1 for those that are not listed."""
+    """The factor of the learning rate by a parameter's id; 1 for parameters that are not listed."""
     scales: dict[int, float] = {}
     if layer_decay is None:
         return scales

@@ -1,4 +1,4 @@
-"""The units of this processor, and what follows from them: the one place that decides which precision is fast."""
+"""The vector units of this processor, and which precisions are fast with them."""
 
 import ctypes
 import functools
@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 ISA_VARIABLES = ("VITKIT_CPU_ISA", "ONEDNN_MAX_CPU_ISA")
-"""Environment variables that take units away: a value such as avx2 or avx512_core allows no bf16 unit."""
+"""Environment variables that limit the units: a value such as avx2 or avx512_core allows no bf16 unit."""
 KEPT_BYTES = 512 * 2**20
-"""Freed memory that stays with the process, so that a training step need not ask the system for pages again."""
+"""Freed memory that the process keeps, so that a training step need not request pages from the system."""
 
 
 def cpu_unit() -> str:
@@ -67,7 +67,7 @@ def bf16_seconds_per_fp32_second(size: int = 256, rounds: int = 5) -> float:
 
 
 def precision_note(precision: str, device: str) -> str:
-    """One line for a run on a CPU without a unit for bf16: what to expect of its precision. Empty where all is well."""
+    """One line for a run on a CPU without a unit for bf16: the speed to expect of its precision. Empty if nothing is slow."""
     if device != "cpu" or has_fast_bf16("cpu"):
         return ""
     unit = {"none": "a processor without AVX2"}.get(cpu_unit(), f"a processor with {cpu_unit()} and no bf16 unit")
@@ -78,9 +78,9 @@ def precision_note(precision: str, device: str) -> str:
 
 
 def keep_freed_memory() -> bool:
-    """Let the C library keep freed memory for the next training step; True where it does (glibc).
+    """Let the C library keep freed memory for the next training step; True if it does (glibc).
 
-    By default glibc maps every large tensor anew, and the system zeroes its pages each time: 4 to 10 % of a small network's step
+    By default glibc maps new memory for every large tensor, and the system zeroes its pages each time: 4 to 10 % of a small network's step
     in fp32.
     """
     if not sys.platform.startswith("linux"):

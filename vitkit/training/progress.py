@@ -12,7 +12,7 @@ from rich.table import Column
 PLAIN_SECONDS = 30.0
 """Seconds between two lines without a terminal."""
 ESTIMATE_SECONDS = 60.0
-"""Seconds of training after which a line says how long the run takes."""
+"""Seconds of training after which a line estimates the time that the run takes."""
 
 
 class Progress:
@@ -81,7 +81,7 @@ class Progress:
         (self._bar.console if self._bar is not None else self.console).print(text, markup=False, soft_wrap=True)
 
     def _left(self, done: int) -> str:
-        """The share that is done and how long the rest takes, at the rate since this process began."""
+        """The share that is done and the time that the rest takes, at the rate since this process began."""
         share = f"{done / max(self.epochs * self.steps, 1):.0%} done"
         seconds = self._seconds_left(done)
         return share if seconds is None else f"{share} | {duration(seconds)} left"

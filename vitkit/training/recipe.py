@@ -10,7 +10,7 @@ help, and a text in `Annotated[int, "blocks in the encoder"]` is the help of one
   the first preset. `auto` takes the preset named as the dataset if there is one, else the first.
 - `ALIASES = {"emb_dim": "embed_dim", "objective": {"seed": "reference"}}`: earlier names of flags and of their values. With
   `"margin": "triplet.margin"` the flag `--margin 0.3` is `--triplet-arg margin=0.3`; with `"hierarchical": "encoder.depths=all"`
-  the flag `--hierarchical` is `--encoder-arg depths=all`, and `--no-hierarchical` nothing. With
+  the flag `--hierarchical` is `--encoder-arg depths=all`, and `--no-hierarchical` is ignored. With
   `"temperature": {"fixed": "", "learned": "loss.learned=true"}`, `--temperature learned` is `--loss-arg learned=true`.
 """
 
@@ -84,9 +84,9 @@ class Recipe:
             self.main(run, **self._resolve(run, dict(requested)))
 
     def rewrite(self, arguments: Sequence[str]) -> list[str]:
-        """The words of a command line with earlier names of flags and values replaced by those of today."""
+        """The words of a command line, with earlier names of flags and values replaced by the current ones."""
         words: list[str] = []
-        flag = ""  # whose value comes next
+        flag = ""  # the flag whose value is the next word
         for word in arguments:
             if not word.startswith("--"):
                 words += self._moved(flag, word) if self._has_moved(flag) else [self._value(flag, word)]
@@ -106,7 +106,7 @@ class Recipe:
         return words
 
     def rename(self, recorded: Mapping[str, Any]) -> dict[str, Any]:
-        """Recorded values of flags, by the names and values of today."""
+        """Recorded values of flags under their current names, with earlier values replaced by the current ones."""
         renamed: dict[str, Any] = {}
         for old, value in recorded.items():
             if self._has_moved(old):
@@ -122,12 +122,12 @@ class Recipe:
         return renamed
 
     def _has_moved(self, old: str) -> bool:
-        """Whether an earlier flag is an argument of a component today."""
+        """Whether an earlier flag is now an argument of a component."""
         alias = self.aliases.get(old)
         return "." in alias if isinstance(alias, str) else isinstance(alias, Mapping) and old not in self.flags
 
     def _moved(self, old: str, value: str) -> list[str]:
-        """The words for an earlier flag that is an argument of a component today: `--loss-arg NAME=VALUE`, or none."""
+        """The words for an earlier flag that is now an argument of a component: `--loss-arg NAME=VALUE`, or none."""
         alias = self.aliases[old]
         target = str(alias.get(value, "")) if isinstance(alias, Mapping) else alias
         component, _, argument = target.partition(".")
@@ -217,10 +217,10 @@ class Recipe:
         _, text = split_annotation(parameter.annotation)
         text = f"{text} (a registered {component.kind})" if text else f"a registered {component.kind}"
         defaults = " ".join(f"{key}={plain(value)}" for key, value in component.kwargs.items())
-        of = f"an argument for --{_dashed(name)}; may be repeated"
+        repeated = f"an argument for --{_dashed(name)}; may be repeated"
         return {
             name: Flag(str, component.name, text, "NAME", self._defaults(name, component)),
-            f"{name}_arg": Flag(list[str], [], of, "NAME=VALUE", defaults or None),
+            f"{name}_arg": Flag(list[str], [], repeated, "NAME=VALUE", defaults or None),
         }
 
     def _defaults(self, name: str, default: Any) -> str | None:
@@ -324,7 +324,8 @@ def _parameters(where: str, main: Callable[..., Any]) -> dict[str, inspect.Param
     """The parameters of `main` after `run`, with resolved annotations."""
     parameters = list(inspect.signature(main).parameters.values())
     if not parameters or parameters[0].name != "run":
-        raise RecipeError(f"{where} takes {parameters[0].name if parameters else 'nothing'!r} first; expected `run`")
+        given = f"begins with the parameter {parameters[0].name!r}" if parameters else "has no parameters"
+        raise RecipeError(f"{where} {given}; expected `run` as the first one")
     try:
         hints = get_type_hints(main, include_extras=True)
     except NameError as error:

@@ -24,7 +24,7 @@ from vitkit.runs.directory import BEST, Claim, claim, read_summary
 from vitkit.training.accelerator import make_accelerator, resolve_device, resolve_precision, resolve_trackers
 from vitkit.training.checkpoint import load_state
 from vitkit.training.dry_run import preview
-from vitkit.training.epoch import Epoch
+from vitkit.training.epoch import Epoch, measure
 from vitkit.training.flags import plain
 from vitkit.training.gradcache import GradCache
 from vitkit.training.loop import Fit, check_fit_arguments
@@ -49,7 +49,7 @@ class Run:
     - `resume`: resume the run in `out`. `overwrite`: replace it, once the first step is taken.
     - `grad_accum`: number of batches per optimiser step.
     - `report_to`: accelerate's trackers beside the CSV files.
-    - `dry_run`: show the model instead of training it; with `devices` also the needs of a run on that many devices.
+    - `dry_run`: show the model instead of training it; with `devices` also the memory and time of a run on that many devices.
 
     Nothing is written before the first step, so a refusal leaves the directory as it was. Raises `UsageError` for a setting that
     this machine does not support and `RunDirectoryError` for a directory in use.
@@ -105,7 +105,7 @@ class Run:
             "grad_accum": grad_accum, "report_to": reports,
         }  # fmt: skip
         if self._earlier.get("status") == "running":
-            self.session.note("the run stopped here without a word: it was killed, or its machine is gone")
+            self.session.note("the run stopped here without a message: its process was killed, or the machine stopped")
         torch.manual_seed(seed)
         self._dry_run, self._devices = dry_run, devices
         self._datasets: list[Any] = []
@@ -145,7 +145,7 @@ class Run:
     def dataset(self, name: str = "auto", *, default: str, **kwargs: Any) -> Any:
         """A dataset by name; `auto` is `default`, or the embedded `digits` with a warning if that is not available.
 
-        The first dataset of a run stands in the summary and the report. A resumed run uses the dataset that it began with.
+        The summary and the report name the first dataset of a run. A resumed run uses the dataset that it began with.
         Raises `UnknownNameError`, `DatasetError`, and `RunDirectoryError` if the images, labels or classes have changed.
         """
         earlier = ({} if self._datasets else self._earlier.get("dataset")) or {}
@@ -153,18 +153,20 @@ class Run:
         wanted = earlier.get("fallback_for")
         if wanted:
             dataset = stand_in(wanted, f"this run began without {wanted} and resumes without it", **kwargs)
-        else:  # a run that began with its own dataset never falls back
+        else:  # a run that began with the recipe's dataset never falls back to digits
             dataset = resolve(default if earlier and name == "auto" else name, default=default, **kwargs)
         if dataset.notice and self.session.is_main:
-            self.session.console.print("[bold yellow]WARNING[/]", Text(printable(dataset.notice, LINE_CHARACTERS)), soft_wrap=True)
+            warning = Text.assemble(("WARNING", "bold yellow"), " ", printable(dataset.notice, LINE_CHARACTERS))
+            self.session.console.print(warning, soft_wrap=True)
         self._datasets.append(dataset)
         if len(self._datasets) == 1:
             self._record(dataset, name, kwargs, earlier)
         return dataset
 
     def steps(self, batches: Any, epochs: int = 1) -> int:
-        """Optimiser steps in so many epochs, the count of a schedule. `grad_accum` batches make one step, and so does the rest at an
-        epoch's end.
+        """The number of optimiser steps in `epochs` epochs, for schedules.
+
+        `grad_accum` batches make one step; fewer batches at the end of an epoch also make one.
 
         Raises `UsageError` for epochs below 1, `batches` without a length, and an epoch without batches.
         """
@@ -193,20 +195,21 @@ class Run:
         - `batches`: `split.batches(...)`, or any sized iterable of dicts of tensors.
         - `schedule` is stepped once an optimiser step, `run.steps(batches, epochs)` times in all.
         - `clip` bounds the norm of the gradient.
-        - `ema` is the decay of averaged weights. The model holds them while an epoch is yielded and at the end.
+        - `ema` is the decay of averaged weights, smaller in the first steps, see `ModelEma`. The model holds them while an epoch is
+          yielded and at the end.
         - `weight_decay` sets the decay of the groups that have one, before each step; see `vitkit.training.schedules`.
-        - `monitor` keeps the best checkpoint of a metric on the validation split, and `patience` evaluations without a better one end
-          the loop. The direction is the metric's own; `mode` gives it for a number without a protocol (default "max"). A value that is
-          not finite is never better, and an epoch that is left by `break` is not compared. The model ends with its last weights;
+        - `monitor` keeps the best checkpoint of a metric on the validation split, and `patience` evaluations without a better one end the
+          loop. The direction comes from the metric's protocol; `mode` gives it for a number without one (default "max"). A value that is
+          not finite is never better, and an epoch whose body ends with `break` is not compared. The model ends with its last weights;
           `run.load_best(model)` loads the best ones.
 
-        With `grad_accum` k the gradient is that of k batches put together: exactly so for a loss that is a mean over samples, and for
-        a `GradCacheable` model. For others it is the mean of the batches' gradients, weighted by their samples.
+        With `grad_accum` k the gradient is that of k batches joined into one, if the loss is a mean over samples or the model is
+        `GradCacheable`. For other losses it is the mean of the batches' gradients, weighted by their numbers of samples.
 
         A loss, a clipped gradient's norm or a weight that is not finite stops the run with `RunError`, within 50 batches. `log.txt` then
-        holds the losses, gradient norms and learning rates of the batches before, and the last checkpoint is from before. No batch is
-        skipped. A finite loss never stops a run: for a spike, more than 10 standard deviations above the median of the last 100
-        batches, `log.txt` holds the same account.
+        holds the losses, gradient norms and learning rates of the batches before; the last checkpoint is older than the bad value. No
+        batch is skipped. A finite loss never stops a run. After a spike, a loss more than 10 standard deviations above the median of
+        the last 100 batches, `log.txt` holds the same values.
 
         Ranks: each calls it. Launched for FSDP2 (`accelerate launch --use_fsdp --fsdp_version 2`) a copy of `model` is sharded and
         trained; `model` gets its weights, or their average, before an epoch is yielded and at the end. Checkpoints hold full weights,
@@ -216,8 +219,8 @@ class Run:
         """
         if self._fit is not None:
             raise UsageError(
-                "this run has trained already: its rows and its checkpoint are those of one run.fit. For stages change the training "
-                "in the loop's body, by epoch.number, or write a second recipe that starts from vitkit.load(DIRECTORY)"
+                "run.fit was called before in this run; a run has one fit. To train in stages, change the training in the body of "
+                "the loop by epoch.number, or write a second recipe that starts from vitkit.load(DIRECTORY)"
             )
         self.steps(batches, epochs)
         check_fit_arguments(model, optimizer=optimizer, schedule=schedule, clip=clip, ema=ema)
@@ -228,7 +231,7 @@ class Run:
             tables = preview(
                 self.session, model, batches, epochs=epochs, optimizer=optimizer, ema=ema is not None, devices=self._devices
             )
-            self.session.console.print(tables)
+            self.session.console.print(tables, soft_wrap=False)
             raise DryRun
         self._fit = Fit(
             self.session, model, batches, epochs=epochs, optimizer=optimizer, schedule=schedule, clip=clip, ema=ema,
@@ -237,7 +240,10 @@ class Run:
         return iter(self._fit)
 
     def check(self, data: Any, *evaluators: Evaluator, split: SplitName = "test") -> list[Evaluator]:
-        """The evaluators that `data` suits, before the training: one whose `check(data, split)` raises is left out with a line."""
+        """The evaluators that suit `data`, found before the training: each `check(data, split)` that raises `UsageError` leaves one out.
+
+        A line reports each evaluator that is left out. Evaluators without a method `check` stay.
+        """
         usable = []
         for evaluator in evaluators:
             try:
@@ -246,9 +252,18 @@ class Run:
                     check(data, split)
                 usable.append(evaluator)
             except UsageError as error:
-                name = getattr(getattr(evaluator, "spec", None), "name", type(evaluator).__name__)
-                self.say(f"the evaluator {printable(name)} is left out: {printable(error)}")
+                self.session.say_left_out(evaluator, error)
         return usable
+
+    def measure_untrained(self, model: nn.Module, data: Any, *evaluators: Evaluator, split: SplitName = "test") -> None:
+        """Measure `model` as it is before `fit`: protocols of metrics that are logged later hold these values as `untrained`.
+
+        The model moves to the run's device. A dry run measures nothing. Ranks: each calls it. Raises `UsageError` after `fit`.
+        """
+        if self._fit is not None:
+            raise UsageError("measure_untrained comes after run.fit, which trains the model; call it before run.fit")
+        if not self._dry_run:
+            self.session.history.untrained |= measure(self.session, model.to(self.device), data, evaluators, split)
 
     def load_best(self, model: nn.Module) -> int:
         """After the loop, load the weights that were best in `monitor` into the `model` of `fit`; returns their epoch.
@@ -267,7 +282,7 @@ class Run:
             model.load_state_dict(state.evaluated)
         except RuntimeError as error:
             reason = " ".join(str(error).split())
-            raise UsageError(f"{path} is another model's: {reason:.400}; give load_best the model that run.fit was given") from None
+            raise UsageError(f"{path} belongs to another model: {reason:.400}; give load_best the model that run.fit trained") from None
         return int(state.progress["fit"]["best_epoch"])
 
     def save(self, model: nn.Module | None = None, **modules: nn.Module) -> Path:
@@ -279,8 +294,8 @@ class Run:
         """
         if model is not None:
             modules = {**_registered_parts(model), **modules}
-        if self._fit is not None and not (self._classes and self._preprocessing):
-            self.say("the batches name no classes or no preprocessing: the saved model takes preprocessed images alone")
+        if self._fit is not None and not self._preprocessing:
+            self.say("the batches name no preprocessing: the saved model takes only preprocessed images")
         self.session.open()
         dataset = self.session.dataset
         if self.session.is_main:
@@ -319,7 +334,7 @@ class Run:
         self.session.finish(status)
 
     def discard(self) -> None:
-        """Leave the directory of a run that was refused before its first step as it was; a run that has trained is marked as failed."""
+        """End a refused run: before the first step its directory stays as it was, after it the run is marked as failed."""
         if self.session.claim is not None and self.session.claim.opened:
             self.session.finish("failed")
         else:
@@ -330,7 +345,7 @@ class Run:
         self.session.close()
 
     def save_after_error(self) -> None:
-        """If all epochs were trained and an error came before `save`, save the model's registered parts all the same."""
+        """Save the model's registered parts if an error came after the last epoch and before `save`."""
         fit = self._fit
         if self._saved or fit is None or fit.progress["epoch"] + fit.progress["trained"] < fit.epochs:
             return
@@ -342,16 +357,16 @@ class Run:
         """Keep the facts of the dataset for the summary; on resuming refuse another one."""
         counts = {"train": len(dataset.train), "test": len(dataset.test)}
         digest = dataset.digest
-        way = "put that dataset back to resume, or start another run with another --out"
+        advice = "put that dataset back to resume, or start another run with another --out"
         if earlier and counts != {split: earlier.get(split) for split in counts}:
-            before, now = (" + ".join(f"{of.get(split)} {split}" for split in counts) for of in (earlier, counts))
+            before, now = (" + ".join(f"{facts.get(split)} {split}" for split in counts) for facts in (earlier, counts))
             raise RunDirectoryError(
                 f"the run in {self.directory} began with {before} images of {earlier.get('name')}, and now there are {now} of "
-                f"{dataset.name}; {way}"
+                f"{dataset.name}; {advice}"
             )
         if earlier.get("digest", digest) != digest:
             raise RunDirectoryError(
-                f"the run in {self.directory} began with other images, labels or classes of {dataset.name} than there are now; {way}"
+                f"the run in {self.directory} began with other images, labels or classes of {dataset.name} than there are now; {advice}"
             )
         self.session.dataset = {
             "name": dataset.name, "asked": asked, "fallback_for": dataset.fallback_for, "notice": dataset.notice,
@@ -374,7 +389,7 @@ def _check_settings(seed: int, grad_accum: int, resume: bool, overwrite: bool, d
         raise UsageError(f"--grad-accum {grad_accum}: expected at least 1")
     if devices is not None and not dry_run:
         raise UsageError(
-            f"--devices {devices} estimates the needs of a run on so many devices, and goes with --dry-run; to train on them: "
+            f"--devices {devices} estimates the memory and time of a run on that many devices and needs --dry-run; to train on them: "
             f"torchrun --nproc-per-node {devices} -m vitkit run ..."
         )
     if devices is not None and devices < 1:
@@ -386,7 +401,7 @@ def _check_settings(seed: int, grad_accum: int, resume: bool, overwrite: bool, d
 
 
 def _registered_parts(model: nn.Module) -> dict[str, nn.Module]:
-    """The parts of a model that a registry built, by the names of their attributes, without losses that have no parameters."""
+    """The parts of a model that a registry built, by attribute name; losses without parameters are left out."""
     if isinstance(model, GradCache):
         model = model.model
     parts = {name: part for name, part in model.named_children() if isinstance(getattr(part, "spec", None), Spec)}

@@ -1,6 +1,6 @@
 """Schedules as plain functions: `schedule(step, total)` is a value at step 0 ≤ step < total.
 
-They serve for momentum of a teacher, temperature and weight decay: `MomentumTeacher(model, cosine(0.996, 1.0))`,
+Use them for the momentum of a teacher, a temperature or weight decay: `MomentumTeacher(model, cosine(0.996, 1.0))`,
 `run.fit(..., weight_decay=cosine(0.04, 0.4))`, or a loss with a method `set_step(step, total)`. For learning rates use torch's
 `LRScheduler`s, see `warmup_cosine`.
 """
@@ -19,7 +19,7 @@ def constant(value: float) -> Schedule:
 
 
 def linear(start: float, end: float, *, warmup: int | None = None) -> Schedule:
-    """start + (end − start)·min(t / T, 1), with T the steps in all, or `warmup`: from then on `end`.
+    """start + (end − start)·min(t / T, 1), where T is the total number of steps, or `warmup`; after T steps the value is `end`.
 
     Raises `UsageError` for a warm-up below 1 step.
     """
@@ -28,7 +28,7 @@ def linear(start: float, end: float, *, warmup: int | None = None) -> Schedule:
 
 
 def cosine(start: float, end: float) -> Schedule:
-    """end + (start − end)·(1 + cos(π·t / T)) / 2, with T the steps in all (BYOL and DINO: momentum, weight decay)."""
+    """end + (start − end)·(1 + cos(π·t / T)) / 2, where T is the total number of steps (BYOL and DINO: momentum, weight decay)."""
     return lambda step, total: end + (start - end) * (1.0 + math.cos(math.pi * _share(step, total))) / 2.0
 
 

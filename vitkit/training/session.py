@@ -1,4 +1,4 @@
-"""The session of a run: what the training loop needs to compute and to write down."""
+"""The session of a run: its device, precision, history, log and files, as the training loop uses them."""
 
 import contextlib
 import os
@@ -13,6 +13,7 @@ import torch
 from filelock import FileLock, Timeout
 from rich.console import Console
 
+from vitkit.console import TextConsole
 from vitkit.distributed.collectives import broadcast_text
 from vitkit.distributed.watchdog import RankWatchdog
 from vitkit.errors import LINE_CHARACTERS, UsageError, VitkitError, printable
@@ -31,8 +32,8 @@ Status = Literal["running", "finished", "interrupted", "failed"]
 class Session:
     """Directory, device, precision, seed, history, progress and log of one run.
 
-    Without a `directory` nothing is written, and the loop keeps no checkpoint. `claim` holds the directory on rank 0, which alone
-    writes. `arguments`, `requested` and `dataset` go into the summary.
+    Without a `directory` nothing is written, and the loop keeps no checkpoint. `claim` holds the directory on rank 0, the only
+    rank that writes. `arguments`, `requested` and `dataset` go into the summary.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Session:
         self.accelerator, self.claim, self.modules = accelerator, claim, modules
         self.seed, self.precision, self.grad_accum, self.compile = seed, precision, grad_accum, compile
         self.resuming, self.name, self.command = resuming, name, command
-        self.console = console or Console(stderr=True, highlight=False)
+        self.console = console or TextConsole(stderr=True)
         self.device: torch.device = accelerator.device
         self.is_main: bool = accelerator.is_main_process
         self.sharded = shards(accelerator)
@@ -70,7 +71,7 @@ class Session:
         self._began = False
 
     def steps(self, batches: Any, epochs: int = 1) -> int:
-        """The number of optimiser steps in so many epochs; see `Run.steps`."""
+        """The number of optimiser steps in `epochs` epochs; see `Run.steps`."""
         at_least(1, epochs=epochs)
         try:
             count = len(batches)
@@ -99,6 +100,11 @@ class Session:
             else:
                 self.console.print(text, markup=False, soft_wrap=True)
 
+    def say_left_out(self, evaluator: Any, reason: Exception) -> None:
+        """Report an evaluator that is left out, and the reason."""
+        name = getattr(getattr(evaluator, "spec", None), "name", type(evaluator).__name__)
+        self.say(f"the evaluator {printable(name)} is left out: {printable(reason)}")
+
     def note(self, text: str, *details: str) -> None:
         """Write one line to `log.txt`, and indented lines of details below it."""
         if self.claim is not None:
@@ -124,7 +130,7 @@ class Session:
             self._progress.step(fit["epoch"] + 1, fit["batch"], parts, images_per_second)
 
     def how_to_resume(self) -> str:
-        """The sentence that a run which was stopped ends with."""
+        """The last sentence of a run that was stopped: the command that resumes it."""
         if not self.resuming and self.claim is not None and self.claim.keeps_earlier:
             return f"no step was taken, and {self.directory} holds the earlier run as it was"
         command = f"{self.command} --out {shlex.quote(str(self.directory))} --resume"
@@ -155,14 +161,14 @@ class Session:
 
     def log_losses(self, row: dict[str, Any], epochs: int) -> None:
         """Write an epoch's row of `losses.csv` and a line of the log, and hand the row to the trackers."""
-        self.begin()  # a resumed run that was stopped after its last step takes no other
+        self.begin()  # a run that resumes after its last step takes no further step
         row = {**row, "seconds": round(self.history.seconds, 2)}
         self.history.add_losses(row)
-        parts = " | ".join(f"{name} {value:.4f}" for name, value in row.items() if name not in NO_PARTS)
+        parts = " | ".join(f"{name} {value:.4f}" for name, value in row.items() if name not in NOT_PARTS)
         self.say(f"epoch {row['epoch']}/{epochs} | {parts} | {row['images_per_second']:.0f} images/s")
         if self.claim is not None:
             self.history.write_losses(self.claim.directory)
-        tracked = {name: value for name, value in row.items() if name not in NO_PARTS or name == "lr"}
+        tracked = {name: value for name, value in row.items() if name not in NOT_PARTS or name == "lr"}
         self._track(lambda: self.accelerator.log(tracked, step=row["step"]))
 
     def log_metrics(self, row: dict[str, Any], logged: Mapping[str, float]) -> None:
@@ -202,7 +208,7 @@ class Session:
     def alarm(self, text: str) -> None:
         """Report the reason why this rank ends, to its terminal and to `log.txt`, and mark the run as failed.
 
-        If rank 0, which writes otherwise, is dead, the first rank that notices writes for it.
+        Rank 0 writes the files. If its process is dead, the first rank that notices writes instead.
         """
         text = printable(f"{text}; {self.how_to_resume()}", LINE_CHARACTERS)
         with contextlib.suppress(OSError):
@@ -234,7 +240,7 @@ class Session:
             self.accelerator.trackers = []
 
     def _survives(self, failure: str, call: Callable[[], Any]) -> bool:
-        """Call something that the run does not depend on; an error costs a line, never the model, the summary or the tables."""
+        """Call an optional part of a run; an error is reported in one line, returns False, and does not end the run."""
         try:
             call()
         except Exception as error:
@@ -285,7 +291,7 @@ class Session:
         }
 
 
-NO_PARTS = ("epoch", "step", "lr", "images_per_second", "seconds")
-"""Columns of `losses.csv` besides the loss and its parts."""
+NOT_PARTS = ("epoch", "step", "lr", "images_per_second", "seconds")
+"""Columns of `losses.csv` that are not the loss or one of its parts."""
 
 __all__ = ["Session", "Status"]

@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+_HANGUP = getattr(signal, "SIGHUP", None)
 LAUNCHER_SECONDS = 10.0
 """A second signal within this time comes from the launcher, which passes on the Ctrl-C that the terminal has sent to all."""
 
@@ -21,8 +22,8 @@ class Interrupted(KeyboardInterrupt):
 class Signals:
     """Handlers of the signals that stop a run; the earlier handlers are restored at the end of the block.
 
-    Within `deferred` a signal only sets `asked`, and the loop stops after the step that is under way; a second signal raises
-    `Interrupted` at once. Outside of it every signal raises. A signal that is ignored stays ignored (nohup ignores SIGHUP).
+    Within `deferred` a signal only sets `asked`, and the loop stops after the step that is running; a second signal raises
+    `Interrupted` at once. Outside of it every signal raises. SIGHUP stays ignored if it is (nohup ignores it).
 
     Under torchrun `asked` is also true when the launcher has died: its ranks would train on without it.
     """
@@ -40,7 +41,7 @@ class Signals:
     def __enter__(self) -> "Signals":
         if threading.current_thread() is threading.main_thread():
             for number in STOPPING:
-                if signal.getsignal(number) is not signal.SIG_IGN:
+                if number != _HANGUP or signal.getsignal(number) is not signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -73,7 +74,7 @@ class Signals:
 
 
 def ignore_termination() -> None:
-    """Ignore SIGTERM from now on: this process is about to end by itself, and reports before."""
+    """Ignore SIGTERM from now on: this process reports an error and then ends by itself."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

@@ -22,10 +22,10 @@ class MomentumTeacher(nn.Module):
         self.teacher = MomentumTeacher(self.student, cosine(0.996, 1.0))
 
     `run.fit` then updates it, and its weights are part of the model's state: checkpoints hold them, and a run resumes with them. Calling
-    it calls the copy under `torch.no_grad`. Buffers, such as the statistics of a batch norm, are the copy's own.
+    it calls the copy under `torch.no_grad`. Buffers, such as the statistics of a batch norm, are not averaged: the copy computes its own.
 
-    Evaluated and saved is what the recipe names: `run.save(model)` saves parts that are attributes of the model, not those within the
-    teacher; to evaluate or save the teacher, name `model.teacher.module`.
+    `run.save(model)` saves the parts that are attributes of the model, not the parts within the teacher. To evaluate or save the
+    teacher, use `model.teacher.module`.
 
     Ranks: every rank computes the same update; sharded weights are updated part by part. Source: Grill et al., arXiv 2006.07733.
     Raises `UsageError` for a momentum outside [0, 1].

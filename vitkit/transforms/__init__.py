@@ -3,11 +3,15 @@
 from vitkit.transforms.augment import (
     ColorJitter,
     Compose,
+    GaussianBlur,
+    Grayscale,
     HorizontalFlip,
     Noise,
     RandomAffine,
     RandomCrop,
+    RandomErasing,
     RandomResizedCrop,
+    Solarize,
     Transform,
 )
 from vitkit.transforms.functional import grey
@@ -18,6 +22,8 @@ __all__ = [
     "ColorJitter",
     "Compose",
     "CutMix",
+    "GaussianBlur",
+    "Grayscale",
     "HorizontalFlip",
     "Mix",
     "MixUp",
@@ -26,7 +32,9 @@ __all__ = [
     "RandAugment",
     "RandomAffine",
     "RandomCrop",
+    "RandomErasing",
     "RandomResizedCrop",
+    "Solarize",
     "Transform",
     "grey",
 ]

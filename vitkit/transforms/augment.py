@@ -2,8 +2,8 @@
 
 torchvision's transforms draw one set of parameters for a whole batch. Here a transform is called with images `(n c h w)` in [0, 1] and
 a generator on their device, and returns images of the same shape. Neighbouring geometric transforms in a `Compose` are multiplied into
-one matrix for each image, so that pixels are sampled once: they are not blurred twice, and a part that one transform moves out of the
-image another may move back.
+one matrix for each image, so that pixels are sampled once: they are not blurred twice, and a transform can move a part back into the
+image that an earlier one moved out.
 
 `p` is the share of images that a transform changes. Ranges are sampled uniformly; a strength x means [1 − x, 1 + x] for factors and
 [−x, x] for offsets.
@@ -50,7 +50,7 @@ class Geometric(ABC):
     - `padding_mode`: "zeros" where it may read beyond the edge, which is black; "border" where it never does, so that half-pixels at
       the edge need no black mixed in.
     - `interpolation`: "nearest" where it only mirrors and moves by whole pixels, which are copied; otherwise "bilinear".
-    - `axis_aligned`: True where it only crops, stretches and mirrors; then it can also resize, in the same sampling step.
+    - `axis_aligned`: True if it only crops, stretches and mirrors; then it can also resize, in the same sampling step.
     """
 
     padding_mode: ClassVar[Literal["zeros", "border"]] = "zeros"
@@ -87,7 +87,7 @@ def cropped_views(
     """Views `(b·views c *size)` in [0, 1] of stored images uint8 `(b c h w)`, cropped and resized in one sampling step.
 
     It applies where `transform` begins with transforms that only crop and mirror; the rest of `transform` follows at the new size.
-    None where it does not begin so, and the image has to be resized first.
+    None if `transform` begins with another one; the image then has to be resized first.
     """
     steps = list(transform.transforms) if isinstance(transform, Compose) else [transform]
     moves: list[Geometric] = []
@@ -97,7 +97,7 @@ def cropped_views(
     # A turn or a shift that comes next belongs to the same sampling; it can read pixels beyond the crop.
     if not moves or (steps and isinstance(steps[0], Geometric)):
         return None
-    every_view = images[:1].expand(len(images) * views, *images.shape[1:])  # for its sizes; nothing is copied
+    every_view = images[:1].expand(len(images) * views, *images.shape[1:])  # only its shape is used; nothing is copied
     cropped = crop_resize(images.float().div_(255), _matrices(moves, every_view, generator), size)
     return Compose(steps)(cropped, generator)
 
@@ -123,7 +123,7 @@ def _matrices(moves: Sequence[Geometric], images: Tensor, generator: Generator) 
 class RandomAffine(Geometric):
     """Shear along x by up to `shear` degrees, rotate by up to `degrees`, scale, and move by up to `translate` of the side.
 
-    As torchvision's RandomAffine, except that it moves by fractions of a pixel, where torchvision rounds to whole ones.
+    Like torchvision's RandomAffine, but it moves by fractions of a pixel, while torchvision rounds to whole pixels.
     """
 
     degrees: float = 0.0
@@ -132,7 +132,7 @@ class RandomAffine(Geometric):
     shear: float = 0.0
 
     def __post_init__(self) -> None:
-        _positive("scale", self.scale)
+        _check_limits("scale", self.scale)
 
     def matrices(self, images: Tensor, generator: Generator) -> Tensor:
         def offset(most: float) -> Tensor:
@@ -151,7 +151,7 @@ class RandomAffine(Geometric):
 class RandomResizedCrop(Geometric):
     """A crop of a share `scale` of the area, its width to its height within `ratio`, stretched to the size of the image.
 
-    A side that would be longer than the image is cut to it; torchvision draws again, and gives up after ten times.
+    A side that would be longer than the image is cut to the image; torchvision draws up to ten times instead.
     """
 
     scale: tuple[float, float] = (0.08, 1.0)
@@ -160,8 +160,8 @@ class RandomResizedCrop(Geometric):
     axis_aligned: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _positive("scale", self.scale)
-        _positive("ratio", self.ratio)
+        _check_limits("scale", self.scale)
+        _check_limits("ratio", self.ratio)
 
     def matrices(self, images: Tensor, generator: Generator) -> Tensor:
         wide, high = _sides(images, generator, self.scale, self.ratio)
@@ -207,7 +207,7 @@ class HorizontalFlip(Geometric):
 class ColorJitter:
     """Multiply brightness, contrast and saturation by a factor each and turn the hue by a share of the circle, in that order.
 
-    As torchvision's ColorJitter, which also draws the order. Images of one channel have neither saturation nor hue.
+    Like torchvision's ColorJitter, which also draws the order. Images of one channel have neither saturation nor hue.
     """
 
     brightness: float = 0.0
@@ -256,7 +256,7 @@ class GaussianBlur:
     p: float = 0.5
 
     def __post_init__(self) -> None:
-        _positive("sigma", self.sigma)
+        _check_limits("sigma", self.sigma)
 
     def __call__(self, images: Tensor, generator: Generator) -> Tensor:
         blurred = gaussian_blur(images, uniform(images, generator, *self.sigma), kernel_size=self.kernel_size)
@@ -284,8 +284,8 @@ class RandomErasing:
     ratio: tuple[float, float] = (0.3, 3.3)
 
     def __post_init__(self) -> None:
-        _positive("scale", self.scale)
-        _positive("ratio", self.ratio)
+        _check_limits("scale", self.scale)
+        _check_limits("ratio", self.ratio)
 
     def __call__(self, images: Tensor, generator: Generator) -> Tensor:
         inside = _chosen(images, generator, self.p)
@@ -328,11 +328,11 @@ def _sides(
     """Width and height `(n,)` of rectangles, as shares of the image's: the area within `scale`, w/h within `ratio`."""
     area = uniform(images, generator, *scale)
     stretch = uniform(images, generator, math.log(ratio[0]), math.log(ratio[1])).exp()
-    stretch = stretch * (images.shape[2] / images.shape[3])  # the ratio is one of pixels
+    stretch = stretch * (images.shape[2] / images.shape[3])  # the ratio is measured in pixels
     return (area * stretch).sqrt().clamp(max=1), (area / stretch).sqrt().clamp(max=1)
 
 
-def _positive(name: str, limits: tuple[float, float]) -> None:
+def _check_limits(name: str, limits: tuple[float, float]) -> None:
     if not 0 < limits[0] <= limits[1]:
         raise UsageError(f"{name} is {limits}; expected two positive numbers, the smaller one first")
 

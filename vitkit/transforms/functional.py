@@ -1,4 +1,4 @@
-"""Operations on batches of images with a parameter for each image; augmentations are made of them.
+"""Operations on batches of images with a parameter for each image, as augmentations use them.
 
 Images are float32 `(n c h w)` in [0, 1], parameters `(n,)`. The results agree with torchvision's functions, which take one parameter
 for all images; the test suite compares them image by image.
@@ -51,9 +51,9 @@ def sample(
     padding_mode: Literal["zeros", "border"] = "zeros",
     interpolation: Literal["bilinear", "nearest"] = "bilinear",
 ) -> Tensor:
-    """Images sampled at the places that matrices `(n 3 3)` send the output's pixels to.
+    """Images sampled at the positions to which matrices `(n 3 3)` send the output's pixels.
 
-    Beyond the edge there is black (`padding_mode="zeros"`) or the edge itself ("border").
+    Beyond the edge pixels are black (`padding_mode="zeros"`) or those of the edge ("border").
     """
     height, width = images.shape[2:]
     x, y = (_centres(size, images) for size in (width, height))
@@ -76,7 +76,7 @@ def crop_resize(images: Tensor, matrices: Tensor, size: tuple[int, int]) -> Tens
     if not crops:
         return images.new_empty((0, channels, *size))
     with torch.autocast(images.device.type, enabled=False):
-        # Down the rows as sums of a few whole rows, which skips the pixels between; along them as a product with a matrix.
+        # Vertically a sum of a few rows, which skips the rows between; horizontally a product with a matrix.
         taps, weights = _triangles(matrices[:, 1, 1], matrices[:, 1, 2], height, size[0])
         first = torch.arange(count, device=images.device).repeat_interleave(crops // count) * height
         table = images.transpose(1, 2).reshape(count * height, channels * width)
@@ -124,7 +124,7 @@ def adjust_sharpness(images: Tensor, factor: Tensor) -> Tensor:
     """clamp(s + factor · (x − s)), factor ≥ 0, with s smoothed by (1 1 1, 1 5 1, 1 1 1)/13; the outermost pixels are unchanged."""
     if min(images.shape[2:]) <= 2:
         return images
-    # Rows are laid end to end, which takes half the time: only sums for the outermost pixels run from one row into the next.
+    # Rows are joined end to end, which takes half the time; only sums for the outermost pixels cross from one row into the next.
     width, flat = images.shape[3], images.flatten(2)
     sums = (flat[..., :-2] + flat[..., 1:-1]).add_(flat[..., 2:])
     sums = (sums[..., : -2 * width] + sums[..., width:-width]).add_(sums[..., 2 * width :])
@@ -206,9 +206,9 @@ def grey(images: Tensor) -> Tensor:
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor, *, kernel_size: int) -> Tensor:
-    """Convolved with a normalised Gaussian of standard deviation `sigma` pixels, cut to `kernel_size`, mirrored edges.
+    """Images convolved with a normalised Gaussian of standard deviation `sigma` pixels, cut to `kernel_size`, mirrored edges.
 
-    Raises `UsageError` where the kernel is even or larger than the image.
+    Raises `UsageError` if the kernel is even or larger than the image.
     """
     radius = kernel_size // 2
     if kernel_size % 2 == 0 or radius >= min(images.shape[2:]):

@@ -1,10 +1,10 @@
 """MixUp and CutMix of batches on the device, with the pair, the share and the box drawn for each image.
 
-torchvision's draw one share or box for a whole batch and pair neighbours.
+torchvision's versions draw one share or box for a whole batch and pair neighbours.
 
 A mixing is called with images `(b c h w)`, or `(b v c h w)` for several views, labels int64 `(b,)` and a generator on their
 device, and returns images of the same shape, the index of each image's partner int64 `(b,)`, and weights float32 `(b,)`:
-the label of image i counts weights[i], its partner's 1 − weights[i]. All views of an image are mixed alike.
+the label of image i counts weights[i], its partner's 1 − weights[i]. All views of an image are mixed in the same way.
 
 Pairs are drawn: each image has another one as its partner, and is the partner of another one; an image without a possible partner is
 unchanged. Unlabelled images (−1) are mixed among themselves, so that a pair has two labels or none. With `same_class` only images of one

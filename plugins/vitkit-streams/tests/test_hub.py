@@ -87,7 +87,7 @@ def test_revisions(hub):
         assert data.source.endswith(f", commit {other}")
 
 
-LOGIN = "check its name and revision; a private or gated one needs `hf auth login`, or HF_TOKEN, of somebody who may read it"
+LOGIN = "check its name and revision; a private or gated one needs `hf auth login`, or the HF_TOKEN of an account that may read it"
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_offline_mode_asks_nobody(hub, monkeypatch):
     hub.requests.clear()
     monkeypatch.setattr(hf.config, "HF_HUB_OFFLINE", True)
     copy = f"me/grey is not available from the Hub, and the copy on this machine is of commit {first}"
-    for revision, notice in ((None, f"{copy}; it is taken, and may not be the newest"), (first, "")):
+    for revision, notice in ((None, f"{copy}; this copy is used, and may not be the newest"), (first, "")):
         data = build(revision=revision)
         assert values(data) == list(range(40))
         assert data.notice == notice

@@ -169,7 +169,7 @@ def test_classes_are_numbers_names_or_given(tmp_path):
 
 
 def test_labels_that_are_no_class_are_named(tmp_path, shards):
-    with pytest.raises(DatasetError, match=r"train-000000.tar: 00000002 has the label '2', which is none of the 2 classes"):
+    with pytest.raises(DatasetError, match=r"train-000000.tar: 00000002 has the label '2', which is not one of the 2 classes"):
         build(tmp_path, urls=str(shards), classes=["owl", "lynx"])
     data = build(tmp_path, urls=str(shards), classes=["owl", "lynx", "newt"])
     assert data.classes == ["owl", "lynx", "newt"]
@@ -350,7 +350,7 @@ def test_a_shard_of_many_bad_members_keeps_few_lines(tmp_path, cache):
 
 
 def test_an_image_file_of_too_many_bytes_is_left_out_unread(tmp_path, cache, monkeypatch):
-    monkeypatch.setattr("vitkit_streams.shards.LARGEST_FILE_BYTES", 200)
+    monkeypatch.setattr("vitkit_streams.shards.MAX_FILE_BYTES", 200)
     body = png(3, 64) * 3
     path = tar(tmp_path / "a.tar", [("big.png", body), ("big.cls", b"0"), ("small.png", png(1)), ("small.cls", b"0")])
     shard = cache.shard(path, FIELDS)

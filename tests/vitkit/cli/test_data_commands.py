@@ -45,8 +45,8 @@ def test_importing_it_imports_no_torch():
 def test_an_empty_store_is_called_so(store):
     printed = run("list")
     assert f"dataset store {store}: empty" in printed
-    (besides,) = (line for line in printed.splitlines() if line.startswith("registered besides: "))
-    named = besides.removeprefix("registered besides: ").split(", ")
+    (besides,) = (line for line in printed.splitlines() if line.startswith("also registered: "))
+    named = besides.removeprefix("also registered: ").split(", ")
     assert named == sorted(named)
     assert {"cifar10", "cifar100", "digits", "fashion_mnist", "image_folder", "mnist"} <= set(named)
 

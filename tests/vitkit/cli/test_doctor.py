@@ -1,38 +1,38 @@
-"""`vitkit doctor`: processor units, and versions with known security holes."""
+"""`vitkit doctor`: processor units, and versions with known vulnerabilities."""
 
 import pytest
 
-from vitkit.cli.known_holes import HOLES, known_holes
+from vitkit.cli.vulnerabilities import VULNERABILITIES, known_vulnerabilities
 
 
 def test_a_version_before_the_fix_is_named_with_its_effect_source_and_command():
-    (line,) = known_holes({"timm": "1.0.25"}.get)
+    (line,) = known_vulnerabilities({"timm": "1.0.25"}.get)
     assert line == (
-        "timm 1.0.25 has a known security hole: a model argument `checkpoint_path` unpickles a file, which can run code "
+        "timm 1.0.25 has a known vulnerability: a model argument `checkpoint_path` unpickles a file, which can run code "
         "(timm 1.0.26 release notes); pip install 'timm>=1.0.26'"
     )
 
 
 @pytest.mark.parametrize("version", ["2.6.0", "2.6.0+cu124", "2.10", "3", None])
 def test_a_fixed_or_missing_version_is_not_named(version):
-    assert known_holes({"torch": version}.get) == []
+    assert known_vulnerabilities({"torch": version}.get) == []
 
 
 @pytest.mark.parametrize("version", ["2.5.1+cpu", "2.5", "1.13.1", "2"])
 def test_versions_compare_by_number(version):
-    assert len(known_holes({"torch": version}.get)) == 1
+    assert len(known_vulnerabilities({"torch": version}.get)) == 1
 
 
 def test_every_hole_names_its_source():
-    assert all(hole.effect and hole.source for hole in HOLES)
+    assert all(entry.effect and entry.source for entry in VULNERABILITIES)
 
 
-def test_doctor_warns_of_known_holes_and_is_not_broken_by_them(shell, monkeypatch):
+def test_doctor_warns_of_known_vulnerabilities_and_is_not_broken_by_them(shell, monkeypatch):
     monkeypatch.setattr("vitkit.cli.doctor.version_of", lambda name: "1.0.0")
     answer = shell("doctor")
     assert answer.returncode == 0, answer.stdout
-    assert "warning: torch 1.0.0 has a known security hole: torch.load runs code from a file" in answer.stdout
-    assert "warning: pillow 1.0.0 has a known security hole: an image can overflow a buffer" in answer.stdout
+    assert "warning: torch 1.0.0 has a known vulnerability: torch.load runs code from a file" in answer.stdout
+    assert "warning: pillow 1.0.0 has a known vulnerability: an image can overflow a buffer" in answer.stdout
 
 
 @pytest.mark.parametrize(

@@ -139,16 +139,16 @@ def test_export_says_what_goes_in_and_comes_out(vitkit, tmp_path):
             "-o features/model.safetensors exists and is not a .safetensors file of features, so it is not replaced",
         ),
         (["predict", "nowhere", "pictures"], "no model at nowhere"),
-        (["predict", "classifier", "nothing.png"], "no picture at nothing.png"),
+        (["predict", "classifier", "nothing.png"], "no image at nothing.png"),
         (["eval", "features", "--dataset", "digts"], "did you mean 'digits'?"),
         (["eval", "features", "--dataset", "digits", "--evaluator", "knm"], "did you mean 'knn'?"),
         (["eval", "features", "--dataset", "digits", "--evaluator", "knn", "--arg", "k"], "an argument is NAME=VALUE"),
-        (["eval", "features", "--dataset", "digits", "--evaluator", "knn", "--arg", "x.k=1"], "no evaluator 'x' is asked"),
+        (["eval", "features", "--dataset", "digits", "--evaluator", "knn", "--arg", "x.k=1"], "the evaluator 'x' is not selected"),
         (["eval", "features", "--dataset", "digits", "--evaluator", "knn", "--arg", "k=a"], "k is 'a', expected int"),
         (["eval", "features", "--dataset", "digits", "--evaluator", "knn", "--arg", "kk=1"], "takes no argument 'kk'"),
         (["eval", "features", "--dataset", "digits", "--evaluator", "label_retrieval"], "label retrieval needs a model"),
         (["export", "nowhere"], "no model at nowhere: no such directory"),
-        (["export", "someone/model"], "someone/model is no local directory, so the output has no default place; give -o FILE"),
+        (["export", "someone/model"], "someone/model is no local directory, so the output has no default path; give -o FILE"),
         (["export", "features", "-o", "x.h5"], "cannot export to x.h5"),
         (["embed", "features", "digits", "-o", "x.npy"], "expected the name of a .safetensors file"),
     ],
@@ -158,4 +158,4 @@ def test_bad_input_is_answered_with_one_message(vitkit, arguments, text):
     assert answer.returncode in (1, 2)
     assert text in answer.stderr
     assert "Traceback" not in answer.stderr
-    assert "not vitkit's own" not in answer.stderr
+    assert "vitkit did not expect this error" not in answer.stderr

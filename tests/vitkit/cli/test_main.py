@@ -129,14 +129,14 @@ def test_dry_run_on_devices_shows_what_a_run_on_so_many_needs(vitkit):
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [
-        (["run"], 2, "which recipe?"),
+        (["run"], 2, "no recipe is given; give its file"),
         (["run", "nothing.py"], 2, "no recipe at nothing.py; there are line.py"),
         (["run", "line.py", "--epohcs", "3"], 2, "--epochs"),
         (["run", "line.py", "--epochs", "many"], 2, "valid integer"),
         (["run", "line.py", "--kind", "c"], 2, "'c' is not one of 'a', 'b'"),
         (["run", "line.py", "--epochs", "0"], 2, "epochs is 0; expected at least 1"),
         (["run", "line.py", "--lr", "nan"], 2, "lr is nan; expected a finite learning rate"),
-        (["run", "line.py", "--devices", "8"], 2, "--devices 8 estimates the needs of a run on so many devices, and goes with --dry-run"),
+        (["run", "line.py", "--devices", "8"], 2, "--devices 8 estimates the memory and time of a run on that many devices"),
         (["run", "line.py", "--dry-run", "--devices", "0"], 2, "--devices 0: expected at least 1"),
         (["run", "line.py", "--device", "cuda"], 2, "--device cuda: this machine has cpu"),
         (["run", "line.py", "--lr", "1e30"], 1, "the loss is not finite at epoch"),

@@ -191,7 +191,7 @@ def test_a_validation_split_comes_off_the_training_images_by_class_and_is_the_sa
     everything = from_store(Stored("pets", ["cat", "dog"], made), val_size=0)
     assert (len(everything.train), len(everything.val)) == (200, 0)
     assert everything.train.images.data_ptr() == made["train.images"].data_ptr()  # nothing is copied
-    assert everything.val_note == "none: all training images are trained on"
+    assert everything.val_note == "none: all training images are used for training"
     with pytest.raises(UsageError, match="val_size is -1; expected at least 0"):
         from_store(Stored("pets", ["cat", "dog"], made), val_size=-1)
 

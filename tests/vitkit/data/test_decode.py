@@ -131,7 +131,7 @@ def test_files_that_are_not_regular_are_not_waited_for(tmp_path):
 
 
 def test_a_file_of_too_many_bytes_is_not_read(monkeypatch):
-    monkeypatch.setattr(decode, "LARGEST_FILE_BYTES", 100)
+    monkeypatch.setattr(decode, "MAX_FILE_BYTES", 100)
     with pytest.raises(ImageReadError, match=r"the file has [\d,]+ bytes; expected at most 100"):
         read_image(encoded(plain(), "BMP"))
 

@@ -164,7 +164,7 @@ def test_a_training_folder_alone_is_divided_and_other_folders_are_named(folder):
     fill(folder / "train", cat=4, dog=4)
     fill(folder / "notes", sketches=3)
     skipped = import_folder(folder, "pets", img_size=8, test_fraction=0.25)
-    assert skipped == [f"{folder / 'notes'}: 3 images in a folder that is none of train, val and test"]
+    assert skipped == [f"{folder / 'notes'}: 3 images in a folder other than train, val and test"]
     stored = read_store(store_path("pets"))
     assert stored.classes == ["cat", "dog"]
     assert (len(stored.train), len(stored.test)) == (6, 2)
@@ -324,9 +324,9 @@ def test_other_files_and_hidden_ones_are_no_pictures(folder):
     assert stored.classes == ["cat", "dog"]
     assert stored.train.labels.bincount().tolist() == [2, 3]
     assert stored.metadata["layout"].splitlines()[1:4] == [
-        "passed over: 2 files (.mp4 1, .txt 1) that are not images",
-        "passed over: 2 hidden files",
-        "passed over: 4 hidden or system folders (.ipynb_checkpoints, .thumbnails, @eaDir, __MACOSX)",
+        "skipped: 2 files (.mp4 1, .txt 1) that are not images",
+        "skipped: 2 hidden files",
+        "skipped: 4 hidden or system folders (.ipynb_checkpoints, .thumbnails, @eaDir, __MACOSX)",
     ]
 
 

@@ -75,7 +75,7 @@ def test_a_name_cannot_lead_out_of_the_store(name):
 
 
 def test_a_missing_file_is_named_with_the_way_to_see_what_there_is(store):
-    with pytest.raises(DatasetError, match=r"there is no dataset file at .*pets\.safetensors; `vitkit data list` shows"):
+    with pytest.raises(DatasetError, match=r"there is no dataset file at .*pets\.safetensors; `vitkit data list` lists"):
         read_store(store_path("pets"))
 
 
@@ -154,7 +154,7 @@ def test_metadata_that_is_no_json(store):
 def test_a_store_that_cannot_be_made(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("VITKIT_DATA", str(tmp_path / "file"))
-    with pytest.raises(DatasetError, match=r"cannot write .*file/pets\.safetensors: .*VITKIT_DATA name another"):
+    with pytest.raises(DatasetError, match=r"cannot write .*file/pets\.safetensors: .*VITKIT_DATA to another"):
         write_store("pets", tensors(), CLASSES)
     with pytest.raises(DatasetError, match="VITKIT_DATA"), store_lock("pets"):
         pass

@@ -71,7 +71,7 @@ def test_a_directory_goes_before_a_repository_of_its_name(model_run, monkeypatch
     source = f"{tmp_path.name}/{model_run.name}"
     assert not client.is_repo(source)
     assert vitkit.load(source).classes == ["a", "b"]
-    with pytest.raises(UsageError, match="revision 'v1' is of a Hub repository OWNER/NAME; .* is a directory"):
+    with pytest.raises(UsageError, match="revision 'v1' needs a Hub repository OWNER/NAME; .* is a directory"):
         vitkit.load(model_run, revision="v1")
 
 
@@ -175,7 +175,7 @@ def test_a_new_repository_is_private_when_asked_and_an_old_one_is_not_published_
     client.push(model_run, "secret", private=True)
     client.push(model_run, "open")
     before = hub_server.files("me/open")
-    with pytest.raises(HubError, match="me/open is there and public, --private is for a new repository: make it private"):
+    with pytest.raises(HubError, match="me/open exists and is public; --private is for a new repository: make it private"):
         client.push(model_run, "open", private=True)
     assert hub_server.files("me/open") == before
 
@@ -204,11 +204,11 @@ def test_a_push_that_broke_off_goes_on_with_the_next(hub_server, model_run, monk
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client waits between its attempts
     hub_server.faults.append(Fault(r"PUT /storage/", 500, "trouble", times=1000))
     hub_server.faults.append(Fault(r"POST .*/commit/", 503, "trouble"))
-    with pytest.raises(HubError, match=r"the Hub has trouble of its own: 500.*run the same command again"):
+    with pytest.raises(HubError, match=r"the Hub has an internal error: 500.*run the same command again"):
         client.push(model_run, "tiny")
     assert sorted(hub_server.files("me/tiny")) == [".gitattributes"]
     hub_server.faults[0].times = 0
-    with pytest.raises(HubError, match=r"the Hub has trouble of its own: 503 \(trouble\)"):
+    with pytest.raises(HubError, match=r"the Hub has an internal error: 503 \(trouble\)"):
         client.push(model_run, "tiny")
     assert len(hub_server.uploads) == 3
     client.push(model_run, "tiny")
@@ -219,7 +219,7 @@ def test_a_push_that_broke_off_goes_on_with_the_next(hub_server, model_run, monk
 def test_a_connection_that_is_cut_in_the_middle_of_every_upload(hub_server, model_run, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     hub_server.cuts = 1000
-    with pytest.raises(HubError, match=r"the connection to http://127.* for me/tiny failed \(.*what has arrived is not"):
+    with pytest.raises(HubError, match=r"the connection to http://127.* for me/tiny failed \(.*files that have arrived are not"):
         client.push(model_run, "tiny")
     hub_server.cuts = 0
     client.push(model_run, "tiny")

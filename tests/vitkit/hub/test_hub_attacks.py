@@ -154,7 +154,7 @@ def test_two_pulls_into_one_directory_leave_one_complete_copy(hub_server, model_
     for thread in threads:
         thread.join()
     assert sum(isinstance(outcome, tuple) for outcome in outcomes) == 1
-    assert all("is there already" in str(outcome) for outcome in outcomes if not isinstance(outcome, tuple))
+    assert all("exists already" in str(outcome) for outcome in outcomes if not isinstance(outcome, tuple))
     copy = {path.relative_to(tmp_path / "out").as_posix(): path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     source = hub_server.files(json.loads(copy.pop("origin.json"))["repository"])
     assert copy == {name: content for name, content in source.items() if name != ".gitattributes"}
@@ -175,7 +175,7 @@ def test_a_file_that_is_cut_while_it_is_copied_is_never_reported_as_done(hub_ser
 
 def test_repositories_without_a_model(hub_server, model_run, tmp_path):
     hub_server.put("you/none", {"README.md": b"# nothing"})
-    with pytest.raises(HubError, match=r"you/none holds no config.json and no model.safetensors: it is no model that"):
+    with pytest.raises(HubError, match=r"you/none holds no config.json and no model.safetensors: it is not a model that"):
         client.pull("you/none", tmp_path / "out")
     hub_server.put("you/bert", {"config.json": b'{"model_type": "bert"}', "model.safetensors": b"x"})
     with pytest.raises(HubError, match=r"you/bert is refused: .* is no vitkit config"):

@@ -32,12 +32,12 @@ def test_a_token_that_has_expired(hub_server, model_run):
 
 
 def test_a_token_that_may_only_read_and_a_name_of_somebody_else(hub_server, model_run):
-    with pytest.raises(HubError, match=r"your access token gives no right to you/tiny \(You don't have the rights to"):
+    with pytest.raises(HubError, match=r"your access token does not permit access to you/tiny \(You don't have the rights to"):
         client.push(model_run, "you/tiny")
     client.push(model_run, "tiny")
     hub_server.tokens[os.environ["HF_TOKEN"]] = ("me", False)
     (model_run / "recipe.py").write_text("pass\n")
-    with pytest.raises(HubError, match=r"gives no right to me/tiny .*take a token that may write .* --create-pr"):
+    with pytest.raises(HubError, match=r"does not permit access to me/tiny .*take a token that may write .* --create-pr"):
         client.push(model_run, "tiny")
     assert b"never run" in hub_server.files("me/tiny")["recipe.py"]
 
@@ -64,10 +64,10 @@ def test_a_repository_that_is_not_there_private_or_gated(hub_server, model_run, 
 @pytest.mark.parametrize(
     ("status", "told"),
     [
-        (409, r"me/tiny was changed by somebody else meanwhile \(said \*\*\*\); run the same command again"),
+        (409, r"me/tiny was changed by another push \(said \*\*\*\); run the same command again"),
         (413, "me/tiny is too large for the Hub"),
         (429, "the Hub asks to slow down .*wait a few minutes and run the same command again"),
-        (502, "the Hub has trouble of its own: 502 .*wait a little and run the same command again"),
+        (502, "the Hub has an internal error: 502 .*wait a little and run the same command again"),
         (418, r"the Hub refused me/tiny: 418 \(said \*\*\*\)"),
     ],
 )
@@ -82,7 +82,7 @@ def test_what_the_client_of_the_newer_storage_raises(hub_server, model_run, monk
     denied = type("XetAuthenticationError", (PermissionError,), {"__module__": "hf_xet"})
     for error, told in (
         (ConnectionError("Network error: reset"), r"failed \(ConnectionError: Network error: reset\); check the network"),
-        (denied("no"), "your access token gives no right to me/tiny: "),
+        (denied("no"), "your access token does not permit access to me/tiny: "),
     ):
 
         def fail(*arguments, error=error, **keywords):
@@ -118,9 +118,9 @@ def test_names_that_no_repository_has(model_run, name):
 def test_a_mistyped_directory_is_answered_with_the_one_beside_it(hub_server, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("runs/small").mkdir(parents=True)
-    with pytest.raises(HubError, match=r"no directory runs/smal; did you mean 'runs/small'\? It was looked for on the Hub: there is no"):
+    with pytest.raises(HubError, match=r"no directory runs/smal; did you mean 'runs/small'\? It was searched on the Hub: there is no"):
         vitkit.load("runs/smal")
-    with pytest.raises(HubError, match=r"no directory runs/other, so it was looked for on the Hub: there is no"):
+    with pytest.raises(HubError, match=r"no directory runs/other, so it was searched on the Hub: there is no"):
         vitkit.load("runs/other")
 
 
@@ -197,10 +197,10 @@ def test_a_directory_that_is_there_is_not_written_over(hub_server, model_run, tm
     client.push(model_run, "tiny")
     (tmp_path / "mine").mkdir()
     client.pull("me/tiny", tmp_path / "mine")  # an empty one is as good as none
-    with pytest.raises(UsageError, match=r"mine is there already; choose another directory with -o, or remove it"):
+    with pytest.raises(UsageError, match=r"mine exists already; choose another directory with -o, or remove it"):
         client.pull("me/tiny", tmp_path / "mine")
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(UsageError, match="link is there already"):
+    with pytest.raises(UsageError, match="link exists already"):
         client.pull("me/tiny", tmp_path / "link")
 
 

@@ -53,7 +53,7 @@ def test_what_a_visitor_reads(model_run):
         "backbone `vit`, projector `mlp`; 2,745,856 parameters.",
         "2 classes: a, b.\n",
         'import vitkit\n\nmodel = vitkit.load("me/tiny")\nfeatures = model.encode_image(model.preprocess(images))',
-        "uint8 of shape (n, 1, h, w); they are brought to 8×8 pixels",
+        "uint8 of shape (n, 1, h, w); they are resized to 8×8 pixels",
         "Loading runs no code from this repository",
         "| metric | value | chance | paper | how it was measured |",
         "| 0.1 | 0.95 | frozen encoder; 10,000 test samples; on every pixel |",
@@ -64,7 +64,7 @@ def test_what_a_visitor_reads(model_run):
         "| hardware | x86_64, 2 cores, device cpu, precision bf16 |",
         "| time | 6 min 45 s, 3,000 images/s in training |",
         "![M1 confusion](plots/m1_confusion.png)",
-        "- One run with one seed",
+        "- The numbers are from one run with one seed",
         "Licence of the data: CC BY-SA 3.0.",
     ):
         assert line in card, line
@@ -77,13 +77,13 @@ def test_a_stand_in_dataset_is_said_before_anything_else(model_run):
     card = card_of(model_run, dataset=stood_in)
     heading, first = card.index("# tiny"), card.index("> **This is not a model of mnist.**")
     assert first - heading < 40
-    assert "it saw **digits** instead, and every number below is of digits." in card
+    assert "the model was trained on **digits** instead, and every number below is for digits." in card
     assert "For reference, not measured here: paper, of mnist and not to be compared with the others." in card
     assert {result.dataset_name for result in ModelCard(card).data.eval_results} == {"digits"}
 
 
 def test_a_run_that_did_not_end_says_so(model_run):
-    assert "> **Its training did not end** (status: interrupted)." in card_of(model_run, status="interrupted")
+    assert "> **Its training did not finish** (status: interrupted)." in card_of(model_run, status="interrupted")
 
 
 def test_a_run_without_results_has_a_card_too(model_run):

@@ -25,7 +25,7 @@ PREPARE = {"shape": [1, 8, 8], "mean": [0.5], "std": [0.25], "fit": "resize"}
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    monkeypatch.setattr(embedding, "PIECE", 4)
+    monkeypatch.setattr(embedding, "PIECE_IMAGES", 4)
 
 
 @pytest.fixture
@@ -79,13 +79,13 @@ def test_a_picture_that_cannot_be_read_is_named_and_left_out(model, pictures, tm
     assert about["skipped"] == done.skipped
     assert [line.partition(": ")[0] for line in done.skipped] == [str(pictures / "a" / "2.png"), str(pictures / "b" / "5.png")]
     assert "cannot identify image file" in done.skipped[0]
-    with pytest.raises(UsageError, match=r"2\.png cannot be read as a picture: UnidentifiedImageError"):
+    with pytest.raises(UsageError, match=r"2\.png cannot be read as an image: UnidentifiedImageError"):
         model.embed(pictures)
 
 
 def test_where_no_picture_can_be_read(model, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"")
-    with pytest.raises(UsageError, match=r"none of the 1 pictures can be read: .*bad\.png: UnidentifiedImageError"):
+    with pytest.raises(UsageError, match=r"none of the 1 images can be read: .*bad\.png: UnidentifiedImageError"):
         embed(model, find_source([str(tmp_path / "bad.png")]), tmp_path / "out.safetensors")
 
 
@@ -161,14 +161,14 @@ def test_what_is_refused(model, pictures, tmp_path):
         embed(model, source, "/proc/nowhere/b.safetensors")
     with pytest.raises(UsageError, match="'digts' is neither a file, a folder nor a dataset: .* did you mean 'digits'"):
         find_source(["digts"])
-    with pytest.raises(UsageError, match="no picture at .*nothing.png; give files and folders that are there"):
+    with pytest.raises(UsageError, match="no image at .*nothing.png; give files and folders that exist"):
         find_source([str(pictures / "nothing.png")])
-    with pytest.raises(UsageError, match="which images"):
+    with pytest.raises(UsageError, match="no images are given; give a folder"):
         find_source([])
     with pytest.raises(UsageError, match="--split is 'dev'; expected 'train', 'val', 'test'"):
         find_source(["digits"], split="dev")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DatasetError, match="holds no picture: expected .png"):
+    with pytest.raises(DatasetError, match="holds no image: expected .png"):
         find_source([str(tmp_path / "empty")])
 
 
@@ -284,7 +284,7 @@ def test_from_python_what_images_may_be(model, pictures):
     torch.testing.assert_close(model.embed(files[0]), expected[:1])
     assert not model.embed(files).requires_grad
     for wrong in ([], 3, None):
-        with pytest.raises(UsageError, match="expected a folder, picture files, Pillow images or a uint8 tensor"):
+        with pytest.raises(UsageError, match="expected a folder, image files, Pillow images or a uint8 tensor"):
             model.embed(wrong)
     with pytest.raises(UsageError, match="batch_size is 0; expected at least 1"):
         model.embed(files, batch_size=0)

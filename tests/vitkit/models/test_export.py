@@ -102,7 +102,7 @@ def test_numbers_that_differ_are_refused_and_nothing_is_written(saved, tmp_path)
 
 
 def test_a_model_that_no_graph_can_hold(saved, tmp_path):
-    with pytest.raises(VitkitError, match="this model cannot be exported to torch's form: "):
+    with pytest.raises(VitkitError, match="this model cannot be exported to a torch program: "):
         saved("branching").export(tmp_path / "model.pt2")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
@@ -113,10 +113,10 @@ def test_what_is_refused(model, saved, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="expected a name that ends with"):
         export.export(model, tmp_path / "model.onnx", format="torch-export")
     (tmp_path / "model.pt2").write_bytes(b"")
-    with pytest.raises(UsageError, match="is there already; choose another name, or give --overwrite"):
+    with pytest.raises(UsageError, match="exists already; choose another name, or give --overwrite"):
         model.export(tmp_path / "model.pt2")
-    monkeypatch.setattr(export, "NEEDED", ("onnx", "no_such_runtime"))
+    monkeypatch.setattr(export, "ONNX_PACKAGES", ("onnx", "no_such_runtime"))
     with pytest.raises(UsageError, match=r"needs no_such_runtime: pip install 'vitkit\[export\]'"):
         model.export(tmp_path / "model.onnx")
-    with pytest.raises(UsageError, match="saved without preprocessing, so the size of its images is not known"):
+    with pytest.raises(UsageError, match="saved without preprocessing, so the size of its images is unknown"):
         saved(preprocessing={}).export(tmp_path / "other.pt2")

@@ -83,7 +83,7 @@ def test_a_model_that_cannot_predict_says_what_it_can(saved):
     model = saved()
     with pytest.raises(UsageError, match=r"this model has backbone \(vit\): `vitkit embed` gives its features"):
         model.predict(IMAGES)
-    with pytest.raises(UsageError, match="only a model with a module named 'text' takes labels of your own"):
+    with pytest.raises(UsageError, match="only a model with a module named 'text' takes --label or labels="):
         model.predict(IMAGES, labels=["a"])
     with pytest.raises(UsageError, match="top is 0; expected at least 1"):
         saved(classifier=heads.build("linear", in_dim=8, out_dim=3)).predict(IMAGES, top=0)

@@ -101,7 +101,7 @@ def test_measurements_that_differ_are_named(two):
     summary = json.loads((two[1] / "summary.json").read_text())
     summary["protocols"]["m1_top1"]["samples"] = 500
     (two[1] / "summary.json").write_text(json.dumps(summary))
-    assert read_runs(two).warnings == ["Not measured in the same way in all runs: m1_top1; their reports say how."]
+    assert read_runs(two).warnings == ["Not measured in the same way in all runs: m1_top1; see the reports of the runs."]
 
 
 def test_runs_of_the_same_name_are_told_apart(make_run):

@@ -114,7 +114,7 @@ def test_an_earlier_run_without_trackers_gets_none_from_a_start_that_failed(tmp_
 def test_folders_of_a_person_with_the_names_of_ours_stay(tmp_path):
     files = {**EARLIER, f"{REPLACED}/thesis.txt": "years of work", f"{REMOVED}/model.safetensors/thesis.txt": "more", f"{REMOVED}/x": "x"}
     write(tmp_path / "run", files)
-    with pytest.raises(RunDirectoryError, match=f"{REPLACED} holds files that no run wrote; move it away, or choose another --out"):
+    with pytest.raises(RunDirectoryError, match=f"{REPLACED} holds files that no run wrote; move them away, or choose another --out"):
         claim(tmp_path / "run", "made", resume=False, overwrite=True)
     assert files_of(tmp_path / "run") == files
 

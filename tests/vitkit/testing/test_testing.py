@@ -149,7 +149,7 @@ Refusing.__doc__ = Good.__doc__
         (Undocumented, r"\[docstring\] head 'Undocumented' has no docstring; its first sentence is the line"),
         (Narrow, r"\[shapes\] head 'Narrow': the call gives torch.float32 \(3, 1\) for 3 samples; expected float32 \(3, 4\)"),
         (Unused, r"\[gradients\] head 'Unused': no gradient reaches spare; use them in every forward pass, or leave"),
-        (Detached, r"\[gradients\] head 'Detached': no gradient reaches its inputs; nothing before it could be trained"),
+        (Detached, r"\[gradients\] head 'Detached': no gradient reaches its inputs; modules before it could not be trained"),
         (Rooted, r"\[gradients\] head 'Rooted': the gradient of .* is not finite; look for roots and norms at zero"),
         (Dropping, r"\[modes\] head 'Dropping' draws random numbers in evaluation mode; draw them only where self.training"),
         (Centred, r"\[modes\] head 'Centred': output of a sample depends on its neighbours in evaluation mode"),
@@ -374,11 +374,11 @@ for changed in (Bare, Switching, Drawing, Splitless, Unprefixed, AlwaysTest, Pee
     ("evaluator", "text"),
     [
         (Bare, "brightness has no protocol; state its split and samples"),
-        (Switching, "leaves the model in another mode; put every module's .training back"),
+        (Switching, "leaves the model in another mode; restore every module's .training"),
         (Drawing, r"moves the random state; wrap it in torch.random.fork_rng\(\)"),
         (Splitless, r"\[val\] evaluator 'Splitless' cannot be called with split='val' .*evaluator\(model, dataset, split='test'\)"),
         (Unprefixed, r"\[val\] .* on the validation split brightness does not begin with 'val_'; return scores.prefixed\('val_'\)"),
-        (AlwaysTest, r"\[val\] .* the protocol of val_brightness says split 'test'; expected 'val', which was asked for"),
+        (AlwaysTest, r"\[val\] .* the protocol of val_brightness has split 'test'; expected 'val'"),
         (Peeking, r"\[val\] .* scores of the validation split depend on test images"),
         (Fickle, r"\[val\] .* the metrics of the two splits differ in val_x; measure the same on both"),
         (_measured(kind="percentage"), "brightness has kind 'percentage'; expected 'proportion', 'error', 'score'"),
@@ -429,11 +429,11 @@ def test_words_of_a_docstring_are_remarks_and_no_failures() -> None:
     case = Case("loss", "terse", Terse, {"in_dim": 3, "out_dim": 2})
     (result,) = examine(case, ["docstring"])
     assert result.problem == ""
-    assert "loss 'terse' begins with 'some map'; `vitkit list` shows it, a full sentence reads best" in result.notes[0]
+    assert "loss 'terse' begins with 'some map'; `vitkit list` shows it; write a full sentence" in result.notes[0]
     assert result.notes[1:] == (
         "the docstring of loss 'terse' does not explain its argument in_dim, out_dim",
         "the docstring of loss 'terse' names no shape, such as `(b d)` → `(b k)`",
-        "the docstring of loss 'terse' does not say what it computes across ranks",
+        "the docstring of loss 'terse' does not describe its computation across ranks",
     )
     (result,) = examine(Case("loss", "none", Undocumented, {"in_dim": 3, "out_dim": 2}), ["docstring"])
     assert "has no docstring" in result.problem
@@ -447,7 +447,7 @@ def test_arguments_that_may_open_files_or_addresses_are_named() -> None:
     (result,) = examine(Case("head", "loader", head, {"in_dim": 3, "out_dim": 2}), ["arguments"])
     assert result.problem == ""
     assert result.seen == "refused on load: checkpoint_path, pretrained, cache_dir"
-    assert "head 'loader' takes checkpoint_path, pretrained, cache_dir: vitkit.load refuses to set them" in result.notes[0]
+    assert "head 'loader' takes checkpoint_path, pretrained, cache_dir: vitkit.load refuses them" in result.notes[0]
     (result,) = examine(Case("head", "plain", Good, {"in_dim": 3, "out_dim": 2}), ["arguments"])
     assert (result.seen, result.notes) == ("architecture only", ())
     (result,) = examine(Case("head", "plain", head, {"in_dim": 3, "out_dim": 2, "cache_dir": "x"}), ["arguments"])

@@ -154,16 +154,16 @@ def test_a_state_that_does_not_fit_is_refused_with_the_way_out(tmp_path):
     state = load_state(tmp_path / "s")
     way = "; resume with the recipe and the arguments that the run was started with"
     for other, other_optimizer, average, other_schedule, message in (
-        (nn.Linear(3, 4), optimizer, None, schedule, "another model's or optimiser's: .*Missing key"),
+        (nn.Linear(3, 4), optimizer, None, schedule, "belongs to another model or optimiser: .*Missing key"),
         (
             model,
             trained(OPTIMIZERS["groups"], 0)[1],
             None,
             schedule,
-            "another model's or optimiser's: .* parameter groups",
+            "belongs to another model or optimiser: .* parameter groups",
         ),
-        (model, trained(OPTIMIZERS["sgd"], 0)[1], None, schedule, "another optimiser's: it has no dampening, momentum"),
-        (model, trained(OPTIMIZERS["several"], 0)[1], None, schedule, "another model's or optimiser's: "),
+        (model, trained(OPTIMIZERS["sgd"], 0)[1], None, schedule, "belongs to another optimiser: it has no dampening, momentum"),
+        (model, trained(OPTIMIZERS["several"], 0)[1], None, schedule, "belongs to another model or optimiser: "),
         (model, optimizer, nn.Identity(), schedule, "this run has averaged weights, the checkpoint has none"),
         (model, optimizer, None, None, "the checkpoint has a schedule, this run has none"),
     ):

@@ -21,8 +21,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     ("setting", "device", "steps", "does", "says"),
     [
         ("auto", "cuda", PAYS_AFTER_STEPS, True, "compiled during the first of 2,000 steps"),
-        ("auto", "cuda", PAYS_AFTER_STEPS - 1, False, "not compiled: this run has 1,999 steps, and compiling pays from 2,000 on"),
-        ("auto", "cpu", 10**6, False, "not compiled: on cpu that gains next to nothing in 1,000,000 steps"),
+        ("auto", "cuda", PAYS_AFTER_STEPS - 1, False, "not compiled: this run has 1,999 steps, and compiling saves time from 2,000 on"),
+        ("auto", "cpu", 10**6, False, "not compiled: on cpu that saves almost no time in 1,000,000 steps"),
         ("on", "cpu", 1, True, "compiled during the first of 1 steps"),
         ("off", "cuda", 10**6, False, ""),
     ],
@@ -42,7 +42,7 @@ def test_without_a_compiler_it_goes_on_with_one_line(compiled, monkeypatch, tmp_
     monkeypatch.setenv("PATH", str(tmp_path))
     model = nn.Linear(2, 2)
     said = compile_for(model, setting, device="cuda", steps=10**6)
-    assert said == "not compiled: no C++ compiler was found; install g++ or clang++, or give --compile off"
+    assert said == "not compiled: no C++ compiler is installed; install g++ or clang++, or give --compile off"
     assert model(torch.ones(1, 2)).shape == (1, 2)  # as before
 
 

@@ -68,7 +68,7 @@ def test_a_surviving_rank_writes_the_line_that_rank_0_can_no_longer_write(tmp_pa
     done = subprocess.run([*COMMAND, "--kill"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
     log = (tmp_path / "run" / "log.txt").read_text()
-    assert "rank 1: another rank has failed, so this one stops: it said nothing, so it was killed or its machine is gone" in log
+    assert "rank 1: another rank has failed, so this one stops: it left no message: its process was killed, or its machine stopped" in log
     assert "--out run --resume" in log
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"
 

@@ -77,7 +77,7 @@ def test_a_second_fit_of_a_run_is_refused_and_the_first_ones_rows_stay(tmp_path)
         run.fit(model, points(), epochs=0, optimizer=sgd(model))
     for epoch in run.fit(model, points(), epochs=3, optimizer=sgd(model)):
         epoch.log(top1=0.1 * epoch.number)
-    with pytest.raises(UsageError, match="has trained already: .* one run.fit. For stages change the training in the loop's body"):
+    with pytest.raises(UsageError, match="run.fit was called before in this run; .* To train in stages, change the training"):
         run.fit(model, points(), epochs=2, optimizer=sgd(model))
     run.close()
     for name in ("losses.csv", "metrics.csv"):
@@ -116,7 +116,7 @@ def test_the_best_weights_can_be_had_as_they_were_evaluated(tmp_path, ema):
     assert run.load_best(model) == 2
     for name, value in model.state_dict().items():
         assert torch.equal(value, seen[1][name])
-    with pytest.raises(UsageError, match="another model's: .* give load_best the model that run.fit was given"):
+    with pytest.raises(UsageError, match="belongs to another model: .* give load_best the model that run.fit trained"):
         run.load_best(nn.Linear(2, 2))
     run.close()
 

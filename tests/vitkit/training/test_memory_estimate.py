@@ -115,4 +115,4 @@ def test_a_real_step_was_taken_on_few_samples(monkeypatch):
     seen = []
     monkeypatch.setattr(Net, "forward", lambda self, batch, own=Net.forward: seen.append(len(batch["images"])) or own(self, batch))
     needs(samples=64)
-    assert seen == [memory_estimate.MEASURED_ON, memory_estimate.MEASURED_ON // 2]
+    assert seen == [memory_estimate.MEASURED_SAMPLES, memory_estimate.MEASURED_SAMPLES // 2]

@@ -87,7 +87,7 @@ def test_save_without_facts_of_the_data_says_so_and_saves(run, capsys):
     for _ in fit(run, model, loader):
         pass
     run.save(model)
-    assert "the batches name no classes or no preprocessing" in (run.directory / "log.txt").read_text()
+    assert "the batches name no preprocessing: the saved model takes only preprocessed images" in (run.directory / "log.txt").read_text()
     with pytest.raises(UsageError, match="this model was saved without preprocessing; normalise images as its training did"):
         vitkit.load(run.directory).preprocess(torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
 
@@ -164,6 +164,37 @@ def test_an_evaluator_whose_conditions_are_not_met_is_left_out_with_a_line(run):
     assert json.loads((run.directory / "summary.json").read_text())["status"] == "finished"
 
 
+class WeightNorm:
+    """The norm of the classifier's weights, on either split."""
+
+    def __call__(self, model, dataset, split="test"):
+        scores = Scores({"norm": float(model.classifier.linear.weight.detach().norm())}, protocols={"norm": Measurement(split, 1)})
+        return scores.prefixed("val_") if split == "val" else scores
+
+
+def test_metrics_stand_beside_their_value_for_the_untrained_network(run):
+    model, data, weight_norm = Classifier(), build("digits").resized(8), WeightNorm()
+    before = float(model.classifier.linear.weight.detach().norm())
+    run.measure_untrained(model, data, weight_norm, Refusing())
+    assert not (run.directory / "summary.json").exists()
+    for epoch in fit(run, model, small()):
+        epoch.evaluate(model, data, weight_norm)
+        epoch.evaluate(model, data, weight_norm, split="val")
+        with pytest.raises(UsageError, match=r"measure_untrained comes after run\.fit, which trains the model; call it before run\.fit"):
+            run.measure_untrained(model, data, weight_norm)
+    run.finish()
+    summary = json.loads((run.directory / "summary.json").read_text())
+    assert summary["protocols"]["norm"]["untrained"] == before != summary["final"]["norm"]
+    assert summary["protocols"]["val_norm"]["untrained"] is None  # not measured on this split
+
+
+def test_a_dry_run_measures_nothing(tmp_path):
+    def never(model, dataset):
+        raise AssertionError
+
+    Run(tmp_path / "run", device="cpu", dry_run=True).measure_untrained(Classifier(), build("digits"), never)
+
+
 FAILING = """
 import torch
 from vitkit import Run, heads
@@ -199,7 +230,7 @@ def test_a_run_that_was_killed_is_noted_when_it_resumes(run, tmp_path):
     run.close()  # as a kill leaves it: the status is "running"
     resumed = Run(run.directory, device="cpu", precision="fp32", resume=True)
     resumed.close()
-    assert "the run stopped here without a word: it was killed, or its machine is gone" in (run.directory / "log.txt").read_text()
+    assert "the run stopped here without a message: its process was killed" in (run.directory / "log.txt").read_text()
 
 
 def test_the_first_rank_that_notices_the_death_of_rank_0_writes_for_it(run, tmp_path, monkeypatch):

@@ -100,7 +100,7 @@ class Reads(TorchDispatchMode):
 
 def test_a_step_reads_nothing_back_from_the_device(session, monkeypatch):
     """Forty steps with clipping, averaging and a schedule; losses are read once, at the end of the epoch."""
-    monkeypatch.setattr(loss_log, "LOOK_SECONDS", 1e9)
+    monkeypatch.setattr(loss_log, "READ_SECONDS", 1e9)
     model = Line()
     made = fit(session, model, points(40), epochs=1, clip=1.0, ema=0.9)
     read, count = made._losses.read, []

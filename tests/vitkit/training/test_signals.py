@@ -47,12 +47,24 @@ def test_what_a_launcher_passes_on_is_no_second_one(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_each_of_these_signals_asks_and_its_handler_is_restored(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
-    with Signals() as signals:
-        with pytest.raises(Interrupted), signals.deferred():
-            send(number)
-            signals.raise_if_asked()
-    assert signal.getsignal(number) is before
+    inherited = signal.signal(number, signal.SIG_DFL)  # whoever started the tests may ignore it
+    try:
+        with Signals() as signals:
+            with pytest.raises(Interrupted), signals.deferred():
+                send(number)
+                signals.raise_if_asked()
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, inherited)
+
+
+def test_a_ctrl_c_counts_although_a_shell_ignores_it_for_jobs_in_the_background() -> None:
+    inherited = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Signals(), pytest.raises(Interrupted):
+            send(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, inherited)
 
 
 def test_a_signal_that_nohup_ignores_stays_ignored() -> None:

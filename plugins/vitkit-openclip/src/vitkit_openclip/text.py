@@ -13,7 +13,7 @@ from vitkit.errors import UnknownNameError, UsageError, VitkitError, nearest
 from vitkit.registry import Spec
 
 SMALLEST_IMAGE_TOWER = {"image_size": 32, "patch_size": 32, "layers": 1, "width": 64}
-"""open_clip builds an image tower beside a text tower of random weights; it is thrown away."""
+"""The image tower that open_clip builds beside a text tower of random weights; it is not kept."""
 
 OTHER_TOWERS = ("hf_model_name", "hf_tokenizer_name", "no_causal_mask", "embed_cls")
 """Entries of open_clip's text configuration that make another tower, or one with a tokenizer from the Hub."""
@@ -30,7 +30,7 @@ class OpenCLIPText(nn.Module):
     - `pretrained`: a tag of `open_clip.list_pretrained_tags_by_model(model)`, whose weights come from the Hugging Face Hub or
       its cache, or the path of a checkpoint file; None: weights drawn by torch's global generator.
     - `frozen`: its parameters need no gradient.
-    - `quick_gelu`: x·σ(1.702 x) for GELU; None: what the weights were trained with, of a file or without any the model's.
+    - `quick_gelu`: x·σ(1.702 x) for GELU; None: as the weights were trained; for a file, or without weights, as the model says.
     - `text_cfg`: overrides of open_clip's text configuration, such as {"layers": 2}; only with `pretrained=None`.
 
     `context_length` counts tokens, the two at a text's ends among them. A Spec never asks for pretrained weights: a saved
@@ -86,7 +86,7 @@ class OpenCLIPText(nn.Module):
 
     @property
     def spec(self) -> Spec | None:
-        """What builds it again, without its pretrained weights."""
+        """The Spec that builds the tower again, without its pretrained weights."""
         return getattr(self, "_spec", None)
 
     @spec.setter
@@ -104,7 +104,7 @@ class OpenCLIPText(nn.Module):
         return self._projected(pooled)
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """Texts → ids int64 `(b l)`, l those of the longest, padded with 0; errors as the class says."""
+        """Texts → ids int64 `(b l)`, padded with 0 to the l ids of the longest text; errors are those of the class."""
         if isinstance(texts, str):
             raise UsageError(f"encode_text takes a list of texts; given one text, {texts!r:.80}: put it into a list")
         if not texts:
@@ -131,7 +131,7 @@ class OpenCLIPText(nn.Module):
             raise UsageError(
                 f"ids are {ids.dtype} {tuple(ids.shape)}; expected int64 (texts, 1 to {self.context_length} tokens)"
             )
-        # The tower's own call takes texts of its whole context alone.
+        # The tower's own call takes only texts of the full context length.
         tokens = tower.token_embedding(ids) + tower.positional_embedding[:length]
         tokens = tower.transformer(tokens, attn_mask=tower.attn_mask[:length, :length])
         return tower.ln_final(tokens)
@@ -147,10 +147,10 @@ class OpenCLIPText(nn.Module):
 def _config(model: str) -> dict[str, Any]:
     config = open_clip.get_model_config(model)
     if config is None:
-        known = open_clip.list_models()
+        names = open_clip.list_models()
         raise UnknownNameError(
-            f"open_clip {open_clip.__version__} has no model named {model!r}{nearest(model, known) or ';'} it has "
-            f"{len(known):,}: open_clip.list_models()"
+            f"open_clip {open_clip.__version__} has no model named {model!r}{nearest(model, names) or ';'} it has "
+            f"{len(names):,}: open_clip.list_models()"
         )
     if any(config["text_cfg"].get(name) for name in OTHER_TOWERS):
         raise UsageError(
@@ -161,9 +161,9 @@ def _config(model: str) -> dict[str, Any]:
 
 
 def _text_of(model: str, pretrained: str | None, quick_gelu: bool, **config: Any) -> Any:
-    # Forced, for open_clip compares the model's with the weights' before it looks at further arguments; given, for what is
-    # forced can only be switched on.
-    whole: Any = open_clip.create_model(
+    # open_clip compares the model's GELU with that of the weights before it reads further arguments: `force_quick_gelu` changes
+    # the model's first. It can only switch quick GELU on, so `quick_gelu` is given as well.
+    clip: Any = open_clip.create_model(
         model,
         pretrained=pretrained,
         force_quick_gelu=quick_gelu,
@@ -171,7 +171,7 @@ def _text_of(model: str, pretrained: str | None, quick_gelu: bool, **config: Any
         quick_gelu=quick_gelu,
         **config,
     )
-    return whole.text
+    return clip.text
 
 
 def _random(model: str, config: Mapping[str, Any], quick_gelu: bool, text_cfg: Mapping[str, Any]) -> Any:
@@ -188,7 +188,7 @@ def _random(model: str, config: Mapping[str, Any], quick_gelu: bool, text_cfg: M
 def _pretrained(model: str, pretrained: str, quick_gelu: bool) -> Any:
     try:
         return _text_of(model, pretrained, quick_gelu)
-    except Exception as error:  # the Hub, the file and the weights can each fail in ways of their own
+    except Exception as error:  # the Hub, the file and the weights raise many kinds
         tags = open_clip.list_pretrained_tags_by_model(model)
         source = open_clip.get_pretrained_cfg(model, pretrained)
         if not source and "not a known tag" in str(error):
@@ -202,7 +202,7 @@ def _pretrained(model: str, pretrained: str, quick_gelu: bool) -> Any:
         raise VitkitError(
             f"the weights {pretrained!r} of {model!r} are not available: {type(error).__name__}: {error}; tried {where} and its "
             f"cache. Check the network, or fetch them elsewhere{fetch} and let HF_HOME name that cache, or give the path of a "
-            f"checkpoint as pretrained. What runs without them: the backbone 'text_transformer', trained from scratch"
+            f"checkpoint as pretrained. The backbone 'text_transformer', trained from scratch, needs no weights"
         ) from error
 
 

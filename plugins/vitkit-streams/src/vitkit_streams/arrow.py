@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from vitkit.contracts import with_example
-from vitkit.data import LARGEST_FILE_BYTES, ImageDataset, ImageReadError
+from vitkit.data import MAX_FILE_BYTES, ImageDataset, ImageReadError
 from vitkit.errors import DatasetError, UsageError, nearest, printable
 from vitkit_streams.splits import assemble, check_options, class_names, class_number
 
@@ -59,8 +59,8 @@ class ArrowSamples:
                 raise ImageReadError(f"its path {printable(path)!r} leads out of the data set")
             if not place.is_file():
                 raise ImageReadError(f"there is no file at its path {printable(path)!r}")
-            if place.stat().st_size > LARGEST_FILE_BYTES:
-                raise ImageReadError(f"its file has {place.stat().st_size:,} bytes; expected at most {LARGEST_FILE_BYTES:,}")
+            if place.stat().st_size > MAX_FILE_BYTES:
+                raise ImageReadError(f"its file has {place.stat().st_size:,} bytes; expected at most {MAX_FILE_BYTES:,}")
             return place.read_bytes()
         except (OSError, ValueError) as error:  # ImageReadError is a ValueError
             raise ImageReadError(printable(error)) from None
@@ -95,7 +95,7 @@ def _example_folder() -> Path:
         rows["image"].append({"bytes": body.getvalue(), "path": None})
         rows["label"].append(number % 3)
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["dark", "grey", "light"])})
-    folder = Path(holder.name) / "pictures"
+    folder = Path(holder.name) / "images"
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(folder))
     return folder
 
@@ -129,8 +129,8 @@ def hf_dataset(
 
     An image that cannot be decoded, or whose path leads out of the data set, is left out and named. Where the Hub is not reachable, the
     last copy is taken, unless a `revision` was given that it may not be; `source` names the commit. Raises `DatasetError` with the
-    message of `datasets` where the dataset is not available, and for a row without a label; `UsageError` for a split or a column that is
-    not there.
+    message of `datasets` if the dataset is not available, and for a row without a label; `UsageError` for a split or a column that does
+    not exist.
     """
     check_options(img_size, channels, workers, test_size, val_size)
     loaded = _load(path, config, revision, data_files)
@@ -141,16 +141,16 @@ def hf_dataset(
         raise UsageError(f"{path} has no split {test_split!r}{nearest(test_split, splits) or ';'} it has {', '.join(splits)}")
     test_split = test_split or next((name for name in TEST_SPLITS if name in splits and name != split), None)
     table = splits[split]
-    picture, target = _column(table, image, IMAGES, "image", path), _column(table, label, LABELS, "label", path)
-    names = _class_names(table, target, classes, f"{path} ({split})")
-    labels = _labels(table, target, names, f"{path} ({split})")
+    image_column, label_column = _column(table, image, IMAGES, "image", path), _column(table, label, LABELS, "label", path)
+    names = _class_names(table, label_column, classes, f"{path} ({split})")
+    labels = _labels(table, label_column, names, f"{path} ({split})")
     test = None
     if test_split is not None:
         other, title = splits[test_split], f"{path} ({test_split})"
-        test = ArrowSamples(other, picture, title, loaded.roots), _labels(other, target, names, title)
+        test = ArrowSamples(other, image_column, title, loaded.roots), _labels(other, label_column, names, title)
     info = table.info
     dataset = assemble(
-        path.rstrip("/").rpartition("/")[2], ArrowSamples(table, picture, f"{path} ({split})", loaded.roots), labels, names, test=test,
+        path.rstrip("/").rpartition("/")[2], ArrowSamples(table, image_column, f"{path} ({split})", loaded.roots), labels, names, test=test,
         test_size=test_size, val_size=val_size, img_size=img_size, channels=channels, workers=workers,
         source=(info.homepage or f"Hugging Face datasets: {path}") + (f", commit {loaded.commit}" if loaded.commit else ""),
         licence=info.license or "its owner's", hub_id=loaded.repo,
@@ -184,9 +184,9 @@ def _load(path: str, config: str | None, revision: str | None, data_files: str |
         builder = datasets.load_dataset_builder(name, config, revision=revision, data_files=data_files)
         builder.download_and_prepare()
         splits = dict(builder.as_dataset())
-    except Exception as error:  # of the Hub, of builders and of file systems
+    except Exception as error:  # the Hub, builders and file systems raise many kinds
         reason = printable(f"{type(error).__name__}: {error}", 400).rstrip(".")
-        raise DatasetError(f"the dataset {path!r} is not available: {reason}; {_way_out(error)}") from None
+        raise DatasetError(f"the dataset {path!r} is not available: {reason}; {_advice(error)}") from None
     if builder.repo_id is None:
         given = [data_files] if isinstance(data_files, str) else data_files or []
         local = tuple(Path(file).expanduser().parent for file in given if "://" not in file and not any(letter in file for letter in "*?["))
@@ -194,26 +194,26 @@ def _load(path: str, config: str | None, revision: str | None, data_files: str |
     cached = Path(constants.HF_HUB_CACHE) / f"datasets--{builder.repo_id.replace('/', '--')}"
     downloads = Path(datasets.config.DOWNLOADED_DATASETS_PATH)
     notice = ""
-    if isinstance(builder, Cache) and revision != builder.hash:  # `datasets` takes it where the Hub fails, whatever was asked for
+    if isinstance(builder, Cache) and revision != builder.hash:  # if the Hub fails, `datasets` takes its copy of any revision
         copy = f"{path} is not available from the Hub, and the copy on this machine is of commit {builder.hash}"
         if revision not in (None, "main"):
             raise DatasetError(f"{copy}, not known to be {revision!r}; check the network, or give revision={builder.hash}")
-        notice = f"{copy}; it is taken, and may not be the newest"
+        notice = f"{copy}; this copy is used, and may not be the newest"
     return Loaded(splits, (cached, downloads), builder.repo_id, builder.hash or "", notice)
 
 
-def _way_out(error: Exception) -> str:
+def _advice(error: Exception) -> str:
     from datasets.exceptions import DatasetNotFoundError
 
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, DatasetNotFoundError) or status in (401, 403):
-        return "check its name and revision; a private or gated one needs `hf auth login`, or HF_TOKEN, of somebody who may read it"
+        return "check its name and revision; a private or gated one needs `hf auth login`, or the HF_TOKEN of an account that may read it"
     if isinstance(error, ConnectionError):
         return "check the network, and HF_ENDPOINT where it is set, or give a folder that save_to_disk wrote"
     return "check its name, config and revision, and the network, or give a folder that save_to_disk wrote"
 
 
-def _column(table: Any, given: str | None, usual: tuple[str, ...], what: str, path: str) -> str:
+def _column(table: Any, given: str | None, usual: tuple[str, ...], role: str, path: str) -> str:
     columns = list(table.column_names)
     if given is not None and given in columns:
         return given
@@ -221,7 +221,7 @@ def _column(table: Any, given: str | None, usual: tuple[str, ...], what: str, pa
     if given is not None or column is None:
         missing = f"no column {given!r}" if given is not None else f"no column called {', '.join(usual)}"
         listed = printable(", ".join(columns))
-        raise UsageError(f"{path} has {missing}{nearest(given or what, columns) or ';'} name the {what}: {what}=...; it has {listed}")
+        raise UsageError(f"{path} has {missing}{nearest(given or role, columns) or ';'} name the {role}: {role}=...; it has {listed}")
     return column
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from vitkit.data import ImageReadError, read_square
 from vitkit.errors import DatasetError, printable
 
-AHEAD = 3
-"""Batches that are read ahead; no other decoded images are in memory."""
+BATCHES_AHEAD = 3
+"""Batches that are read ahead; only their decoded images are in memory."""
 
 
 class Samples(Protocol):
@@ -23,7 +23,7 @@ class Samples(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, number: int) -> bytes:
-        """The image file; `ImageReadError` where it is left out, `DatasetError` where the shard or table that holds it is not readable."""
+        """The image file; `ImageReadError` if it is left out, `DatasetError` if the shard or table that holds it is not readable."""
         ...
 
     def name(self, number: int) -> str:
@@ -79,13 +79,13 @@ class StreamedImages:
         return len(self.rows)
 
     def read(self, shares: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each index tensor the images `(k c h w)` that can be decoded and their rows `(k,)`, up to `AHEAD` ahead."""
+        """For each index tensor the images `(k c h w)` that can be decoded and their rows `(k,)`, up to `BATCHES_AHEAD` ahead."""
         waiting: deque[tuple[Tensor, list[Future[Tensor | None]]]] = deque()
         with ThreadPoolExecutor(self.workers, thread_name_prefix="vitkit-streams") as pool:
             try:
                 for share in shares:
                     waiting.append((share, [pool.submit(self._decode, row) for row in share.tolist()]))
-                    if len(waiting) > AHEAD:
+                    if len(waiting) > BATCHES_AHEAD:
                         yield self._collect(*waiting.popleft())
                 while waiting:
                     yield self._collect(*waiting.popleft())

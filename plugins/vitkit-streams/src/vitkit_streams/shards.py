@@ -1,7 +1,7 @@
 """Tar shards: their addresses, their copies on this machine, and the index of each.
 
-A shard is read through once and its index kept: the place of each image in the file, and the text of its label. With the index the
-order of an epoch is known beforehand, and any image can be read on its own.
+A shard is read through once, and its index is kept: the position of each image in the file, and the text of its label. The index
+gives the order of an epoch in advance, and lets any image be read separately.
 """
 
 import hashlib
@@ -26,22 +26,22 @@ from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
-from vitkit.data import LARGEST_FILE_BYTES
+from vitkit.data import MAX_FILE_BYTES
 from vitkit.errors import DatasetError, UsageError, printable
 from vitkit.files import atomic_write
 from vitkit_streams.tar import Damage, Member, members
 
 REMOTE = ("http", "https", "hf", "s3", "gs", "gcs", "abfs", "az")
-"""Schemes that fsspec opens; all but the first three need a package of their own (s3fs, gcsfs, adlfs)."""
+"""Schemes that fsspec opens; all but the first three need an additional package (s3fs, gcsfs, adlfs)."""
 FORMAT = "vitkit-shard-2"
-LONGEST_LABEL_BYTES = 1 << 20
+MAX_LABEL_BYTES = 1 << 20
 LINES_KEPT = 100
-"""Lines on members that are left out that the index of a shard keeps."""
+"""Most lines on left-out members that the index of a shard keeps."""
 
 
 @dataclass(frozen=True)
 class Fields:
-    """The extensions of a sample's image, of which the first that is there counts, and of its label; `json:KEY` is a JSON entry."""
+    """The extensions of a sample's image, of which the first one present counts, and of its label; `json:KEY` is a JSON entry."""
 
     image: str
     label: str
@@ -77,8 +77,8 @@ class Shard:
 def expanded(urls: str | Sequence[str], *, allow_pipe: bool = False) -> list[str]:
     """Shards by webdataset's conventions: braces `{000..099}`, several joined by `::`, and patterns of local files.
 
-    A folder stands for the `.tar` files in it. Raises `UsageError` where there is no shard, for an unknown scheme, a shard named twice
-    and, unless `allow_pipe`, for `pipe:`, which runs a command of the shell; `DatasetError` for a local file that is not there.
+    A folder stands for the `.tar` files in it. Raises `UsageError` if there is no shard, for an unknown scheme, a shard named twice
+    and, unless `allow_pipe`, for `pipe:`, which runs a command of the shell; `DatasetError` for a local file that does not exist.
     """
     shards: list[str] = []
     for word in [urls] if isinstance(urls, str) else urls:
@@ -119,7 +119,7 @@ def _local(url: str) -> list[str]:
     if any(letter in text for letter in "*?") and not path.exists():
         tars = sorted(map(str, Path(path.anchor).glob(str(path.relative_to(path.anchor)))))
         if not tars:
-            raise DatasetError(f"no shard fits {url!r} (looked for {path})")
+            raise DatasetError(f"no shard fits {url!r} (searched {path})")
         return tars
     if not path.is_file():
         raise DatasetError(f"no shard at {path}; braces write several: train-{{000..099}}.tar")
@@ -128,16 +128,16 @@ def _local(url: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Cache:
-    """A folder of indices and of remote shards, of which the ones used last stay, up to `gigabytes`."""
+    """A folder of indices and of remote shards; up to `gigabytes` of the shards used last are kept."""
 
     folder: Path
     gigabytes: float
 
     @contextmanager
     def held(self, url: str) -> Iterator[Path]:
-        """The shard's file on this machine, downloaded if necessary, and not evicted meanwhile.
+        """The shard's file on this machine, downloaded if necessary, and not evicted during the block.
 
-        `DatasetError` with its url where it is not available.
+        `DatasetError` with its url if it is not available.
         """
         if _is_local(url):
             yield Path(url)
@@ -154,7 +154,7 @@ class Cache:
         return Path(url) if _is_local(url) else self.folder / f"{digest(url)}.tar"
 
     def _open(self, url: str) -> IO[bytes]:
-        """The open shard: evicting it later does not take it from its reader."""
+        """The open shard; a reader can use it even after it is evicted."""
         try:
             return self._place(url).open("rb")
         except FileNotFoundError:
@@ -174,10 +174,10 @@ class Cache:
             try:
                 with closing(opened(url)) as source, temporary.open("wb") as target:
                     shutil.copyfileobj(source, target, 1 << 20)
-            except Exception as error:  # of many file systems, and of a command's exit code
+            except Exception as error:  # file systems and commands raise many kinds
                 reason = printable(f"{type(error).__name__}: {error}", 400)
-                way = "check its url, the network, your rights and the room on the disk"
-                raise DatasetError(f"the shard {url} is not available: {reason}; {way}") from None
+                advice = "check its url, the network, your rights and the room on the disk"
+                raise DatasetError(f"the shard {url} is not available: {reason}; {advice}") from None
 
     def _evict(self, keep: Path) -> None:
         """Remove the shards that were used longest ago, but never `keep`, nor one that another process holds.
@@ -197,14 +197,14 @@ class Cache:
                     path.unlink(missing_ok=True)
 
     def read(self, shard: Shard, place: int) -> bytes:
-        """The file of one image; `DatasetError` where the shard is not readable or not the one that was indexed."""
+        """The file of one image; `DatasetError` if the shard is not readable or not the one that was indexed."""
         offset, size = int(shard.offsets[place]), int(shard.sizes[place])
         try:
             with self._open(shard.url) as file:
                 if os.fstat(file.fileno()).st_size != shard.bytes:
-                    raise DatasetError(f"the shard {shard.url} has changed since it was indexed; start again to index it anew")
+                    raise DatasetError(f"the shard {shard.url} has changed since it was indexed; start the command again to index it")
                 if not _is_local(shard.url):
-                    with suppress(FileNotFoundError):  # evicted meanwhile
+                    with suppress(FileNotFoundError):  # another process has evicted it
                         os.utime(self._place(shard.url))
                 file.seek(offset)
                 return file.read(size)
@@ -263,18 +263,18 @@ def scan(path: Path, url: str, fields: Fields) -> tuple[dict[str, Tensor], dict[
     try:
         with path.open("rb") as file:
             for key, files in _samples(file, path.stat().st_size, skipped):
-                shown = printable(key)
-                image = next((files[name] for name in fields.images if name in files), None)
+                name = printable(key)
+                image = next((files[suffix] for suffix in fields.images if suffix in files), None)
                 if image is None:
-                    skipped.append(f"{shown}: no {fields.image} among its files: {printable(', '.join(files))}")
+                    skipped.append(f"{name}: no {fields.image} among its files: {printable(', '.join(files))}")
                     continue
-                if image.size > LARGEST_FILE_BYTES:
-                    skipped.append(f"{shown}: its image has {image.size:,} bytes; expected at most {LARGEST_FILE_BYTES:,}")
+                if image.size > MAX_FILE_BYTES:
+                    skipped.append(f"{name}: its image has {image.size:,} bytes; expected at most {MAX_FILE_BYTES:,}")
                     continue
-                text = _label(file, files, fields, f"sample {shown!r} of the shard {url}")
+                text = _label(file, files, fields, f"sample {name!r} of the shard {url}")
                 places.append((image.offset, image.size))
                 codes.append(texts.setdefault(text, len(texts)))
-                keys.append(shown)
+                keys.append(name)
     except (tarfile.TarError, EOFError) as error:
         raise DatasetError(
             f"the shard {url} is no tar file or cut short ({printable(error)}); compressed ones have to be unpacked"
@@ -322,8 +322,8 @@ def _label(file: BinaryIO, files: dict[str, Member], fields: Fields, where: str)
             f"give its place: label=cls, label=txt or label=json:KEY"
         )
     name = printable(member.name)
-    if member.size > LONGEST_LABEL_BYTES:
-        raise DatasetError(f"{where}: its label, {name!r}, has {member.size:,} bytes; expected at most {LONGEST_LABEL_BYTES:,}")
+    if member.size > MAX_LABEL_BYTES:
+        raise DatasetError(f"{where}: its label, {name!r}, has {member.size:,} bytes; expected at most {MAX_LABEL_BYTES:,}")
     file.seek(member.offset)
     try:
         text = file.read(member.size).decode()

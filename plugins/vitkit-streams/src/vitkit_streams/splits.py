@@ -23,8 +23,8 @@ from vitkit_streams.images import Samples, StreamedImages, default_workers
 MOMENTS_IMAGES = 1000
 """Training images that mean and standard deviation are computed from."""
 CHANNELS = (1, 3)
-LONGEST_NUMBER = 12
-"""Digits of a number that is a label; a longer text of digits is a name."""
+MAX_DIGITS = 12
+"""Most digits of a label that is a number; a longer text of digits is a name."""
 
 
 def check_options(img_size: int, channels: int, workers: int | None, test_size: int, val_size: int | None) -> None:
@@ -60,17 +60,17 @@ def class_names(texts: Sequence[str], given: str | Sequence[str] | None) -> list
 
 
 def _is_number(text: str) -> bool:
-    return text.isdecimal() and len(text) <= LONGEST_NUMBER
+    return text.isdecimal() and len(text) <= MAX_DIGITS
 
 
 def class_number(text: str, names: dict[str, int], where: str) -> int:
-    """The class of a label's text, a name or else a number; `DatasetError` where there is no such class."""
+    """The class of a label's text, a name or else a number; `DatasetError` if there is no such class."""
     if text in names:
         return names[text]
     if _is_number(text) and int(text) < len(names):
         return int(text)
     raise DatasetError(
-        f"{where} has the label {printable(text, 80)!r}, which is none of the {len(names)} classes{nearest(text, names)}; "
+        f"{where} has the label {printable(text, 80)!r}, which is not one of the {len(names)} classes{nearest(text, names)}; "
         f"they are {', '.join(list(names)[:10])}{', ...' if len(names) > 10 else ''}"
     )
 
@@ -95,7 +95,7 @@ def assemble(
     """A dataset whose training images are streamed; its test and validation images, at most `test_size` each, are in memory.
 
     Without test samples up to a fifth of the training images are held out, evenly over the classes. `val_size` training images are
-    for validation, by default a tenth and at most `test_size`. Raises `DatasetError` where too few images can be read.
+    for validation, by default a tenth and at most `test_size`. Raises `DatasetError` if too few images can be read.
     """
     workers = workers or default_workers()
     unscaled = Preprocessing((channels, img_size, img_size), (0.0,) * channels, (1.0,) * channels)

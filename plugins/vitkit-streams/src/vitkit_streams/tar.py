@@ -1,8 +1,8 @@
-"""The members of a tar file, whatever its headers claim: each is valid, or damaged and named, and the walk always ends.
+"""The members of a tar file that is not trusted: each is valid, or damaged and named, and reading always ends.
 
-Python's tarfile is not used for it: it follows a negative size back into the file without end, calls itself for each extension header in
-a chain, reads extension headers of any size into memory, and takes a damaged header for the end of the archive. Here every step leads
-forward, extension headers are bounded, and after a damaged header the next valid one is looked for.
+Python's tarfile is not used: a negative size makes it read backwards without end, it calls itself for each extension header in a chain,
+reads extension headers of any size into memory, and takes a damaged header for the end of the archive. Here every step moves forward,
+extension headers are bounded, and after a damaged header the next valid one is searched.
 """
 
 import tarfile
@@ -13,7 +13,7 @@ from typing import BinaryIO
 BLOCK = tarfile.BLOCKSIZE
 MAGIC, MAGIC_OFFSET = b"ustar", 257
 WINDOW_BYTES = 1 << 20
-LONGEST_EXTENSION_BYTES = 1 << 16
+MAX_EXTENSION_BYTES = 1 << 16
 """Extension headers hold a name and a few numbers."""
 
 
@@ -37,7 +37,7 @@ class Damage:
 def members(file: BinaryIO, end: int) -> Iterator[Member | Damage]:
     """The regular files of a tar file of `end` bytes, and its damaged parts.
 
-    Raises `tarfile.ReadError` where it does not begin as a tar file, and where it ends within a member.
+    Raises `tarfile.ReadError` if it does not begin as a tar file, and if it ends within a member.
     """
     if end < BLOCK:
         raise tarfile.ReadError(f"{end} bytes are less than one header")
@@ -52,7 +52,7 @@ def members(file: BinaryIO, end: int) -> Iterator[Member | Damage]:
 
 
 class _Walk:
-    """The place in a tar file, and what is known about the member that comes next."""
+    """The position in a tar file, and the facts about the next member that extension headers give."""
 
     def __init__(self, file: BinaryIO, end: int) -> None:
         self.file, self.end, self.place = file, end, 0
@@ -67,7 +67,7 @@ class _Walk:
             self._skip_to_header()
         self.file.seek(self.place)
         block = self.file.read(BLOCK)
-        if len(block) < BLOCK:  # the file became shorter meanwhile
+        if len(block) < BLOCK:  # the file became shorter while it was read
             self.place = self.end
             return
         start, self.place = self.place, self.place + BLOCK
@@ -111,8 +111,8 @@ class _Walk:
     def _member(self, header: tarfile.TarInfo, block: bytes) -> Iterator[Member | Damage]:
         size, name = header.size, self.name or self.fields.get("path") or header.name
         if header.type in (b"L", b"K", b"x", b"X", b"g"):
-            if not 0 <= size <= min(LONGEST_EXTENSION_BYTES, self.end - self.place):
-                yield Damage(name, f"its extension header claims {size:,} bytes; expected at most {LONGEST_EXTENSION_BYTES:,}")
+            if not 0 <= size <= min(MAX_EXTENSION_BYTES, self.end - self.place):
+                yield Damage(name, f"its extension header claims {size:,} bytes; expected at most {MAX_EXTENSION_BYTES:,}")
                 return
             self._extend(header.type, self.file.read(size))
             self.place += _padded(size)
@@ -152,7 +152,7 @@ class _Walk:
 
 
 def _records(body: bytes) -> dict[str, str]:
-    """The records `LENGTH KEY=VALUE\\n` of a pax header; those after a damaged one are left out."""
+    """The records `LENGTH KEY=VALUE\\n` of a pax header; records after a damaged one are left out."""
     fields, place = {}, 0
     while place < len(body):
         digits, space, _ = body[place : place + 8].partition(b" ")

@@ -114,12 +114,12 @@ def webdataset(
 
     Each shard is read through once and its index is kept in `cache` (default `streams` in the dataset store). Remote shards are downloaded
     there when they are needed; the ones used last stay, up to `cache_gb` GB. Threads (`workers`) decode the middle square of each image
-    to `img_size`. An epoch draws the order of shards, reads `open_shards` of them at a time and shuffles as a buffer of `shuffle_buffer`
-    samples does. It depends only on (seed, epoch), so that a run resumes bit for bit and any number of ranks sees each sample once. At
+    to `img_size`. An epoch draws the order of shards, reads `open_shards` of them at a time and shuffles like a buffer of `shuffle_buffer`
+    samples. It depends only on (seed, epoch), so that a run resumes bit for bit and any number of ranks sees each sample once. At
     most `test_size` images of `test_urls`, otherwise held out of `urls`, are in memory, and as many for validation (`val_size`).
 
     A damaged member of a shard and an image that cannot be decoded are left out and named. Raises `DatasetError` with its url for a shard
-    that is missing, cut short or without labels, and for a label that is none of `classes`; `UsageError` for `pipe:` urls, which run a
+    that is missing, cut short or without labels, and for a label that is not one of `classes`; `UsageError` for `pipe:` urls, which run a
     command in a shell, unless `allow_pipe`.
     """
     check_options(img_size, channels, workers, test_size, val_size)

@@ -1,4 +1,4 @@
-"""Images and labels into tar shards, with the names and the format of webdataset's `ShardWriter`."""
+"""Writing images and labels into tar shards, with the names and the format of webdataset's `ShardWriter`."""
 
 import io
 from collections.abc import Iterable, Sequence

@@ -11,7 +11,7 @@ from vitkit.errors import UnknownNameError, UsageError, VitkitError, nearest
 from vitkit.registry import Spec
 
 WEIGHTS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "checkpoint_path", "cache_dir")
-"""Arguments of timm's `create_model` that say where weights come from: they are no architecture."""
+"""Arguments of timm's `create_model` for the source of weights: they are no architecture."""
 
 
 class TimmBackbone(nn.Module):
@@ -63,7 +63,7 @@ class TimmBackbone(nn.Module):
 
     @property
     def spec(self) -> Spec | None:
-        """What builds it again, without its pretrained weights."""
+        """The Spec that builds the backbone again, without its pretrained weights."""
         return getattr(self, "_spec", None)
 
     @spec.setter
@@ -113,7 +113,7 @@ _MOMENTS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 def prepared(dataset: ImageDataset, backbone: TimmBackbone) -> ImageDataset:
     """The dataset with images resized and normalised as the backbone's weights expect.
 
-    Raises `UsageError` where their numbers of channels differ.
+    Raises `UsageError` if their numbers of channels differ.
     """
     if dataset.shape[0] != backbone.in_chans:
         raise UsageError(
@@ -126,10 +126,10 @@ def prepared(dataset: ImageDataset, backbone: TimmBackbone) -> ImageDataset:
 def _check_name(model: str) -> None:
     name = model.partition(".")[0]
     if not timm.is_model(name):
-        known = timm.list_models()
+        names = timm.list_models()
         raise UnknownNameError(
-            f"timm {timm.__version__} has no model named {name!r}{nearest(name, known) or ';'} it has {len(known):,}; "
-            f"timm.list_models('*{name[:6]}*') lists those with these letters"
+            f"timm {timm.__version__} has no model named {name!r}{nearest(name, names) or ';'} it has {len(names):,}; "
+            f"timm.list_models('*{name[:6]}*') lists models with these letters"
         )
 
 
@@ -140,7 +140,7 @@ def _create(model: str, pretrained: bool, img_size: int | None, arguments: dict[
     except TypeError as error:
         if img_size is not None and "img_size" in str(error):  # a model that takes images of any size
             return _create(model, pretrained, None, arguments)
-        raise UsageError(f"timm cannot build {model!r}: {error}; timm.create_model says what it takes") from error
+        raise UsageError(f"timm cannot build {model!r}: {error}; see timm.create_model for its arguments") from error
     except Exception as error:
         if pretrained:
             raise VitkitError(
