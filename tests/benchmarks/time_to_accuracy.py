@@ -75,7 +75,8 @@ def vitkit_seconds(target: Target, limit: float) -> list[tuple[float, float]]:
     original, clock = Run.fit, Clock()
 
     def fit(run: Any, *positional: Any, **options: Any) -> Iterator[Any]:
-        clock.__init__()  # type: ignore[misc]
+        nonlocal clock
+        clock = Clock()  # what was built before the training does not count
         for epoch in original(run, *positional, **options):
             before, paused = time.process_time(), clock.seconds()
             yield epoch

@@ -132,7 +132,7 @@ def test_what_cannot_be_reproduced(vitkit, done, spoil, text):
     ("fields", "text"),
     [
         ({"recipe": "../../x"}, "first/summary.json: recipe is '../../x'; expected the name of a recipe: letters, digits"),
-        ({"recipe": "/tmp/x"}, "recipe is '/tmp/x'; expected the name"),
+        ({"recipe": "/elsewhere/x"}, "recipe is '/elsewhere/x'; expected the name"),
         ({"recipe": ".."}, "recipe is '..'; expected the name"),
         ({"recipe": "x\x1b[2J"}, "recipe is 'x\\x1b[2J'; expected the name"),
         ({"settings": []}, "settings is []; expected a mapping of names to values"),

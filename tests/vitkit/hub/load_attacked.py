@@ -51,7 +51,7 @@ def main(directories: list[str]) -> None:
             if isinstance(target, int) or target is None:
                 return
             watching = False
-            name = os.fsdecode(target)  # type: ignore[arg-type]
+            name = os.fsdecode(target)
             path = real.get(name) or real.setdefault(name, os.path.realpath(name))
             watching = True
             writes = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
@@ -88,7 +88,7 @@ def _is_import() -> bool:
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             return True
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return False
 
 

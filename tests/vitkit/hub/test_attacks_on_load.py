@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from torch import nn
@@ -98,7 +98,7 @@ def test_the_registry_refuses_what_is_no_architecture_for_every_component(entry:
     for argument, value in attacks_on(entry):
         rule = declared.get(argument)
         if isinstance(value, str) and isinstance(rule, str) and len(value) < 200 and re.fullmatch(rule, value):
-            assert re.fullmatch(r"[\w.:-]+", value)  # a plain name, which the component looks up among those that it has
+            assert re.fullmatch(r"[\w.:-]+", value)  # a name without a path; the component accepts known names only
             continue
         with architecture_only(2**20), pytest.raises(ArgumentsError) as caught:
             Spec(entry.kind, name, entry.distribution, {**example, argument: value}).build()
@@ -153,7 +153,7 @@ class Careless(nn.Module):
 class Careful(nn.Module):
     """A component that declares its strings and its further arguments."""
 
-    vitkit_architecture = {"act": "gelu|relu", "weights": {"[a-z]+": float}, "heads": int | None}  # noqa: RUF012
+    vitkit_architecture: ClassVar[dict[str, Any]] = {"act": "gelu|relu", "weights": {"[a-z]+": float}, "heads": int | None}
 
     def __init__(self, act: str = "gelu", weights: dict[str, float] | None = None, **more: Any):
         super().__init__()

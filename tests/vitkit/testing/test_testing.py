@@ -324,7 +324,7 @@ class Drawing(Brightness):
 
 
 class Splitless(Brightness):
-    def __call__(self, model: Any, dataset: Any) -> Scores:  # type: ignore[override]
+    def __call__(self, model: Any, dataset: Any) -> Scores:
         return super().__call__(model, dataset)
 
 
