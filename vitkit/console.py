@@ -3,7 +3,9 @@
 They do not interpret their text as markup, so foreign text is safe once it is printable (see `cell`).
 """
 
-from rich.console import Console, RenderableType
+from typing import Any
+
+from rich.console import Console
 from rich.text import Text
 
 from vitkit.errors import printable
@@ -18,10 +20,13 @@ class TextConsole(Console):
     def __init__(self, *, stderr: bool = False, width: int | None = None) -> None:
         super().__init__(stderr=stderr, width=width, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
-    def print_table(self, table: RenderableType) -> None:
-        """Print a table as wide as the terminal, or `PIPE_COLUMNS` wide where there is none."""
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print lines, unwrapped, or tables, as wide as the terminal or `PIPE_COLUMNS` wide where there is none."""
+        if all(isinstance(part, str | Text) for part in objects):
+            super().print(*objects, **options)
+            return
         console = self if self.is_terminal else TextConsole(stderr=self.stderr, width=PIPE_COLUMNS)
-        console.print(table, soft_wrap=False)
+        super(TextConsole, console).print(*objects, **{**options, "soft_wrap": False})
 
 
 out = TextConsole()

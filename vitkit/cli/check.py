@@ -32,7 +32,7 @@ def check(
     for case in cases:
         checked = examine(case)
         results += checked
-        out.print_table(_table(f"{case} of {case.distribution}", checked))
+        out.print(_table(f"{case} of {case.distribution}", checked))
     for note in (note for result in results for note in result.notes):
         out.print(f"note: {printable(note, PROBLEM_CHARACTERS)}")
     failed = [result for result in results if result.problem]

@@ -28,7 +28,7 @@ def compare(runs: list[Path], out: Path, overwrite: bool = False) -> None:
 
     comparison = read_runs(runs)
     sheet = write_comparison(comparison, out, overwrite=overwrite)
-    console.print_table(_table(comparison))
+    console.print(_table(comparison))
     for warning in comparison.warnings:
         console.print(f"note: {printable(warning)}", style="yellow")
     console.print(f"page: {printable(out)}" + (f", curves: {printable(sheet)}" if comparison.columns else ""))

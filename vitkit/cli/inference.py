@@ -295,7 +295,7 @@ def _print_predictions(rows: Sequence[tuple[str, Any]]) -> None:
     for name, prediction in rows:
         answers = (f"{label} ({score:.3f})" for label, score in zip(prediction.labels, prediction.scores, strict=True))
         table.add_row(*map(cell, (name, *answers)))
-    out.print_table(table)
+    out.print(table)
 
 
 def _print_scores(rows: dict[str, dict[str, Any]], title: str) -> None:
@@ -306,7 +306,7 @@ def _print_scores(rows: dict[str, dict[str, Any]], title: str) -> None:
         value = f"{row['value']:.4f}" + (f" {row['unit']}" if row.get("unit") else "")
         texts = (row.get("split", ""), row.get("frozen", ""), row.get("note", ""))
         table.add_row(*map(cell, (metric, value, chance, samples, *texts)))
-    out.print_table(table)
+    out.print(table)
 
 
 __all__ = ["COMMANDS"]

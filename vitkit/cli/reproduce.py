@@ -65,7 +65,7 @@ def _print(reproduction: "Reproduction", run: str) -> None:
             allowed = f"{verdict.tolerance:.2g} ({verdict.rule})"
         word = cell("agrees", "green") if verdict.agrees else cell("differs", "bold red")
         table.add_row(cell(verdict.metric), *values, difference, allowed, word)
-    out.print_table(table)
+    out.print(table)
     for line in reproduction.differences:
         out.print(cell(f"not as recorded: {line}", "yellow"))
     result = "every metric agrees" if reproduction.agrees else "not every metric agrees"

@@ -231,7 +231,7 @@ class Run:
             tables = preview(
                 self.session, model, batches, epochs=epochs, optimizer=optimizer, ema=ema is not None, devices=self._devices
             )
-            self.session.console.print(tables, soft_wrap=False)
+            self.session.console.print(tables)
             raise DryRun
         self._fit = Fit(
             self.session, model, batches, epochs=epochs, optimizer=optimizer, schedule=schedule, clip=clip, ema=ema,

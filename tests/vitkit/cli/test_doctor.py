@@ -44,7 +44,7 @@ def test_doctor_warns_of_known_vulnerabilities_and_is_not_broken_by_them(shell, 
 )
 def test_doctor_names_the_processors_unit_and_the_precision_that_follows(shell, monkeypatch, limit, text):
     monkeypatch.setenv("VITKIT_CPU_ISA", limit)
-    monkeypatch.setenv("COLUMNS", "240")  # a long processor name would wrap the line elsewhere
+    monkeypatch.setattr("vitkit.runs.summary.processor", lambda: "Processor With A Rather Long Name @ 2.70GHz " * 2)
     assert text in shell("doctor").stdout
 
 
