@@ -115,7 +115,9 @@ class ConvNeXt(Pyramid):
 
     def maps(self, x: Tensor) -> Iterator[Tensor]:
         x = x.contiguous(memory_format=torch.channels_last)
-        x = normalise(self.stem[1], channels_last(self.stem[0](x)))
+        norm = self.stem[1]
+        assert isinstance(norm, nn.LayerNorm)
+        x = normalise(norm, channels_last(self.stem[0](x)))
         for stage in self.stages:
             x = stage(x)
             yield x
@@ -141,7 +143,9 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if len(self.downsample):
-            x = channels_last(self.downsample[1](channels_first(normalise(self.downsample[0], x))))
+            norm = self.downsample[0]
+            assert isinstance(norm, nn.LayerNorm)
+            x = channels_last(self.downsample[1](channels_first(normalise(norm, x))))
         return self.blocks(x)
 
 

@@ -135,6 +135,14 @@ def check_sizes(*, drop_path: float = 0.0, dropout: float = 0.0, attn_dropout: f
             at_least(1, **{name: number})
 
 
+def check_heads(widths: Sequence[int], num_heads: Sequence[int]) -> None:
+    """Raise `UsageError` if a stage's heads do not divide its width."""
+    for number, (width, heads) in enumerate(zip(widths, num_heads, strict=True), start=1):
+        if width % heads:
+            near = next(count for count in range(heads, 0, -1) if width % count == 0)
+            raise UsageError(f"num_heads={heads} of stage {number} does not divide its width {width}; take {near} heads or another width")
+
+
 def rates(drop_path: float, depths: Sequence[int]) -> list[list[float]]:
     """The probability of stochastic depth of each block of each stage, growing linearly from 0 at the first to `drop_path`."""
     total = sum(depths)
@@ -161,13 +169,23 @@ def draw_weights(module: nn.Module, *, std: float = 0.02) -> None:
                 nn.init.zeros_(part.bias)
 
 
+def draw_convolutions(module: nn.Module) -> None:
+    """Weights of convolutions from Normal(0, √(2 / fan-out)), the fan-out being that of one group."""
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d):
+            fan = part.kernel_size[0] * part.kernel_size[1] * part.out_channels // part.groups
+            nn.init.normal_(part.weight, std=(2 / fan) ** 0.5)
+
+
 __all__ = [
     "Pyramid",
     "channels_first",
     "channels_last",
+    "check_heads",
     "check_size",
     "check_sizes",
     "chosen",
+    "draw_convolutions",
     "draw_weights",
     "image_size",
     "rates",

@@ -10,9 +10,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torchvision.ops import stochastic_depth
 
-from vitkit.errors import UsageError
 from vitkit_vit import MLP, attend, normalise
-from vitkit_zoo.pyramid import Pyramid, channels_last, check_size, check_sizes, chosen, draw_weights, image_size, rates
+from vitkit_zoo.pyramid import Pyramid, channels_last, check_heads, check_size, check_sizes, chosen, draw_weights, image_size, rates
 from vitkit_zoo.windows import from_windows, relative_index, resize_table, shift_mask, to_windows
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -146,14 +145,6 @@ class Swin(Pyramid):
 
     def finish(self, x: Tensor) -> Tensor:
         return normalise(self.norm, x)
-
-
-def check_heads(widths: Sequence[int], num_heads: Sequence[int]) -> None:
-    """Raise `UsageError` if a stage's heads do not divide its width."""
-    for number, (width, heads) in enumerate(zip(widths, num_heads, strict=True), start=1):
-        if width % heads:
-            near = next(count for count in range(heads, 0, -1) if width % count == 0)
-            raise UsageError(f"num_heads={heads} of stage {number} does not divide its width {width}; take {near} heads or another width")
 
 
 class PatchEmbed(nn.Module):

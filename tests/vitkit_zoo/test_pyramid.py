@@ -9,7 +9,7 @@ from vitkit.errors import UsageError
 from vitkit.testing import find
 from vitkit.training import adamw, muon_adamw
 
-NAMES = ("convnext", "swin")
+NAMES = ("convnext", "mobilevit", "pvt", "swin")
 
 
 def small(name, **arguments):
