@@ -26,7 +26,7 @@ def main(
     run: Run,
     data: Dataset,
     *,
-    epochs: Annotated[int, "passes over the training images"] = 5,
+    epochs: Annotated[int, "passes over the training images"] = 3,
     batch_size: Annotated[int, "images per step"] = 128,
     lr: Annotated[float, "peak learning rate of Muon and AdamW"] = 4e-3,
     img_size: Annotated[int, "side of an image in pixels"] = 28,
