@@ -98,7 +98,9 @@ class CCT(nn.Module):
         self.grid_size = self.tokenizer.grid(self.img_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         if self.num_patches < 1:
-            raise UsageError(f"images of {self.img_size[0]}×{self.img_size[1]} pixels leave no token; resize them, or take fewer convolutions")
+            raise UsageError(
+                f"images of {self.img_size[0]}×{self.img_size[1]} pixels leave no token; resize them, or take fewer convolutions"
+            )
         self.attention_pool = nn.Linear(width, 1)
         if positions == "learned":
             self.positional_emb = nn.Parameter(torch.empty(1, self.num_patches, width))

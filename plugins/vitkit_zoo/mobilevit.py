@@ -13,7 +13,16 @@ from torchvision.ops import stochastic_depth
 from vitkit.distributed import BatchNorm
 from vitkit.validation import at_least
 from vitkit_vit import attend, normalise
-from vitkit_zoo.pyramid import Pyramid, channels_first, channels_last, check_heads, check_size, check_sizes, chosen, image_size
+from vitkit_zoo.pyramid import (
+    Pyramid,
+    channels_first,
+    channels_last,
+    check_heads,
+    check_size,
+    check_sizes,
+    chosen,
+    image_size,
+)
 
 PUBLISHED: dict[str, Any] = {"blocks": (1, 3, 1, 1, 1), "depths": (0, 0, 2, 4, 3), "strides": (1, 2, 2, 2, 2)}
 SMALL: dict[str, Any] = {"blocks": (1, 1, 1, 1), "depths": (0, 0, 2, 2), "strides": (1, 1, 2, 2), "expansion": 2, "stem": 16}
@@ -33,8 +42,8 @@ PATCH = 2
 class MobileViT(Pyramid):
     """MobileViT: images `(b c h w)` → tokens `(b n d)`, the positions of the last feature map.
 
-    A 3×3 convolution of stride 2 begins. Stage i has `blocks[i]` inverted residual blocks (1×1, depthwise 3×3, 1×1, with `expansion` times as
-    many channels within), of which the first has stride `strides[i]`. With `depths[i]` > 0 a MobileViT block follows: a 3×3
+    A 3×3 convolution of stride 2 begins. Stage i has `blocks[i]` inverted residual blocks (1×1, depthwise 3×3, 1×1, with `expansion`
+    times as many channels within), of which the first has stride `strides[i]`. With `depths[i]` > 0 a MobileViT block follows: a 3×3
     and a 1×1 convolution to `dims[i]` channels; `depths[i]` transformer blocks of 4 heads, in which a position attends to the
     positions at the same place of every 2×2 patch; a 1×1 convolution back, and a 3×3 convolution of this and the block's input. A
     1×1 convolution to `features` channels ends. Every convolution but the one to `dims[i]` has a batch norm.

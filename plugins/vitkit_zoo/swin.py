@@ -11,7 +11,17 @@ from torch import Tensor, nn
 from torchvision.ops import stochastic_depth
 
 from vitkit_vit import MLP, attend, normalise
-from vitkit_zoo.pyramid import Pyramid, channels_last, check_heads, check_size, check_sizes, chosen, draw_weights, image_size, rates
+from vitkit_zoo.pyramid import (
+    Pyramid,
+    channels_last,
+    check_heads,
+    check_size,
+    check_sizes,
+    chosen,
+    draw_weights,
+    image_size,
+    rates,
+)
 from vitkit_zoo.windows import from_windows, relative_index, resize_table, shift_mask, to_windows
 
 PRESETS: dict[str, dict[str, Any]] = {

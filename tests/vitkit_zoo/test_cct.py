@@ -7,7 +7,7 @@ from published import close, images, randomised, written
 
 import vitkit
 from vitkit.errors import UsageError
-from vitkit_zoo.cct import PRESETS, CCT, sines
+from vitkit_zoo.cct import CCT, PRESETS, sines
 
 SMALL = {"img_size": 16, "embed_dim": 16, "num_heads": 2, "dropout": 0.0, "attn_dropout": 0.0, "drop_path": 0.0}
 

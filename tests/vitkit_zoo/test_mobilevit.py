@@ -63,7 +63,8 @@ def test_presets_are_timms_models_and_have_the_parameters_of_the_docstring(prese
 
 
 def test_channels_are_rounded_as_timm_rounds_them():
-    assert [divisible(n) for n in (3, 8, 11, 12, 20, 36, 60, 100)] == [timm.layers.make_divisible(n) for n in (3, 8, 11, 12, 20, 36, 60, 100)]
+    channels = (3, 8, 11, 12, 20, 36, 60, 100)
+    assert [divisible(count) for count in channels] == [timm.layers.make_divisible(count) for count in channels]
 
 
 @pytest.mark.parametrize(
