@@ -50,6 +50,8 @@ class ViT(nn.Module):
     - `checkpoint`: keep only each block's input for the backward pass and compute the rest again.
     - `stem`: "patch" maps each patch by one matrix; "conv" by 3×3 convolutions of stride 2 that see beyond its edge
       (see `ConvStem`), where `patch_size` is a power of two.
+    - `dynamic_img_size`: take images of other sizes too, which `patch_size` divides, such as the small crops of DINO. Positions are
+      then interpolated between those of `img_size` (bicubic, as in timm).
 
     Linear weights are drawn from Normal(0, 0.02), the patch embedding's by Kaiming's rule, tokens and learned
     positions from Normal(0, 0.02), all by torch's global generator; biases are zero. Parameters are named as timm
@@ -77,6 +79,7 @@ class ViT(nn.Module):
         checkpoint: bool = False,
         preset: Literal["small", "base", "large"] = "small",
         stem: Literal["patch", "conv"] = "patch",
+        dynamic_img_size: bool = False,
     ) -> None:
         super().__init__()
         one_of(PRESETS, preset=preset)
@@ -103,7 +106,7 @@ class ViT(nn.Module):
         self.grid_size = (self.img_size[0] // patch_size, self.img_size[1] // patch_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         self.num_prefix_tokens = int(pool == "cls") + registers
-        self.checkpoint = checkpoint
+        self.checkpoint, self.dynamic_img_size = checkpoint, dynamic_img_size
 
         self.patch_embed = (ConvStem if stem == "conv" else PatchEmbed)(in_chans, embed_dim, patch_size)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if pool == "cls" else None
@@ -244,14 +247,17 @@ class ViT(nn.Module):
     def _patches(self, x: Tensor, keep: Tensor | None) -> Tensor:
         """Patch tokens `(b n d)` with their positions; only those that `keep` names."""
         expected = (self.in_chans, *self.img_size)
-        if x.ndim != 4 or x.shape[1:] != expected:
+        other_size = x.ndim == 4 and x.shape[1:] != expected
+        if x.ndim != 4 or (other_size and not self._takes(x)):
+            sizes = f"sides that patch_size={self.patch_size} divides" if self.dynamic_img_size else "{}, {}".format(*self.img_size)
             raise UsageError(
-                f"images are {tuple(x.shape)}, expected (batch, {', '.join(map(str, expected))}); resize them, or "
+                f"images are {tuple(x.shape)}, expected (batch, {self.in_chans}, {sizes}); resize them, or "
                 f"build the ViT with their img_size and in_chans"
             )
         patches = self.patch_embed(x)
         if self.pos_embed is not None:
-            patches = patches + self.pos_embed[:, self.num_prefix_tokens :]
+            places = self.pos_embed[:, self.num_prefix_tokens :]
+            patches = patches + (self._resized(places, x) if other_size else places)
         if keep is None:
             return patches
         if keep.dtype != torch.int64 or keep.ndim != 2 or len(keep) != len(x):
@@ -259,6 +265,18 @@ class ViT(nn.Module):
                 f"keep is {keep.dtype} {tuple(keep.shape)}, expected int64 ({len(x)}, patches to keep of an image)"
             )
         return patches.gather(1, keep[:, :, None].expand(-1, -1, self.embed_dim))
+
+    def _takes(self, x: Tensor) -> bool:
+        """Whether images `(b c h w)` of another size can be taken."""
+        whole = not x.shape[2] % self.patch_size and not x.shape[3] % self.patch_size and min(x.shape[2:]) > 0
+        return self.dynamic_img_size and x.shape[1] == self.in_chans and whole
+
+    def _resized(self, places: Tensor, x: Tensor) -> Tensor:
+        """Positions of patches `(1 n d)`, interpolated to the grid of images `(b c h w)`."""
+        grid = (x.shape[2] // self.patch_size, x.shape[3] // self.patch_size)
+        maps = rearrange(places.float(), "1 (h w) d -> 1 d h w", h=self.grid_size[0])
+        resized = F.interpolate(maps, size=grid, mode="bicubic", antialias=True, align_corners=False)
+        return rearrange(resized, "1 d h w -> 1 (h w) d")
 
     def _step(self, block: nn.Module, tokens: Tensor, queries: int | None = None) -> Tensor:
         if self.checkpoint and torch.is_grad_enabled():
