@@ -1,7 +1,8 @@
 """A masked autoencoder on CIFAR-10: the encoder sees a quarter of the patches, and a small decoder predicts the others.
 
-It learns without labels. kNN, linear probe, RankMe, α-ReQ and LiDAR watch its features on the validation split, beside the untrained network.
-The features of masked autoencoders are made for fine-tuning: their kNN stays low. `ssl_cifar10.py` compares it with other methods.
+It learns without labels. kNN, linear probe, RankMe, α-ReQ and LiDAR watch its features on the validation split, beside those of the
+untrained network. The features of masked autoencoders are made for fine-tuning: their kNN stays low. `ssl_cifar10.py` compares the
+method with others.
 """
 
 from typing import Annotated, Literal
@@ -16,7 +17,8 @@ from vitkit_ssl import MAE, Monitors, augmentation, reconstructions
 DATASET = "cifar10"
 PRESETS = {
     "default": {},
-    "digits": {"epochs": 60, "batch_size": 64, "img_size": 16, "patch_size": 2, "embed_dim": 96, "depth": 4, "num_heads": 3, "eval_every": 20},
+    "digits": {"epochs": 40, "batch_size": 64, "img_size": 16, "patch_size": 2, "embed_dim": 96, "depth": 4, "num_heads": 3,
+               "eval_every": 20},
 }  # fmt: skip
 
 

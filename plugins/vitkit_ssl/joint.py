@@ -16,8 +16,8 @@ from vitkit_ssl.masking import encode_views
 class JointEmbedding(GradCacheable):
     """Batches with `views` → the parts of `loss(projections)`: projections `(v b d)` of all views of each image.
 
-    With the loss `nt_xent` this is SimCLR (arXiv 2002.05709), with `lejepa` it is LeJEPA (arXiv 2511.08544). Each view of the first kind uses
-    a share `keep` of its patches.
+    With the loss `nt_xent` this is SimCLR (arXiv 2002.05709), with `lejepa` it is LeJEPA (arXiv 2511.08544). Each view of the first kind
+    uses a share `keep` of its patches.
 
     Ranks: as the loss's; patches are drawn for the samples of all ranks.
     """

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitkit.contracts import Dataset, Sheet
+from vitkit.contracts import Sheet
 from vitkit.errors import UsageError
 from vitkit.models import evaluating
 from vitkit.training import GradCacheable
@@ -72,7 +72,7 @@ class MAE(GradCacheable):
         return self.mae_decoder(tokens, keep, masked), target
 
 
-def reconstructions(model: MAE, data: Dataset, *, count: int = 8, seed: int = 0) -> Sheet:
+def reconstructions(model: MAE, data: Any, *, count: int = 8, seed: int = 0) -> Sheet:
     """A sheet of validation images: the image, its visible patches, and the prediction in place of the masked ones.
 
     With a normalised loss the network predicts a patch up to its mean and contrast; the sheet takes these two from the true patch.
