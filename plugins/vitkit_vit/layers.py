@@ -74,10 +74,7 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         q, k, v = self._heads(x) if queries is None else self._some_heads(x, queries)
         # With few queries there are few weights, and flash attention on a CPU takes as long as for all queries.
-        if queries is not None or products_are_faster(q, dropout):
-            mixed = drop(attention_weights(q, k).to(v.dtype), dropout) @ v
-        else:
-            mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        mixed = attend(q, k, v, dropout, products=queries is not None)
         return self.proj(rearrange(mixed, "b h n d -> b n (h d)"))
 
     def maps(self, x: Tensor) -> Tensor:
@@ -96,10 +93,25 @@ class Attention(nn.Module):
         return rearrange(q, "b n (h d) -> b h n d", h=self.num_heads), k, v
 
 
-def attention_weights(q: Tensor, k: Tensor) -> Tensor:
-    """softmax(Q·Kᵀ/√d_k), computed in fp32 at least: queries `(b h m d)`, keys `(b h n d)` → `(b h m n)`."""
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, bias: Tensor | None = None, *, products: bool = False
+) -> Tensor:
+    """softmax(Q·Kᵀ/√d_k + bias)·V by the faster way: queries `(b h m d)`, keys and values `(b h n d)` → `(b h m d)`.
+
+    `bias` broadcasts to `(b h m n)`. `products` chooses two batched products, as do `products_are_faster` and, on a CPU, a bias that is
+    trained: torch's operation has no fast way for its gradient there.
+    """
+    trained = bias is not None and bias.requires_grad and q.device.type == "cpu"
+    if products or trained or products_are_faster(q, dropout):
+        return drop(attention_weights(q, k, bias).to(v.dtype), dropout) @ v
+    return F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype), dropout_p=dropout)
+
+
+def attention_weights(q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
+    """softmax(Q·Kᵀ/√d_k + bias), computed in fp32 at least: queries `(b h m d)`, keys `(b h n d)` → `(b h m n)`."""
     scores = q @ k.transpose(-2, -1)
-    return (scores.to(torch.promote_types(scores.dtype, torch.float32)) * q.shape[-1] ** -0.5).softmax(dim=-1)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * q.shape[-1] ** -0.5
+    return (scores if bias is None else scores + bias).softmax(dim=-1)
 
 
 class MLP(nn.Module):

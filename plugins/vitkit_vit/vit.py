@@ -14,6 +14,7 @@ from vitkit.validation import at_least, in_range, one_of
 from vitkit_vit.layers import LAYER_NORM_EPS, Block
 from vitkit_vit.positions import sincos1d, sincos2d
 from vitkit_vit.stem import ConvStem
+from vitkit_vit.tokens import gather_tokens, join_tokens
 
 PRESETS: dict[str, dict[str, int]] = {
     "small": {"embed_dim": 192, "depth": 12, "num_heads": 3},
@@ -221,28 +222,11 @@ class ViT(nn.Module):
 
     def _embed(self, x: Tensor | None, extra_tokens: Tensor | None, keep: Tensor | None) -> Tensor:
         """The tokens that enter the first block: `(b n d)`."""
-        parts: list[Tensor] = [token for token in (self.cls_token, self.reg_token) if token is not None]
-        if parts and self.pos_embed is not None:
-            parts = [torch.cat(parts, dim=1) + self.pos_embed[:, : self.num_prefix_tokens]]
-        if x is not None:
-            parts.append(self._patches(x, keep))
-        elif keep is not None:
-            raise UsageError("keep names patches, but there is no image: give x, or leave keep out")
-        elif extra_tokens is None:
-            raise UsageError("there is neither an image nor an extra token: give x, extra_tokens or both")
-        if extra_tokens is not None:
-            if extra_tokens.ndim != 3 or extra_tokens.shape[-1] != self.embed_dim:
-                raise UsageError(
-                    f"extra_tokens are {tuple(extra_tokens.shape)}, expected (batch, tokens, {self.embed_dim}); "
-                    f"vectors (batch, {self.embed_dim}) become one token a sample by extra_tokens[:, None]"
-                )
-            if x is not None and len(extra_tokens) not in (1, len(x)):
-                raise UsageError(
-                    f"{len(extra_tokens)} samples of extra_tokens for {len(x)} images; give as many, or one for all"
-                )
-            parts.append(extra_tokens)
-        batch = parts[-1].shape[0] if x is None else x.shape[0]  # len() would be a constant to an export
-        return torch.cat([part.expand(batch, -1, -1) for part in parts], dim=1)
+        first: list[Tensor] = [token for token in (self.cls_token, self.reg_token) if token is not None]
+        if first and self.pos_embed is not None:
+            first = [torch.cat(first, dim=1) + self.pos_embed[:, : self.num_prefix_tokens]]
+        patches = None if x is None else self._patches(x, keep)
+        return join_tokens(first, patches, extra_tokens, keep, self.embed_dim)
 
     def _patches(self, x: Tensor, keep: Tensor | None) -> Tensor:
         """Patch tokens `(b n d)` with their positions; only those that `keep` names."""
@@ -258,13 +242,7 @@ class ViT(nn.Module):
         if self.pos_embed is not None:
             places = self.pos_embed[:, self.num_prefix_tokens :]
             patches = patches + (self._resized(places, x) if other_size else places)
-        if keep is None:
-            return patches
-        if keep.dtype != torch.int64 or keep.ndim != 2 or len(keep) != len(x):
-            raise UsageError(
-                f"keep is {keep.dtype} {tuple(keep.shape)}, expected int64 ({len(x)}, patches to keep of an image)"
-            )
-        return patches.gather(1, keep[:, :, None].expand(-1, -1, self.embed_dim))
+        return patches if keep is None else gather_tokens(patches, keep)
 
     def _takes(self, x: Tensor) -> bool:
         """Whether images `(b c h w)` of another size can be taken."""

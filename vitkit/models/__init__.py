@@ -5,7 +5,7 @@ from vitkit.models.image_sources import images_below, open_image
 from vitkit.models.model import Model
 from vitkit.models.predict import Prediction
 from vitkit.models.saving import load, save
-from vitkit.models.weights import LoadedWeights, load_weights
+from vitkit.models.weights import LoadedWeights, load_weights, resample_positions
 
 __all__ = [
     "Features",
@@ -20,5 +20,6 @@ __all__ = [
     "load",
     "load_weights",
     "open_image",
+    "resample_positions",
     "save",
 ]
