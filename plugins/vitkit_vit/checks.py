@@ -6,8 +6,14 @@ from vitkit.errors import UsageError
 from vitkit.validation import at_least, one_of
 
 
-def check_attention(attention: str, window: int, grid: tuple[int, int], *, rotary: bool, relative_bias: bool) -> None:
-    """Raise `UsageError` for another kind of attention, windows that do not divide the grid, and what linear attention cannot do."""
+def check_attention(
+    attention: str, window: int, grid: tuple[int, int], *, rotary: bool, relative_bias: bool, one_size: bool
+) -> bool:
+    """Whether attention depends on the places of patches.
+
+    Raises `UsageError` for another kind of attention, windows that do not divide the grid, what linear attention cannot do, and places of
+    images of more than one size.
+    """
     one_of(("softmax", "linear", "windowed"), attention=attention)
     at_least(1, window=window)
     if attention == "windowed" and (grid[0] % window or grid[1] % window):
@@ -20,6 +26,13 @@ def check_attention(attention: str, window: int, grid: tuple[int, int], *, rotar
             f"{given} changes the scores of pairs of tokens, and attention='linear' has none; take positions='sincos2d', or "
             f"attention='softmax'"
         )
+    placed = attention == "windowed" or rotary or relative_bias
+    if placed and not one_size:
+        raise UsageError(
+            "dynamic_img_size=True takes grids of several sizes; windows, relative biases and rotary positions are those of one: leave "
+            "either out"
+        )
+    return placed
 
 
 def image_size(img_size: int | Sequence[int], patch_size: int) -> tuple[int, int]:

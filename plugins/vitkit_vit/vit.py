@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
@@ -56,6 +57,8 @@ class ViT(nn.Module):
     - `checkpoint`: keep only each block's input for the backward pass and compute the rest again.
     - `stem`: "patch" maps each patch by one matrix; "conv" by 3×3 convolutions of stride 2 that see beyond its edge
       (see `ConvStem`), where `patch_size` is a power of two.
+    - `dynamic_img_size`: take images of other sizes too, which `patch_size` divides, such as the small crops of DINO. Positions are
+      then interpolated between those of `img_size` (bicubic, as in timm).
 
     Linear weights are drawn from Normal(0, 0.02), the patch embedding's by Kaiming's rule, tokens and learned
     positions from Normal(0, 0.02), all by torch's global generator; biases are zero. Parameters are named as timm
@@ -87,6 +90,7 @@ class ViT(nn.Module):
         attention: Literal["softmax", "linear", "windowed"] = "softmax",
         window: int = 4,
         relative_bias: bool = False,
+        dynamic_img_size: bool = False,
     ) -> None:
         super().__init__()
         one_of(PRESETS, preset=preset)
@@ -113,9 +117,10 @@ class ViT(nn.Module):
         self.grid_size = (self.img_size[0] // patch_size, self.img_size[1] // patch_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         self.num_prefix_tokens = int(pool == "cls") + registers
-        self.checkpoint = checkpoint
-        check_attention(attention, window, self.grid_size, rotary=positions == "rotary", relative_bias=relative_bias)
-        self.needs_layout = attention == "windowed" or relative_bias or positions == "rotary"
+        self.checkpoint, self.dynamic_img_size = checkpoint, dynamic_img_size
+        self.needs_layout = check_attention(
+            attention, window, self.grid_size, rotary=positions == "rotary", relative_bias=relative_bias, one_size=not dynamic_img_size
+        )
         angles = rotary2d(self.grid_size, embed_dim // num_heads) if positions == "rotary" else None
         self.register_buffer("rotation", angles, persistent=False)
 
@@ -247,15 +252,30 @@ class ViT(nn.Module):
     def _patches(self, x: Tensor, keep: Tensor | None) -> Tensor:
         """Patch tokens `(b n d)` with their positions; only those that `keep` names."""
         expected = (self.in_chans, *self.img_size)
-        if x.ndim != 4 or x.shape[1:] != expected:
+        other_size = x.ndim == 4 and x.shape[1:] != expected
+        if x.ndim != 4 or (other_size and not self._takes(x)):
+            sizes = f"sides that patch_size={self.patch_size} divides" if self.dynamic_img_size else "{}, {}".format(*self.img_size)
             raise UsageError(
-                f"images are {tuple(x.shape)}, expected (batch, {', '.join(map(str, expected))}); resize them, or "
+                f"images are {tuple(x.shape)}, expected (batch, {self.in_chans}, {sizes}); resize them, or "
                 f"build the ViT with their img_size and in_chans"
             )
         patches = self.patch_embed(x)
         if self.pos_embed is not None:
-            patches = patches + self.pos_embed[:, self.num_prefix_tokens :]
+            places = self.pos_embed[:, self.num_prefix_tokens :]
+            patches = patches + (self._resized(places, x) if other_size else places)
         return patches if keep is None else gather_tokens(patches, keep)
+
+    def _takes(self, x: Tensor) -> bool:
+        """Whether images `(b c h w)` of another size can be taken."""
+        whole = not x.shape[2] % self.patch_size and not x.shape[3] % self.patch_size and min(x.shape[2:]) > 0
+        return self.dynamic_img_size and x.shape[1] == self.in_chans and whole
+
+    def _resized(self, places: Tensor, x: Tensor) -> Tensor:
+        """Positions of patches `(1 n d)`, interpolated to the grid of images `(b c h w)`."""
+        grid = (x.shape[2] // self.patch_size, x.shape[3] // self.patch_size)
+        maps = rearrange(places.float(), "1 (h w) d -> 1 d h w", h=self.grid_size[0])
+        resized = F.interpolate(maps, size=grid, mode="bicubic", antialias=True, align_corners=False)
+        return rearrange(resized, "1 d h w -> 1 (h w) d")
 
     def _layout(self, x: Tensor | None, tokens: Tensor, keep: Tensor | None) -> Layout | None:
         """The places of the tokens that enter the blocks, if attention needs them."""

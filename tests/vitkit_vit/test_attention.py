@@ -195,6 +195,7 @@ def test_tables_are_left_out_of_weight_decay() -> None:
         ({"attention": "linear", "relative_bias": True}, "relative_bias=True changes the scores .* take positions='sincos2d', or"),
         ({"attention": "local"}, "attention is 'local'.*expected 'softmax', 'linear', 'windowed'"),
         ({"positions": "rotary", "num_heads": 16}, "positions='rotary' needs heads of a multiple of four dimensions; given .* = 2"),
+        ({"positions": "rotary", "dynamic_img_size": True}, "dynamic_img_size=True takes grids of several sizes; windows, relative"),
         ({"window": 0}, "window is 0; expected at least 1"),
     ],
 )

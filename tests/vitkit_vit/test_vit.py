@@ -390,3 +390,27 @@ def test_nothing_is_computed_twice_for_gradients_that_nobody_wants() -> None:
     for context in (torch.no_grad(), torch.inference_mode(), nullcontext()):
         with context:
             assert torch.isfinite(model(torch.randn(2, 3, 16, 16))).all()
+
+
+@pytest.mark.parametrize("positions", ["learned", "sincos2d", "none"])
+@pytest.mark.parametrize("stem", ["patch", "conv"])
+def test_a_vit_takes_images_of_other_sizes_where_asked(positions: str, stem: str) -> None:
+    fixed, dynamic = (vit(positions=positions, stem=stem, dynamic_img_size=flag).eval() for flag in (False, True))
+    torch.testing.assert_close(dynamic(IMAGES), fixed(IMAGES))
+    assert dynamic(IMAGES[:, :, :8, :12]).shape == (len(IMAGES), 1 + 6, 32)
+
+
+def test_positions_are_interpolated_as_timm_does() -> None:
+    model = randomised(vit(pool="mean", dynamic_img_size=True)).eval()
+    reference = timm.models.VisionTransformer(
+        img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=0, global_pool="avg", class_token=False,
+        fc_norm=False, dynamic_img_size=True,
+    ).eval()  # fmt: skip
+    reference.load_state_dict(model.state_dict())
+    small = IMAGES[:, :, :8, :8]
+    torch.testing.assert_close(model.encode_image(small), reference(small), rtol=1e-4, atol=1e-5)
+
+
+def test_a_size_that_patches_do_not_divide_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"expected \(batch, 3, sides that patch_size=4 divides\)"):
+        vit(dynamic_img_size=True)(IMAGES[:, :, :10, :8])
