@@ -26,7 +26,7 @@ def main(
     run: Run,
     data: Dataset,
     *,
-    epochs: Annotated[int, "passes over the training images"] = 5,
+    epochs: Annotated[int, "passes over the training images"] = 3,
     batch_size: Annotated[int, "images per step"] = 128,
     lr: Annotated[float, "peak learning rate of Muon and AdamW"] = 4e-3,
     img_size: Annotated[int, "side of an image in pixels"] = 28,
@@ -71,10 +71,10 @@ def main(
         run.reference("reference document", linear_top1=0.95, m1_top1=0.79, m1_top3=0.96, m2_top1=0.64, m2_top3=0.88)
     run.reference("floor", sigreg=loss.sigreg.floor)  # of embeddings drawn from N(0, I)
     probes = [evaluators.build(f"vitkit:{name}", train_size=eval_size) for name in ("linear_probe", "knn")]
-    probes += [evaluators.build("vitkit:transfer", dataset=probe_dataset, train_size=eval_size)] if probe_dataset else []
+    transfer = [evaluators.build("vitkit:transfer", dataset=probe_dataset, train_size=eval_size)] if probe_dataset else []
     monitors = [evaluators.build(f"vitkit:{name}") for name in ("rankme", "alpha_req", "feature_std", "neighbours") if not data.classes]
-    evaluate = run.check(data, *probes, evaluators.build("vitkit:label_retrieval"), *monitors)
-    run.measure_untrained(model, data, *monitors)
+    evaluate = run.check(data, *probes, *transfer, evaluators.build("vitkit:label_retrieval"), *monitors)
+    run.measure_untrained(model, data, *transfer, *monitors)
     for epoch in run.fit(model, batches, epochs=epochs, optimizer=optimizer, schedule=schedule, clip=1.0, ema=0.99):
         if epoch.due(eval_every):
             epoch.evaluate(model, data, *evaluate)

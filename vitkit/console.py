@@ -1,8 +1,9 @@
-"""Consoles for lines and tables on a terminal or in a pipe: results go to `out`, all other lines to `err`.
+"""Consoles for lines and tables on a terminal or in a pipe, and durations: results go to `out`, all other lines to `err`.
 
 They do not interpret their text as markup, so foreign text is safe once it is printable (see `cell`).
 """
 
+import math
 from typing import Any
 
 from rich.console import Console
@@ -38,4 +39,17 @@ def cell(text: object, style: str = "") -> Text:
     return Text(printable(text), style)
 
 
-__all__ = ["TextConsole", "cell", "err", "out"]
+def duration(seconds: float) -> str:
+    """Seconds in their two largest units: "2 h 5 min", "5 min 3 s", "42 s", "1.3 s"."""
+    if not math.isfinite(seconds):
+        return "–"
+    rounded = round(seconds)
+    hours, minutes = rounded // 3600, rounded // 60 % 60
+    if hours:
+        return f"{hours} h {minutes} min"
+    if minutes:
+        return f"{minutes} min {rounded % 60} s"
+    return f"{seconds:.2g} s" if seconds < 9.5 else f"{rounded} s"
+
+
+__all__ = ["TextConsole", "cell", "duration", "err", "out"]

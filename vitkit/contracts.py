@@ -75,7 +75,8 @@ class Backbone(Protocol):
 
     A backbone that can take further tokens into its attention stack (a label, a caption) accepts
     `extra_tokens` of shape `(b m d)` by keyword. A backbone may offer `encode_image(images) -> (b d)`, its own
-    pooled features; where it does not, evaluators take the mean over its tokens.
+    pooled features; where it does not, evaluators take the mean over its tokens. A backbone whose weights other libraries
+    publish under other names may offer `published_names`, see `vitkit.load_weights`.
     """
 
     embed_dim: int

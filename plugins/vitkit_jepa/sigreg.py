@@ -1,5 +1,6 @@
 """SIGReg: the distance of embeddings from an isotropic Gaussian, along random directions."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -37,7 +38,6 @@ class SIGReg(nn.Module):
     [−5, 5]. lightly computes in the dtype of its input and needs the same number of samples on each rank.
     """
 
-    t: Tensor
     phi: Tensor
     weights: Tensor
 
@@ -52,7 +52,6 @@ class SIGReg(nn.Module):
         phi = torch.exp(-t.square() / 2)
         trapezoid = torch.full((knots - 1,), 2 * step)
         trapezoid[-1] = step
-        self.register_buffer("t", t, persistent=False)
         self.register_buffer("phi", phi, persistent=False)
         self.register_buffer("weights", trapezoid * phi, persistent=False)
 
@@ -89,7 +88,7 @@ class SIGReg(nn.Module):
         a = broadcast(a / a.norm(dim=0))
         present = z.new_ones(z.shape[:2]) if present is None else present
         n = all_reduce_sum(present.sum(dim=1))  # (v)
-        sums = _WaveSums.apply(z @ a, present, self.t)  # (2 knots v s)
+        sums = _WaveSums.apply(z @ a, present, self.limit / (self.knots - 1), self.knots - 1)  # (2 knots v s)
         cos, sin = all_reduce_sum(sums) / n.clamp(min=1)[:, None]
         error = (cos - self.phi[:, None, None]).square() + sin.square()  # (knots v s)
         per_view = n * torch.einsum("j,jvs->v", self.weights, error) / self.directions
@@ -97,25 +96,40 @@ class SIGReg(nn.Module):
 
 
 class _WaveSums(torch.autograd.Function):
-    """Σ_n m·cos(t_j·p) and Σ_n m·sin(t_j·p) for each t_j: p `(v n s)`, m `(v n)`, t `(knots)` → `(2 knots v s)`.
+    """Σ_n m·cos(t_j·p) and Σ_n m·sin(t_j·p) for t_j = step, 2·step, ...: p `(v n s)`, m `(v n)` → `(2 knots v s)`.
 
     The knots are computed one after another, and a second time in the backward pass, because autograd would keep
     `2·knots` tensors of p's size.
     """
 
     @staticmethod
-    def forward(ctx: Any, p: Tensor, m: Tensor, t: Tensor) -> Tensor:
-        ctx.save_for_backward(p, m, t)
+    def forward(ctx: Any, p: Tensor, m: Tensor, step: float, knots: int) -> Tensor:
+        ctx.save_for_backward(p, m)
+        ctx.step, ctx.knots = step, knots
         rows = m[:, None]  # (v 1 n)
-        sums = [(rows @ (p * knot).cos(), rows @ (p * knot).sin()) for knot in t]  # each (v 1 s)
+        sums = [(rows @ cos, rows @ sin) for cos, sin in _waves(p, step, knots)]  # each (v 1 s)
         return torch.stack([torch.cat(wave, dim=1) for wave in sums]).permute(2, 0, 1, 3)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        p, m, t = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        p, m = ctx.saved_tensors
+        t = ctx.step * torch.arange(1, ctx.knots + 1, device=p.device)
         for_cos, for_sin = (grad * t[:, None, None])[..., None, :]  # each (knots v 1 s)
         total = torch.zeros_like(p)
-        for knot, cos_grad, sin_grad in zip(t, for_cos, for_sin, strict=True):
-            x = p * knot
-            total.addcmul_(x.cos(), sin_grad).addcmul_(x.sin_(), cos_grad, value=-1.0)
-        return total * m[..., None], None, None
+        for (cos, sin), cos_grad, sin_grad in zip(_waves(p, ctx.step, ctx.knots), for_cos, for_sin, strict=True):
+            total.addcmul_(cos, sin_grad).addcmul_(sin, cos_grad, value=-1.0)
+        return total * m[..., None], None, None, None
+
+
+def _waves(p: Tensor, step: float, knots: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """cos and sin of j·step·p for j = 1, ..., `knots`: each turns the one before by the first, which costs no cos or sin."""
+    x = p * step
+    first_cos, first_sin = x.cos(), x.sin()
+    cos, sin = first_cos, first_sin
+    yield cos, sin
+    for _ in range(knots - 1):
+        cos, sin = (
+            (cos * first_cos).addcmul_(sin, first_sin, value=-1.0),
+            (sin * first_cos).addcmul_(cos, first_sin),
+        )
+        yield cos, sin

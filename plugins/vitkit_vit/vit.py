@@ -11,9 +11,12 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from vitkit.errors import UsageError
 from vitkit.validation import at_least, in_range, one_of
+from vitkit_vit.attention import Layout
+from vitkit_vit.checks import check_attention, check_heads, image_size
 from vitkit_vit.layers import LAYER_NORM_EPS, Block
-from vitkit_vit.positions import sincos1d, sincos2d
-from vitkit_vit.stem import ConvStem
+from vitkit_vit.positions import rotary2d, rotation_of, sincos1d, sincos2d
+from vitkit_vit.stem import ConvStem, PatchEmbed
+from vitkit_vit.tokens import gather_tokens, join_tokens
 
 PRESETS: dict[str, dict[str, int]] = {
     "small": {"embed_dim": 192, "depth": 12, "num_heads": 3},
@@ -46,10 +49,16 @@ class ViT(nn.Module):
       is no CLS token.
     - `positions`: learned ones for CLS, registers and patches; or fixed sines and cosines of a patch's number
       ("sincos1d") or of its row and column ("sincos2d"), zero for CLS and registers; or none. Extra tokens keep
-      the positions that the caller added.
+      the positions that the caller added. "rotary" adds nothing: in every block queries and keys of patches are rotated by their
+      row and column, so that scores depend on differences of places (RoPE-ViT, arXiv 2403.13298).
+    - `attention`: among all tokens, within windows of `window`×`window` patches that every second block shifts by half, or linear
+      in the number of tokens (see `Attention`). Tokens without a place attend to all others, and all others to them.
+    - `relative_bias`: add a learned number to every score, for each head and each difference of rows and columns.
     - `checkpoint`: keep only each block's input for the backward pass and compute the rest again.
     - `stem`: "patch" maps each patch by one matrix; "conv" by 3×3 convolutions of stride 2 that see beyond its edge
       (see `ConvStem`), where `patch_size` is a power of two.
+    - `dynamic_img_size`: take images of other sizes too, which `patch_size` divides, such as the small crops of DINO. Positions are
+      then interpolated between those of `img_size` (bicubic, as in timm).
 
     Linear weights are drawn from Normal(0, 0.02), the patch embedding's by Kaiming's rule, tokens and learned
     positions from Normal(0, 0.02), all by torch's global generator; biases are zero. Parameters are named as timm
@@ -57,6 +66,7 @@ class ViT(nn.Module):
     """
 
     pos_embed: Tensor | None
+    rotation: Tensor | None
 
     def __init__(
         self,
@@ -72,17 +82,21 @@ class ViT(nn.Module):
         attn_dropout: float | None = None,
         drop_path: float = 0.0,
         pool: Literal["cls", "mean"] = "cls",
-        positions: Literal["learned", "sincos1d", "sincos2d", "none"] = "learned",
+        positions: Literal["learned", "sincos1d", "sincos2d", "rotary", "none"] = "learned",
         registers: int = 0,
         checkpoint: bool = False,
         preset: Literal["small", "base", "large"] = "small",
         stem: Literal["patch", "conv"] = "patch",
+        attention: Literal["softmax", "linear", "windowed"] = "softmax",
+        window: int = 4,
+        relative_bias: bool = False,
+        dynamic_img_size: bool = False,
     ) -> None:
         super().__init__()
         one_of(PRESETS, preset=preset)
         one_of(("patch", "conv"), stem=stem)
         one_of(("cls", "mean"), pool=pool)
-        one_of(("learned", "sincos1d", "sincos2d", "none"), positions=positions)
+        one_of(("learned", "sincos1d", "sincos2d", "rotary", "none"), positions=positions)
         embed_dim = PRESETS[preset]["embed_dim"] if embed_dim is None else embed_dim
         depth = PRESETS[preset]["depth"] if depth is None else depth
         num_heads = PRESETS[preset]["num_heads"] if num_heads is None else num_heads
@@ -92,18 +106,23 @@ class ViT(nn.Module):
         )
         at_least(0, registers=registers)
         in_range(0, 1, high_included=False, dropout=dropout, attn_dropout=attn_dropout, drop_path=drop_path)
-        _check_heads(embed_dim, num_heads)
+        check_heads(embed_dim, num_heads)
         if int(embed_dim * mlp_ratio) < 1:
             raise UsageError(f"mlp_ratio={mlp_ratio} leaves the MLP of embed_dim={embed_dim} no hidden channel")
 
-        self.img_size = _image_size(img_size, patch_size)
+        self.img_size = image_size(img_size, patch_size)
         self.patch_size = patch_size
         self.in_chans = in_chans
         self.embed_dim = embed_dim
         self.grid_size = (self.img_size[0] // patch_size, self.img_size[1] // patch_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         self.num_prefix_tokens = int(pool == "cls") + registers
-        self.checkpoint = checkpoint
+        self.checkpoint, self.dynamic_img_size = checkpoint, dynamic_img_size
+        self.needs_layout = check_attention(
+            attention, window, self.grid_size, rotary=positions == "rotary", relative_bias=relative_bias, one_size=not dynamic_img_size
+        )
+        angles = rotary2d(self.grid_size, embed_dim // num_heads) if positions == "rotary" else None
+        self.register_buffer("rotation", angles, persistent=False)
 
         self.patch_embed = (ConvStem if stem == "conv" else PatchEmbed)(in_chans, embed_dim, patch_size)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if pool == "cls" else None
@@ -122,6 +141,10 @@ class ViT(nn.Module):
                     dropout=dropout,
                     attn_dropout=attn_dropout,
                     drop_path=drop_path * i / max(depth - 1, 1),
+                    attention=attention,
+                    window=window,
+                    shift=window // 2 * (i % 2),
+                    bias_grid=self.grid_size if relative_bias else None,
                 )
                 for i in range(depth)
             )
@@ -134,8 +157,9 @@ class ViT(nn.Module):
         return {"img_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2, "registers": 2}, {}
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that optimisers leave out of weight decay: tokens and positions."""
-        return {"cls_token", "reg_token", "pos_embed"}
+        """Names of parameters that optimisers leave out of weight decay: tokens, positions, relative biases."""
+        tables = {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
+        return {"cls_token", "reg_token", "pos_embed"} | tables
 
     def forward(
         self,
@@ -153,9 +177,10 @@ class ViT(nn.Module):
         the last block's time. Raises `UsageError` if shapes do not fit.
         """
         tokens = self._embed(x, extra_tokens, keep)
+        layout = self._layout(x, tokens, keep)
         for block in self.blocks[:-1]:
-            tokens = self._step(block, tokens)
-        return self._normed(self._step(self.blocks[-1], tokens, queries))
+            tokens = self._step(block, tokens, layout)
+        return self._normed(self._step(self.blocks[-1], tokens, layout, queries))
 
     def encode_image(
         self, x: Tensor | None, *, extra_tokens: Tensor | None = None, keep: Tensor | None = None
@@ -181,9 +206,9 @@ class ViT(nn.Module):
         if wrong:
             raise UsageError(f"depths {wrong} lie outside 1 … {len(self.blocks)}, the number of blocks")
         tokens = self._embed(x, extra_tokens, None)
-        features = {}
+        layout, features = self._layout(x, tokens, None), {}
         for number, block in enumerate(self.blocks[: max(depths, default=0)], start=1):
-            tokens = self._step(block, tokens)
+            tokens = self._step(block, tokens, layout)
             if number in depths:
                 features[number] = self._normed(tokens)
         return [features[depth] for depth in depths]
@@ -191,11 +216,11 @@ class ViT(nn.Module):
     def attention_maps(self, x: Tensor | None, *, extra_tokens: Tensor | None = None) -> Tensor:
         """The attention weights `(b depth heads n n)` of every block; each row, a query's, sums to one."""
         tokens = self._embed(x, extra_tokens, None)
-        maps = []
+        layout, maps = self._layout(x, tokens, None), []
         for block in self.blocks:
             assert isinstance(block, Block)
-            maps.append(block.attn.maps(block.norm1(tokens)))
-            tokens = self._step(block, tokens)
+            maps.append(block.attn.maps(block.norm1(tokens), layout))
+            tokens = self._step(block, tokens, layout)
         return torch.stack(maps, dim=1)
 
     def _draw(self) -> None:
@@ -208,7 +233,7 @@ class ViT(nn.Module):
                 nn.init.normal_(token, std=0.02)
 
     def _codes(self, positions: str) -> Tensor | None:
-        if positions == "none":
+        if positions in ("none", "rotary"):
             return None
         if positions == "sincos1d":
             codes = sincos1d(torch.arange(self.num_patches), self.embed_dim)
@@ -218,94 +243,55 @@ class ViT(nn.Module):
 
     def _embed(self, x: Tensor | None, extra_tokens: Tensor | None, keep: Tensor | None) -> Tensor:
         """The tokens that enter the first block: `(b n d)`."""
-        parts: list[Tensor] = [token for token in (self.cls_token, self.reg_token) if token is not None]
-        if parts and self.pos_embed is not None:
-            parts = [torch.cat(parts, dim=1) + self.pos_embed[:, : self.num_prefix_tokens]]
-        if x is not None:
-            parts.append(self._patches(x, keep))
-        elif keep is not None:
-            raise UsageError("keep names patches, but there is no image: give x, or leave keep out")
-        elif extra_tokens is None:
-            raise UsageError("there is neither an image nor an extra token: give x, extra_tokens or both")
-        if extra_tokens is not None:
-            if extra_tokens.ndim != 3 or extra_tokens.shape[-1] != self.embed_dim:
-                raise UsageError(
-                    f"extra_tokens are {tuple(extra_tokens.shape)}, expected (batch, tokens, {self.embed_dim}); "
-                    f"vectors (batch, {self.embed_dim}) become one token a sample by extra_tokens[:, None]"
-                )
-            if x is not None and len(extra_tokens) not in (1, len(x)):
-                raise UsageError(
-                    f"{len(extra_tokens)} samples of extra_tokens for {len(x)} images; give as many, or one for all"
-                )
-            parts.append(extra_tokens)
-        batch = parts[-1].shape[0] if x is None else x.shape[0]  # len() would be a constant to an export
-        return torch.cat([part.expand(batch, -1, -1) for part in parts], dim=1)
+        first: list[Tensor] = [token for token in (self.cls_token, self.reg_token) if token is not None]
+        if first and self.pos_embed is not None:
+            first = [torch.cat(first, dim=1) + self.pos_embed[:, : self.num_prefix_tokens]]
+        patches = None if x is None else self._patches(x, keep)
+        return join_tokens(first, patches, extra_tokens, keep, self.embed_dim)
 
     def _patches(self, x: Tensor, keep: Tensor | None) -> Tensor:
         """Patch tokens `(b n d)` with their positions; only those that `keep` names."""
         expected = (self.in_chans, *self.img_size)
-        if x.ndim != 4 or x.shape[1:] != expected:
+        other_size = x.ndim == 4 and x.shape[1:] != expected
+        if x.ndim != 4 or (other_size and not self._takes(x)):
+            sizes = f"sides that patch_size={self.patch_size} divides" if self.dynamic_img_size else "{}, {}".format(*self.img_size)
             raise UsageError(
-                f"images are {tuple(x.shape)}, expected (batch, {', '.join(map(str, expected))}); resize them, or "
+                f"images are {tuple(x.shape)}, expected (batch, {self.in_chans}, {sizes}); resize them, or "
                 f"build the ViT with their img_size and in_chans"
             )
         patches = self.patch_embed(x)
         if self.pos_embed is not None:
-            patches = patches + self.pos_embed[:, self.num_prefix_tokens :]
-        if keep is None:
-            return patches
-        if keep.dtype != torch.int64 or keep.ndim != 2 or len(keep) != len(x):
-            raise UsageError(
-                f"keep is {keep.dtype} {tuple(keep.shape)}, expected int64 ({len(x)}, patches to keep of an image)"
-            )
-        return patches.gather(1, keep[:, :, None].expand(-1, -1, self.embed_dim))
+            places = self.pos_embed[:, self.num_prefix_tokens :]
+            patches = patches + (self._resized(places, x) if other_size else places)
+        return patches if keep is None else gather_tokens(patches, keep)
 
-    def _step(self, block: nn.Module, tokens: Tensor, queries: int | None = None) -> Tensor:
+    def _takes(self, x: Tensor) -> bool:
+        """Whether images `(b c h w)` of another size can be taken."""
+        whole = not x.shape[2] % self.patch_size and not x.shape[3] % self.patch_size and min(x.shape[2:]) > 0
+        return self.dynamic_img_size and x.shape[1] == self.in_chans and whole
+
+    def _resized(self, places: Tensor, x: Tensor) -> Tensor:
+        """Positions of patches `(1 n d)`, interpolated to the grid of images `(b c h w)`."""
+        grid = (x.shape[2] // self.patch_size, x.shape[3] // self.patch_size)
+        maps = rearrange(places.float(), "1 (h w) d -> 1 d h w", h=self.grid_size[0])
+        resized = F.interpolate(maps, size=grid, mode="bicubic", antialias=True, align_corners=False)
+        return rearrange(resized, "1 d h w -> 1 (h w) d")
+
+    def _layout(self, x: Tensor | None, tokens: Tensor, keep: Tensor | None) -> Layout | None:
+        """The places of the tokens that enter the blocks, if attention needs them."""
+        if not self.needs_layout:
+            return None
+        patches = 0 if x is None else self.num_patches
+        cells = torch.arange(patches, device=tokens.device) if keep is None else keep
+        last = tokens.shape[1] - self.num_prefix_tokens - cells.shape[-1]
+        rotation = None if self.rotation is None else rotation_of(self.rotation, cells, self.num_prefix_tokens, last)
+        complete = x is not None and keep is None
+        return Layout(self.num_prefix_tokens, self.grid_size, cells, last, complete, rotation)
+
+    def _step(self, block: nn.Module, tokens: Tensor, layout: Layout | None, queries: int | None = None) -> Tensor:
         if self.checkpoint and torch.is_grad_enabled():
-            return recompute(block, tokens, queries, use_reentrant=False)
-        return block(tokens, queries)
+            return recompute(block, tokens, queries, layout, use_reentrant=False)
+        return block(tokens, queries, layout)
 
     def _normed(self, tokens: Tensor) -> Tensor:
         return self.norm(tokens.to(self.norm.weight.dtype))  # blocks may leave them in autocast's dtype
-
-
-class PatchEmbed(nn.Module):
-    """A convolution whose kernel and stride are the patch: images `(b c h w)` → patches `(b n d)`."""
-
-    def __init__(self, in_chans: int, embed_dim: int, patch_size: int) -> None:
-        super().__init__()
-        self.patch_size = patch_size
-        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
-        nn.init.kaiming_normal_(self.proj.weight)
-        nn.init.zeros_(self.proj.get_parameter("bias"))
-
-    def forward(self, x: Tensor) -> Tensor:
-        # Patches do not overlap, so the convolution is one matrix product, which suits CPUs better.
-        size = self.patch_size
-        patches = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=size, q=size)
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
-
-
-def _image_size(img_size: int | Sequence[int], patch_size: int) -> tuple[int, int]:
-    """(height, width) in pixels of one number or two."""
-    sizes = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-    if len(sizes) != 2 or min(sizes) < 1:
-        raise UsageError(f"img_size is {img_size!r}, expected a number of pixels or (height, width)")
-    height, width = sizes
-    if height % patch_size or width % patch_size:
-        near = tuple(max(round(size / patch_size), 1) * patch_size for size in sizes)
-        raise UsageError(
-            f"patch_size={patch_size} does not divide an image of {height}×{width} pixels; take img_size={near} or "
-            f"another patch_size"
-        )
-    return height, width
-
-
-def _check_heads(embed_dim: int, num_heads: int) -> None:
-    if embed_dim % num_heads:
-        around = (heads for step in range(num_heads) for heads in (num_heads - step, num_heads + step))
-        near = next(heads for heads in around if embed_dim % heads == 0)  # 1 at the latest
-        raise UsageError(
-            f"num_heads={num_heads} does not divide embed_dim={embed_dim}; take num_heads={near} or "
-            f"embed_dim={max(round(embed_dim / num_heads), 1) * num_heads}"
-        )

@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks [jepa clip vae triplets evaluation data_path start] [--quick] [--no-compile] [--rounds 5] [--threads 1]
 
-    python -m tests.benchmarks time-to-accuracy [mnist cifar10]
+    python -m tests.benchmarks time-to-accuracy [mnist cifar10 cifar100]
 
 It needs `pip install -e '.[bench]'`. In each row vitkit, the peer as its documentation shows it, the same peer tuned by hand and the
 ceiling take turns in one process, so that a slow minute of the machine affects all of them and hardly changes their ratios. A cell of

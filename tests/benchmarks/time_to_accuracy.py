@@ -5,12 +5,11 @@
 Both train on the same images with the same network, and are evaluated by vitkit's evaluator on the test split, on one thread of this
 processor. The seconds of evaluations do not count. A side that is not there after `--seconds` is given as "> seconds".
 
-- `mnist`: linear probe 0.98. vitkit: `jepa_mnist.py` with its quick preset. Peer: timm's ViT and a projector of the same sizes with
-  lightly's LeJEPALoss of two views, AdamW with lr 5e-4 and weight decay 0.05, batch 64, 50 epochs, fp32, as in lightly's example
-  `examples/pytorch/lejepa.py`, plus a cosine schedule after one epoch of warm-up. Its DINO crops are for photographs: the views are
-  torchvision's RandomAffine of each image in the DataLoader, with the recipe's own ranges.
-- `cifar10`: accuracy 0.75. vitkit: `vae_cifar10.py`. Peer: timm's ViT with a linear classifier and pytorch-metric-learning's
-  TripletMarginLoss, AdamW with lr 1e-4, batch 64.
+- `mnist`: linear probe 0.98. vitkit: `jepa_mnist.py` with its quick preset. Peer: timm and lightly.
+- `cifar10`: kNN 0.75. vitkit: `vae_cifar10.py`. Peer: timm and pytorch-metric-learning.
+- `cifar100`: top-1 of image → caption 0.2. vitkit: `clip_cifar100.py`. Peer: open_clip.
+
+`peers.py` describes the peers.
 """
 
 import argparse
@@ -24,14 +23,12 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
-from torchvision import transforms
+from torch import nn
 
-from vitkit import Run, backbones, evaluators, heads
-from vitkit.training import warmup_cosine
+from vitkit import Run, evaluators
 from vitkit.training.recipe import Recipe
 
+from .peers import lightly_lejepa, metric_learning, open_clip_pairs
 from .recipes import RECIPES
 
 
@@ -114,76 +111,6 @@ def peer_seconds(target: Target, data: Any, limit: float, every: float) -> list[
     return points
 
 
-class Views:
-    """Two augmented views of an image, one image at a time, as torchvision's documentation shows it."""
-
-    def __init__(self, mean: float, std: float) -> None:
-        self.transform = transforms.Compose([
-            transforms.ToPILImage(), transforms.RandomAffine(15, (0.1, 0.1), (0.85, 1.15), 10), transforms.ToTensor(),
-            transforms.Normalize((mean,), (std,)),
-        ])  # fmt: skip
-
-    def __call__(self, rows: list[tuple[Tensor, Tensor]]) -> Tensor:
-        return torch.stack([torch.stack([self.transform(image) for _ in range(2)]) for image, _ in rows])
-
-
-class TimmEncoder(nn.Module):
-    """A timm network as vitkit's evaluators take it."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def encode_image(self, images: Tensor) -> Tensor:
-        return self.network(images)
-
-
-def lightly_lejepa(data: Any, epochs: int = 50, batch_size: int = 64) -> Iterator[nn.Module]:
-    """timm's ViT of the quick preset's size with lightly's LeJEPA loss, yielded after each step."""
-    import timm
-    from lightly.loss import LeJEPALoss
-
-    torch.manual_seed(0)
-    network = timm.models.VisionTransformer(
-        img_size=28, patch_size=7, in_chans=1, embed_dim=128, depth=4, num_heads=2, num_classes=0, global_pool="avg"
-    )
-    model, projector = TimmEncoder(network), heads.build("mlp", in_dim=128, out_dim=32, hidden=256, norm="batch")
-    objective = LeJEPALoss()
-    optimizer = torch.optim.AdamW([*model.parameters(), *projector.parameters()], lr=5e-4, weight_decay=0.05)
-    images = TensorDataset(data.train.images, data.train.labels)
-    loader = DataLoader(images, batch_size, shuffle=True, drop_last=True, collate_fn=Views(data.mean[0], data.std[0]))
-    schedule = warmup_cosine(optimizer, epochs * len(loader), warmup=len(loader))
-    for _epoch in range(epochs):
-        for views in loader:  # (b 2 c h w)
-            model.train()
-            z = projector(model.encode_image(views.flatten(0, 1))).unflatten(0, (-1, 2))
-            objective(local_proj=z[:, 1:].transpose(0, 1), global_proj=z[:, :1].transpose(0, 1)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            yield model
-
-
-def metric_learning(data: Any, epochs: int = 100, batch_size: int = 64) -> Iterator[nn.Module]:
-    """vitkit's `vit` of the recipe's size with pytorch-metric-learning's triplets, yielded after each step."""
-    from pytorch_metric_learning.losses import TripletMarginLoss
-    from pytorch_metric_learning.miners import TripletMarginMiner
-
-    torch.manual_seed(0)
-    model: Any = backbones.build("vit", img_size=data.shape[-1], in_chans=data.shape[0], depth=6, dropout=0.0)
-    objective, miner = TripletMarginLoss(margin=0.2), TripletMarginMiner(margin=0.2, type_of_triplets="semihard")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    batches = data.train.batches(batch_size, shuffle=True, drop_last=True)
-    for epoch in range(epochs):
-        for batch in batches.epoch(epoch):
-            model.train()
-            features = model.encode_image(batch["images"])
-            objective(features, batch["labels"], miner(features, batch["labels"])).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            yield model
-
-
 def metric_of(name: str, metric: str) -> Callable[[nn.Module, Any], float]:
     """One metric of a registered evaluator."""
     return lambda model, data: float(evaluators.build(name)(model.eval(), data)[metric])
@@ -196,6 +123,10 @@ TARGETS = {
     ),
     "cifar10": Target(
         "vae_cifar10.py", {"dataset": "cifar10", "eval_every": 1}, "knn_top1", 0.75, metric_learning, metric_of("knn", "knn_top1"),
+    ),
+    "cifar100": Target(
+        "clip_cifar100.py", {"dataset": "cifar100", "eval_every": 1}, "i2t_top1", 0.2, open_clip_pairs,
+        metric_of("pair_retrieval", "i2t_top1"),
     ),
 }  # fmt: skip
 

@@ -13,6 +13,7 @@ from vitkit.training import Recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 NAMES = ("jepa_mnist", "vae_mnist", "vae_cifar10", "clip_cifar100", "finetune")
+FILES = (*NAMES, "mae_cifar10", "dino_cifar10", "ssl_cifar10")
 LINES, FLAGS = 70, 15
 REFERENCE_FLAGS = {
     # Named in the reference documents: as flags, or as settings of the training with their values.
@@ -44,14 +45,14 @@ def code_lines(path: Path) -> int:
     return len({line for token in tokens for line in range(token.start[0], token.end[0] + 1)} - docstrings)
 
 
-@pytest.mark.parametrize("path", [*(RECIPES / f"{name}.py" for name in NAMES), Path(__file__).parent / "byol.py"], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [*(RECIPES / f"{name}.py" for name in FILES), Path(__file__).parent / "byol.py"], ids=lambda p: p.stem)
 def test_a_recipe_is_short(path):
     assert code_lines(path) <= LINES
     flags = {flag for flag in Recipe(path).flags if not flag.endswith("_arg")}
     assert len(flags - REFERENCE_FLAGS - MADE_BY_THE_RUNNER) <= FLAGS
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FILES)
 def test_help_shows_every_flag_in_full_on_a_terminal_of_80_columns(name, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):

@@ -30,7 +30,7 @@ def vit(**kwargs: object) -> ViT:
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways to compute attention."""
     chosen = request.param == "batched products"
-    monkeypatch.setattr("vitkit_vit.layers.products_are_faster", lambda q, dropout: chosen)
+    monkeypatch.setattr("vitkit_vit.products.products_are_faster", lambda q, dropout: chosen)
     return str(request.param)
 
 
@@ -330,7 +330,7 @@ WRONG = {
     "dropout": ({"dropout": 1.0}, "dropout is 1.0; expected a number in [0, 1)"),
     "drop_path": ({"drop_path": -0.1}, "drop_path is -0.1; expected a number in [0, 1)"),
     "pool": ({"pool": "max"}, "pool is 'max'; expected 'cls', 'mean'"),
-    "positions": ({"positions": "rope"}, "expected 'learned', 'sincos1d', 'sincos2d', 'none'"),
+    "positions": ({"positions": "rope"}, "expected 'learned', 'sincos1d', 'sincos2d', 'rotary', 'none'"),
     "preset": ({"preset": "huge"}, "preset is 'huge'; expected 'small', 'base', 'large'"),
     "mlp": ({"mlp_ratio": 0.01}, "mlp_ratio=0.01 leaves the MLP of embed_dim=32 no hidden channel"),
     "sincos1d": ({"embed_dim": 33, "num_heads": 3, "positions": "sincos1d"}, "needs an even embed_dim"),
@@ -390,3 +390,27 @@ def test_nothing_is_computed_twice_for_gradients_that_nobody_wants() -> None:
     for context in (torch.no_grad(), torch.inference_mode(), nullcontext()):
         with context:
             assert torch.isfinite(model(torch.randn(2, 3, 16, 16))).all()
+
+
+@pytest.mark.parametrize("positions", ["learned", "sincos2d", "none"])
+@pytest.mark.parametrize("stem", ["patch", "conv"])
+def test_a_vit_takes_images_of_other_sizes_where_asked(positions: str, stem: str) -> None:
+    fixed, dynamic = (vit(positions=positions, stem=stem, dynamic_img_size=flag).eval() for flag in (False, True))
+    torch.testing.assert_close(dynamic(IMAGES), fixed(IMAGES))
+    assert dynamic(IMAGES[:, :, :8, :12]).shape == (len(IMAGES), 1 + 6, 32)
+
+
+def test_positions_are_interpolated_as_timm_does() -> None:
+    model = randomised(vit(pool="mean", dynamic_img_size=True)).eval()
+    reference = timm.models.VisionTransformer(
+        img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=0, global_pool="avg", class_token=False,
+        fc_norm=False, dynamic_img_size=True,
+    ).eval()  # fmt: skip
+    reference.load_state_dict(model.state_dict())
+    small = IMAGES[:, :, :8, :8]
+    torch.testing.assert_close(model.encode_image(small), reference(small), rtol=1e-4, atol=1e-5)
+
+
+def test_a_size_that_patches_do_not_divide_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"expected \(batch, 3, sides that patch_size=4 divides\)"):
+        vit(dynamic_img_size=True)(IMAGES[:, :, :10, :8])

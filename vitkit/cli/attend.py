@@ -21,7 +21,7 @@ SIDE = 192
 def attend(
     model: Annotated[
         str,
-        typer.Argument(metavar="MODEL", help="a directory that a run saved into, a registered backbone such as timm/NAME, or a Hub repository"),
+        typer.Argument(metavar="MODEL", help="a directory that a run saved into, a registered backbone such as timm/NAME, or OWNER/NAME"),
     ],
     images: Annotated[list[str], typer.Argument(metavar="PICTURES", help="image files, a folder of them, or a dataset's name")],
     path: Annotated[Path, typer.Option("--out", "-o", help="the PNG file to write")] = Path("attention.png"),

@@ -70,19 +70,21 @@ def broadcast_text(text: str, *, device: torch.device | str = "cpu") -> str:
 class AnyRank:
     """For each flag: True if any rank has raised it. The answer is the same on every rank and arrives one call late.
 
-    All ranks call it equally often. A call answers for the flags of the previous call, so that it never waits for a device; with one
-    process it answers for its own flags.
+    All ranks create it, and call it equally often. A call answers for the flags of the previous call, so that it rarely waits for
+    other ranks; with one process it answers for its own flags. The flags travel between processors, through gloo, also if the ranks
+    train on GPUs: reading an answer on a GPU would wait for the whole step.
     """
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        self._device = device
+    def __init__(self) -> None:
+        across = world_size() > 1 and dist.get_backend() != "gloo"
+        self._group: Any = dist.new_group(backend="gloo") if across else None
         self._pending: tuple[Any, Tensor] | None = None
 
     def __call__(self, *flags: bool) -> list[bool]:
         if world_size() == 1:
             return list(flags)
-        raised = torch.tensor(flags, dtype=torch.int32, device=self._device)
-        before, self._pending = self._pending, (dist.all_reduce(raised, op=dist.ReduceOp.MAX, async_op=True), raised)
+        raised = torch.tensor(flags, dtype=torch.int32)
+        before, self._pending = self._pending, (dist.all_reduce(raised, dist.ReduceOp.MAX, group=self._group, async_op=True), raised)
         if before is None:
             return [False] * len(flags)
         work, answers = before

@@ -14,7 +14,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
-from vitkit.report.formatting import as_float, format_constant, format_duration, format_number, split_topk, title_of
+from vitkit.console import duration
+from vitkit.report.formatting import as_float, format_constant, format_number, split_topk, title_of
 from vitkit.report.record import Record, read_record
 
 TASKS = {
@@ -118,7 +119,7 @@ def _facts(record: Record) -> dict[str, str]:
     seconds, speed = as_float(summary.get("seconds")), as_float(summary.get("images_per_second"))
     machine = [str(summary["machine"])] if summary.get("machine") else []
     machine += [f"{key} {settings[key]}" for key in ("device", "precision", "processes") if settings.get(key)]
-    time = f"{format_duration(seconds)}{f', {speed:,.0f} images/s in training' if speed > 0 else ''}" if seconds > 0 else ""
+    time = f"{duration(seconds)}{f', {speed:,.0f} images/s in training' if speed > 0 else ''}" if seconds > 0 else ""
     facts = {
         "command": _code(_command(str(summary["command"]))) if summary.get("command") else "",
         "seed": str(summary.get("seed", "")),

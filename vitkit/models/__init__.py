@@ -6,7 +6,7 @@ from vitkit.models.image_sources import images_below, open_image
 from vitkit.models.model import Model
 from vitkit.models.predict import Prediction
 from vitkit.models.saving import load, save
-from vitkit.models.weights import LoadedWeights, load_weights
+from vitkit.models.weights import LoadedWeights, load_weights, resample_positions
 
 __all__ = [
     "AttentionMaps",
@@ -24,6 +24,7 @@ __all__ = [
     "load_weights",
     "open_image",
     "principal_colours",
+    "resample_positions",
     "rolled_out",
     "save",
 ]

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vitkit.errors import CheckpointError, UsageError, nearest, printable
+from vitkit.models.published import check_loaded, fitted, offering, renamed
 
 CONTAINERS = (
     "model_ema", "teacher", "target_encoder", "state_dict", "model_state_dict", "model", "module", "student", "encoder", "backbone",
@@ -75,11 +76,17 @@ def load_weights(backbone: nn.Module, file: str | Path, *, key: str | None = Non
     query, key and value are joined; layer scales are multiplied into the layer before them where the backbone has none. Positions are zero
     for tokens that have none in the file. All others are not loaded.
 
+    A backbone that is no plain vision transformer offers the names of its published weights, and what happens to tensors of another
+    shape: see `vitkit.models.published`.
+
     Raises `CheckpointError` for a file that cannot be read without running code, `UsageError` for a backbone without a patch embedding
     and if no block fits.
     """
     path = Path(file)
     target = backbone.state_dict()
+    offer = offering(backbone)
+    if offer is not None:
+        return _load_published(backbone, *offer, path, _state_dict(path, key))
     prefixes = [name.removesuffix(PATCH) for name in target if name.endswith(PATCH)]
     if len(prefixes) != 1:
         raise UsageError(f"{type(backbone).__name__} has {len(prefixes)} patch embeddings named '{PATCH}'; expected a vision transformer")
@@ -105,6 +112,32 @@ def load_weights(backbone: nn.Module, file: str | Path, *, key: str | None = Non
             target[name].copy_(state[name.removeprefix(prefix)])
     report.missing.extend(sorted(target.keys() - set(report.loaded)))
     report.unused.extend(sorted(unused))
+    return report
+
+
+def _load_published(backbone: nn.Module, prefix: str, module: Any, path: Path, state: Mapping[str, Tensor]) -> LoadedWeights:
+    """Load the tensors whose names and shapes `module`, the part of the backbone named `prefix`, knows to change into its own."""
+    target, inner, report = backbone.state_dict(), module.state_dict(), LoadedWeights(path)
+    names, beside = renamed(module, state)
+    report.unused.extend(f"{source} {tuple(state[source].shape)}: not part of the model" for source in beside)
+    values = {}
+    for source, name in names.items():
+        value, shape = state[source], tuple(state[source].shape)
+        fit, change = fitted(module, name, value, inner[name], fit_channels) if name in inner else (None, "")
+        if fit is None:
+            reason = f"the backbone has {tuple(inner[name].shape)}" if name in inner else "the backbone has none"
+            report.unused.append(f"{source} {shape}: {reason}")
+            continue
+        whole = f"{prefix}.{name}" if prefix else name
+        values[whole] = fit
+        report.changed.extend([f"{whole} {shape} → {tuple(fit.shape)}: {change}"] if change else [])
+    check_loaded(path, list(values), report.unused, target)
+    with torch.no_grad():
+        for name, value in values.items():
+            target[name].copy_(value)
+    report.loaded.extend(values)
+    report.missing.extend(sorted(target.keys() - values.keys()))
+    report.unused.sort()
     return report
 
 

@@ -61,12 +61,3 @@ def format_constant(value: float | None) -> str:
     return f"{value:.3g}" if abs(value) < 1e-3 else f"{round(value, 4):g}"
 
 
-def format_duration(seconds: float) -> str:
-    """`245` → `4 min 5 s`."""
-    if not math.isfinite(seconds):
-        return "–"
-    rounded = round(seconds)
-    hours, minutes, rest = rounded // 3600, rounded // 60 % 60, rounded % 60
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s" if seconds < 10 else f"{rest} s"

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vitkit.console import duration
 from vitkit.report.curves import SPLITS
 from vitkit.report.formatting import (
     as_float,
     format_constant,
     format_difference,
-    format_duration,
     format_number,
     split_topk,
     title_of,
@@ -96,7 +96,7 @@ def _facts(record: Record) -> str:
         if (count := as_float(summary.get(name))) > 0:
             facts.append(f"{count:,.0f} {noun}{'' if count == 1 else 's'}")
     if (seconds := as_float(summary.get("seconds"))) > 0:
-        facts.append(format_duration(seconds))
+        facts.append(duration(seconds))
     if (speed := as_float(summary.get("images_per_second"))) > 0:
         facts.append(f"{speed:,.0f} images/s")
     return " · ".join(facts)
@@ -268,9 +268,9 @@ def _timing(record: Record) -> dict[str, Any]:
     summary, seconds = record.summary, as_float(record.summary.get("seconds"))
     timing: dict[str, Any] = {"started": summary.get("started")}
     if seconds > 0:
-        timing["wall time"] = format_duration(seconds)
+        timing["wall time"] = duration(seconds)
         if losses := record.losses.get("loss"):
-            timing["an epoch, evaluation included"] = format_duration(seconds / len(losses.epochs))
+            timing["an epoch, evaluation included"] = duration(seconds / len(losses.epochs))
     if (speed := as_float(summary.get("images_per_second"))) > 0 and math.isfinite(speed):
         timing["images/s in training"] = f"{speed:,.1f}"
     timing["machine"] = summary.get("machine")

@@ -10,7 +10,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from vitkit.report.formatting import format_constant, format_duration, format_number, title_of
+from vitkit.console import duration
+from vitkit.report.formatting import format_constant, format_number, title_of
 from vitkit.report.style import Plot
 
 PIXELS_PER_INCH = 100
@@ -61,7 +62,7 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
     )
     environment.filters |= {
-        "number": format_number, "constant": format_constant, "title": title_of, "duration": format_duration, "value": _value,
+        "number": format_number, "constant": format_constant, "title": title_of, "duration": duration, "value": _value,
     }  # fmt: skip
     return environment
 

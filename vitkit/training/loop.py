@@ -84,7 +84,7 @@ class Fit:
         }  # fmt: skip
         self._losses = LossLog(session, self.progress)
         self._monitor = Monitor(monitor, mode, patience, self.progress, self._from_rank_0) if monitor else None
-        self._any_rank = AnyRank(session.device)
+        self._any_rank = AnyRank()
         self._saved_at = time.monotonic()
         self._skipped, self._first = 0, True
 

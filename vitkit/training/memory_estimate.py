@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
+from vitkit.console import duration
 from vitkit.training.batches import map_batch, samples_of, tensors_of
 
 PEAK_FLOPS = 989e12
@@ -129,8 +130,8 @@ def rows(needs: Needs, *, devices: int, batch_size: int, steps: int, epochs: int
         "traffic a step, DDP": f"{_size(2 * (devices - 1) / devices * needs.gradient_bytes)} in and out of each device",
         "FLOPs a sample": f"{needs.forward_flops:,.0f} forward, {needs.backward_flops:,.0f} backward",
         "FLOPs an epoch": f"{flops * batch_size * steps:.3g}",
-        "an epoch": f"{_time(epoch)}, {epoch * devices / 3600:.3g} device-hours",
-        "all epochs": f"{_time(epoch * epochs)}, {epoch * epochs * devices / 3600:.3g} device-hours",
+        "an epoch": f"{duration(epoch)}, {epoch * devices / 3600:.3g} device-hours",
+        "all epochs": f"{duration(epoch * epochs)}, {epoch * epochs * devices / 3600:.3g} device-hours",
         "assumed": f"{UTILISATION:.0%} of {PEAK_FLOPS / 1e12:.0f} TFLOP/s a device (H100 SXM, bf16, dense), no waiting for data, "
         f"network or evaluations; activations as this machine's device keeps them; under full sharding two layers gathered",
     }
@@ -181,13 +182,6 @@ def _size(count: float) -> str:
         if count >= bytes_:
             return f"{count / bytes_:,.1f} {unit}"
     return f"{count:,.0f} bytes"
-
-
-def _time(seconds: float) -> str:
-    for unit, length in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.3g} seconds"
 
 
 __all__ = ["PEAK_FLOPS", "UTILISATION", "Needs", "measure", "rows"]

@@ -9,6 +9,8 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Column
 
+from vitkit.console import duration
+
 PLAIN_SECONDS = 30.0
 """Seconds between two lines without a terminal."""
 ESTIMATE_SECONDS = 60.0
@@ -101,12 +103,3 @@ class Progress:
         if seconds is not None:
             self._estimated = True
             self.line(f"at this rate the run takes another {duration(seconds)}")
-
-
-def duration(seconds: float) -> str:
-    """Seconds as "2 h 5 min", "5 min 3 s" or "3 s"."""
-    rounded = round(seconds)
-    hours, minutes = rounded // 3600, rounded // 60 % 60
-    if hours:
-        return f"{hours} h {minutes} min"
-    return (f"{minutes} min " if minutes else "") + f"{rounded % 60} s"

@@ -1,6 +1,7 @@
 """Collectives against one process that holds everything."""
 
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
@@ -61,6 +62,11 @@ EXPECTED: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
 }  # fmt: skip
 
 
+def raised(agree: AnyRank) -> Tensor:
+    """The answers of four steps: rank 0 raises the first flag in step 0, rank 1 in step 1; rank 1 the second flag in step 2."""
+    return torch.tensor([agree(rank() == step, step == 2 and rank() == 1) for step in range(4)])
+
+
 def _worker(number: int, folder: str, x: Tensor, weight: Tensor) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
@@ -77,8 +83,9 @@ def _worker(number: int, folder: str, x: Tensor, weight: Tensor) -> None:
     results["drawn"] = broadcast(torch.full((2,), float(number + 7)))
     results["told"] = broadcast_text(f"from rank {number}, é")
     results["rows"] = draw_rows(lambda n: torch.arange(float(n)) + 10 * number, part)
-    agree = AnyRank()
-    results["raised"] = torch.tensor([agree(number == step, step == 2 and number == 1) for step in range(4)])
+    results["raised"] = raised(AnyRank())
+    with mock.patch("torch.distributed.get_backend", return_value="nccl"):  # then the flags have a group of their own
+        results["raised apart"] = raised(AnyRank())
     results["place"] = torch.tensor([rank(), world_size()])
     torch.save(results, f"{folder}/{number}.pt")
     torch.distributed.destroy_process_group()
@@ -115,6 +122,7 @@ def test_gathering_keeps_order_and_uneven_parts(two_ranks: tuple[Tensor, Tensor,
         assert result["drawn"].tolist() == [7.0, 7.0]
         assert result["told"] == "from rank 0, é"
         assert result["rows"].tolist() == [[0, 1, 2, 3, 4], [5, 6, 7]][number]
-        # rank 0 raised the first flag in step 0, rank 1 in step 1; rank 1 the second in step 2; answers come a step later
-        assert result["raised"].int().tolist() == [[0, 0], [1, 0], [1, 0], [0, 1]]
+        # answers come a step later
+        for name in ("raised", "raised apart"):
+            assert result[name].int().tolist() == [[0, 0], [1, 0], [1, 0], [0, 1]]
         assert result["place"].tolist() == [number, 2]

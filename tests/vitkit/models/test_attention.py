@@ -189,7 +189,8 @@ def test_principal_colours_are_the_components_with_one_sign():
     tokens = (scores @ axes.T + 5).unflatten(0, (4, 50))
     colours = principal_colours(tokens)
     assert colours.shape == (4, 50, 3)
-    assert float(colours.min()) >= 0 and float(colours.max()) <= 1
+    assert float(colours.min()) >= 0
+    assert float(colours.max()) <= 1
     first = torch.corrcoef(torch.stack([colours.flatten(0, 1)[:, 0], scores[:, 0]]))[0, 1]
     assert abs(float(first)) > 0.98
     assert torch.equal(principal_colours(tokens), colours)

@@ -22,7 +22,6 @@ from vitkit.report.figures import MAX_POINTS, _sample, confusion, draw_figure, e
 from vitkit.report.formatting import (
     format_constant,
     format_difference,
-    format_duration,
     format_number,
     split_topk,
     title_of,
@@ -432,7 +431,6 @@ def test_names_and_numbers_as_they_are_written():
     assert [format_constant(value) for value in (0.1, 1.0525, 1e-4, None)] == ["0.1", "1.0525", "0.0001", "–"]
     assert format_difference(0.5, 0.51) == "−0.0100"
     assert format_difference(float("nan"), 0.5) == ""
-    assert [format_duration(seconds) for seconds in (1.26, 59.6, 3700)] == ["1.3 s", "1 min 0 s", "1 h 1 min"]
 
 
 def test_only_proportions_have_a_standard_error(make_run):

@@ -105,8 +105,8 @@ def test_the_table_says_the_batch_of_a_device_and_what_was_assumed():
     assert shown["a parameter"] == "16.0 bytes: weights 4.0, gradients 4.0, optimiser 8.0, averaged weights 0.0"
     assert shown["batch"] == "100 samples, 13 on each of 8 devices"
     assert shown["FLOPs an epoch"] == "1.5e+16"
-    assert shown["an epoch"] == "4.74 seconds, 0.0105 device-hours"
-    assert shown["all epochs"] == "14.2 seconds, 0.0316 device-hours"
+    assert shown["an epoch"] == "4.7 s, 0.0105 device-hours"
+    assert shown["all epochs"] == "14 s, 0.0316 device-hours"
     assert shown["a device, fully sharded"] == f"{(16e6 / 8 + 2 * 2**20 + 13 * 2**20) / 2**20:.1f} MiB"
     assert "40% of 989 TFLOP/s" in shown["assumed"]
 

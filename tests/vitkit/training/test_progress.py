@@ -112,9 +112,3 @@ def test_after_the_first_minute_one_line_says_how_long_the_run_takes(clock, term
         bar.step(2, 61, PARTS, 100.0)
     assert seen(out).count("at this rate the run takes another 15 min 39 s") == 1
     assert seen(out).count("at this rate") == 1
-
-
-def test_durations_have_their_two_largest_units():
-    assert [progress.duration(seconds) for seconds in (0.4, 59.6, 3599, 3600, 90061)] == [
-        "0 s", "1 min 0 s", "59 min 59 s", "1 h 0 min", "25 h 1 min",
-    ]  # fmt: skip
