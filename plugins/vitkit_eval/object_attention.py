@@ -70,7 +70,7 @@ class ObjectAttention:
             with evaluating(model) as device:
                 for images, box in zip(composed.split(BATCH), boxes.split(BATCH), strict=True):
                     weights = attention(backbone, chosen.preprocessing.normalise(images.clone()).to(device)).head_maps().mean(dim=1).cpu()
-                    covered = F.adaptive_avg_pool2d(box[:, None], weights.shape[1:])[:, 0]
+                    covered = F.adaptive_avg_pool2d(box[:, None], (weights.shape[1], weights.shape[2]))[:, 0]
                     masses.append((weights * covered).sum(dim=(1, 2)) / weights.sum(dim=(1, 2)).clamp(min=1e-12))
                     if not masses[1:]:
                         pictures.append(images[:SHOWN])
