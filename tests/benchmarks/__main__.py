@@ -52,6 +52,10 @@ def main() -> None:
         from .time_to_accuracy import main as time_to_accuracy
 
         return time_to_accuracy(sys.argv[2:])
+    if sys.argv[1:2] == ["ssl"]:
+        from .ssl import main as compare_methods
+
+        return compare_methods(sys.argv[2:])
     given = parser.parse_args()
     unknown = [name for name in given.systems if name not in SYSTEMS]
     if unknown:

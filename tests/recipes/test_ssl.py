@@ -10,6 +10,7 @@ from photographs import write_photographs
 import vitkit
 from vitkit.cli.run import run
 from vitkit.data import build
+from vitkit.errors import UsageError
 from vitkit_ssl import DINOLoss, MaskedReconstruction
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -111,4 +112,5 @@ def test_photographs_without_labels_have_monitors_without_labels_and_another_pro
     assert watched <= set(summary["final"])
     assert "transfer_knn_top1" in summary["final"]
     assert "val_knn_top1" not in summary["final"]
-    train("ssl", tmp_path / "labelled", *flags, "--method", "supervised", code=2)
+    with pytest.raises(UsageError, match="method 'supervised' needs images with labels"):
+        run(RECIPES / "ssl_cifar10.py", [*flags, "--method", "supervised", "--out", str(tmp_path / "labelled")])
