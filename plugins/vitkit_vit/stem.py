@@ -1,9 +1,10 @@
-"""Convolutions in place of the patch embedding."""
+"""The patch embedding, and convolutions in its place."""
 
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from vitkit.errors import UsageError
@@ -50,3 +51,20 @@ class ConvStem(nn.Module):
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = F.gelu(norm(conv(x).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
         return F.linear(x.permute(0, 2, 3, 1).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)
+
+
+class PatchEmbed(nn.Module):
+    """A convolution whose kernel and stride are the patch: images `(b c h w)` → patches `(b n d)`."""
+
+    def __init__(self, in_chans: int, embed_dim: int, patch_size: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+        nn.init.kaiming_normal_(self.proj.weight)
+        nn.init.zeros_(self.proj.get_parameter("bias"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Patches do not overlap, so the convolution is one matrix product, which suits CPUs better.
+        size = self.patch_size
+        patches = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=size, q=size)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)

@@ -11,9 +11,11 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from vitkit.errors import UsageError
 from vitkit.validation import at_least, in_range, one_of
+from vitkit_vit.attention import Layout
+from vitkit_vit.checks import check_attention, check_heads, image_size
 from vitkit_vit.layers import LAYER_NORM_EPS, Block
-from vitkit_vit.positions import sincos1d, sincos2d
-from vitkit_vit.stem import ConvStem
+from vitkit_vit.positions import rotary2d, rotation_of, sincos1d, sincos2d
+from vitkit_vit.stem import ConvStem, PatchEmbed
 from vitkit_vit.tokens import gather_tokens, join_tokens
 
 PRESETS: dict[str, dict[str, int]] = {
@@ -47,7 +49,11 @@ class ViT(nn.Module):
       is no CLS token.
     - `positions`: learned ones for CLS, registers and patches; or fixed sines and cosines of a patch's number
       ("sincos1d") or of its row and column ("sincos2d"), zero for CLS and registers; or none. Extra tokens keep
-      the positions that the caller added.
+      the positions that the caller added. "rotary" adds nothing: in every block queries and keys of patches are rotated by their
+      row and column, so that scores depend on differences of places (RoPE-ViT, arXiv 2403.13298).
+    - `attention`: among all tokens, within windows of `window`×`window` patches that every second block shifts by half, or linear
+      in the number of tokens (see `Attention`). Tokens without a place attend to all others, and all others to them.
+    - `relative_bias`: add a learned number to every score, for each head and each difference of rows and columns.
     - `checkpoint`: keep only each block's input for the backward pass and compute the rest again.
     - `stem`: "patch" maps each patch by one matrix; "conv" by 3×3 convolutions of stride 2 that see beyond its edge
       (see `ConvStem`), where `patch_size` is a power of two.
@@ -60,6 +66,7 @@ class ViT(nn.Module):
     """
 
     pos_embed: Tensor | None
+    rotation: Tensor | None
 
     def __init__(
         self,
@@ -75,18 +82,21 @@ class ViT(nn.Module):
         attn_dropout: float | None = None,
         drop_path: float = 0.0,
         pool: Literal["cls", "mean"] = "cls",
-        positions: Literal["learned", "sincos1d", "sincos2d", "none"] = "learned",
+        positions: Literal["learned", "sincos1d", "sincos2d", "rotary", "none"] = "learned",
         registers: int = 0,
         checkpoint: bool = False,
         preset: Literal["small", "base", "large"] = "small",
         stem: Literal["patch", "conv"] = "patch",
+        attention: Literal["softmax", "linear", "windowed"] = "softmax",
+        window: int = 4,
+        relative_bias: bool = False,
         dynamic_img_size: bool = False,
     ) -> None:
         super().__init__()
         one_of(PRESETS, preset=preset)
         one_of(("patch", "conv"), stem=stem)
         one_of(("cls", "mean"), pool=pool)
-        one_of(("learned", "sincos1d", "sincos2d", "none"), positions=positions)
+        one_of(("learned", "sincos1d", "sincos2d", "rotary", "none"), positions=positions)
         embed_dim = PRESETS[preset]["embed_dim"] if embed_dim is None else embed_dim
         depth = PRESETS[preset]["depth"] if depth is None else depth
         num_heads = PRESETS[preset]["num_heads"] if num_heads is None else num_heads
@@ -96,11 +106,11 @@ class ViT(nn.Module):
         )
         at_least(0, registers=registers)
         in_range(0, 1, high_included=False, dropout=dropout, attn_dropout=attn_dropout, drop_path=drop_path)
-        _check_heads(embed_dim, num_heads)
+        check_heads(embed_dim, num_heads)
         if int(embed_dim * mlp_ratio) < 1:
             raise UsageError(f"mlp_ratio={mlp_ratio} leaves the MLP of embed_dim={embed_dim} no hidden channel")
 
-        self.img_size = _image_size(img_size, patch_size)
+        self.img_size = image_size(img_size, patch_size)
         self.patch_size = patch_size
         self.in_chans = in_chans
         self.embed_dim = embed_dim
@@ -108,6 +118,11 @@ class ViT(nn.Module):
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         self.num_prefix_tokens = int(pool == "cls") + registers
         self.checkpoint, self.dynamic_img_size = checkpoint, dynamic_img_size
+        self.needs_layout = check_attention(
+            attention, window, self.grid_size, rotary=positions == "rotary", relative_bias=relative_bias, one_size=not dynamic_img_size
+        )
+        angles = rotary2d(self.grid_size, embed_dim // num_heads) if positions == "rotary" else None
+        self.register_buffer("rotation", angles, persistent=False)
 
         self.patch_embed = (ConvStem if stem == "conv" else PatchEmbed)(in_chans, embed_dim, patch_size)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if pool == "cls" else None
@@ -126,6 +141,10 @@ class ViT(nn.Module):
                     dropout=dropout,
                     attn_dropout=attn_dropout,
                     drop_path=drop_path * i / max(depth - 1, 1),
+                    attention=attention,
+                    window=window,
+                    shift=window // 2 * (i % 2),
+                    bias_grid=self.grid_size if relative_bias else None,
                 )
                 for i in range(depth)
             )
@@ -138,8 +157,9 @@ class ViT(nn.Module):
         return {"img_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2, "registers": 2}, {}
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that optimisers leave out of weight decay: tokens and positions."""
-        return {"cls_token", "reg_token", "pos_embed"}
+        """Names of parameters that optimisers leave out of weight decay: tokens, positions, relative biases."""
+        tables = {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
+        return {"cls_token", "reg_token", "pos_embed"} | tables
 
     def forward(
         self,
@@ -157,9 +177,10 @@ class ViT(nn.Module):
         the last block's time. Raises `UsageError` if shapes do not fit.
         """
         tokens = self._embed(x, extra_tokens, keep)
+        layout = self._layout(x, tokens, keep)
         for block in self.blocks[:-1]:
-            tokens = self._step(block, tokens)
-        return self._normed(self._step(self.blocks[-1], tokens, queries))
+            tokens = self._step(block, tokens, layout)
+        return self._normed(self._step(self.blocks[-1], tokens, layout, queries))
 
     def encode_image(
         self, x: Tensor | None, *, extra_tokens: Tensor | None = None, keep: Tensor | None = None
@@ -185,9 +206,9 @@ class ViT(nn.Module):
         if wrong:
             raise UsageError(f"depths {wrong} lie outside 1 … {len(self.blocks)}, the number of blocks")
         tokens = self._embed(x, extra_tokens, None)
-        features = {}
+        layout, features = self._layout(x, tokens, None), {}
         for number, block in enumerate(self.blocks[: max(depths, default=0)], start=1):
-            tokens = self._step(block, tokens)
+            tokens = self._step(block, tokens, layout)
             if number in depths:
                 features[number] = self._normed(tokens)
         return [features[depth] for depth in depths]
@@ -195,11 +216,11 @@ class ViT(nn.Module):
     def attention_maps(self, x: Tensor | None, *, extra_tokens: Tensor | None = None) -> Tensor:
         """The attention weights `(b depth heads n n)` of every block; each row, a query's, sums to one."""
         tokens = self._embed(x, extra_tokens, None)
-        maps = []
+        layout, maps = self._layout(x, tokens, None), []
         for block in self.blocks:
             assert isinstance(block, Block)
-            maps.append(block.attn.maps(block.norm1(tokens)))
-            tokens = self._step(block, tokens)
+            maps.append(block.attn.maps(block.norm1(tokens), layout))
+            tokens = self._step(block, tokens, layout)
         return torch.stack(maps, dim=1)
 
     def _draw(self) -> None:
@@ -212,7 +233,7 @@ class ViT(nn.Module):
                 nn.init.normal_(token, std=0.02)
 
     def _codes(self, positions: str) -> Tensor | None:
-        if positions == "none":
+        if positions in ("none", "rotary"):
             return None
         if positions == "sincos1d":
             codes = sincos1d(torch.arange(self.num_patches), self.embed_dim)
@@ -256,52 +277,21 @@ class ViT(nn.Module):
         resized = F.interpolate(maps, size=grid, mode="bicubic", antialias=True, align_corners=False)
         return rearrange(resized, "1 d h w -> 1 (h w) d")
 
-    def _step(self, block: nn.Module, tokens: Tensor, queries: int | None = None) -> Tensor:
+    def _layout(self, x: Tensor | None, tokens: Tensor, keep: Tensor | None) -> Layout | None:
+        """The places of the tokens that enter the blocks, if attention needs them."""
+        if not self.needs_layout:
+            return None
+        patches = 0 if x is None else self.num_patches
+        cells = torch.arange(patches, device=tokens.device) if keep is None else keep
+        last = tokens.shape[1] - self.num_prefix_tokens - cells.shape[-1]
+        rotation = None if self.rotation is None else rotation_of(self.rotation, cells, self.num_prefix_tokens, last)
+        complete = x is not None and keep is None
+        return Layout(self.num_prefix_tokens, self.grid_size, cells, last, complete, rotation)
+
+    def _step(self, block: nn.Module, tokens: Tensor, layout: Layout | None, queries: int | None = None) -> Tensor:
         if self.checkpoint and torch.is_grad_enabled():
-            return recompute(block, tokens, queries, use_reentrant=False)
-        return block(tokens, queries)
+            return recompute(block, tokens, queries, layout, use_reentrant=False)
+        return block(tokens, queries, layout)
 
     def _normed(self, tokens: Tensor) -> Tensor:
         return self.norm(tokens.to(self.norm.weight.dtype))  # blocks may leave them in autocast's dtype
-
-
-class PatchEmbed(nn.Module):
-    """A convolution whose kernel and stride are the patch: images `(b c h w)` → patches `(b n d)`."""
-
-    def __init__(self, in_chans: int, embed_dim: int, patch_size: int) -> None:
-        super().__init__()
-        self.patch_size = patch_size
-        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
-        nn.init.kaiming_normal_(self.proj.weight)
-        nn.init.zeros_(self.proj.get_parameter("bias"))
-
-    def forward(self, x: Tensor) -> Tensor:
-        # Patches do not overlap, so the convolution is one matrix product, which suits CPUs better.
-        size = self.patch_size
-        patches = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=size, q=size)
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
-
-
-def _image_size(img_size: int | Sequence[int], patch_size: int) -> tuple[int, int]:
-    """(height, width) in pixels of one number or two."""
-    sizes = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-    if len(sizes) != 2 or min(sizes) < 1:
-        raise UsageError(f"img_size is {img_size!r}, expected a number of pixels or (height, width)")
-    height, width = sizes
-    if height % patch_size or width % patch_size:
-        near = tuple(max(round(size / patch_size), 1) * patch_size for size in sizes)
-        raise UsageError(
-            f"patch_size={patch_size} does not divide an image of {height}×{width} pixels; take img_size={near} or "
-            f"another patch_size"
-        )
-    return height, width
-
-
-def _check_heads(embed_dim: int, num_heads: int) -> None:
-    if embed_dim % num_heads:
-        around = (heads for step in range(num_heads) for heads in (num_heads - step, num_heads + step))
-        near = next(heads for heads in around if embed_dim % heads == 0)  # 1 at the latest
-        raise UsageError(
-            f"num_heads={num_heads} does not divide embed_dim={embed_dim}; take num_heads={near} or "
-            f"embed_dim={max(round(embed_dim / num_heads), 1) * num_heads}"
-        )

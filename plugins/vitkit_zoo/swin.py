@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torchvision.ops import stochastic_depth
 
-from vitkit_vit import MLP, attend, normalise
+from vitkit_vit import MLP, attend, from_windows, normalise, relative_index, resize_table, shift_mask, to_windows
 from vitkit_zoo.pyramid import (
     Pyramid,
     channels_last,
@@ -22,7 +22,6 @@ from vitkit_zoo.pyramid import (
     image_size,
     rates,
 )
-from vitkit_zoo.windows import from_windows, relative_index, resize_table, shift_mask, to_windows
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny_32": {"patch_size": 2, "window": 4, "embed_dim": 32, "depths": (2, 2, 2), "num_heads": (2, 4, 8)},

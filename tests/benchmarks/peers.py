@@ -4,8 +4,9 @@
   and weight decay 0.05, batch 64, 50 epochs, as in lightly's example `examples/pytorch/lejepa.py`, plus a cosine schedule after one
   epoch of warm-up. The example's DINO crops are for photographs. Here the views are torchvision's RandomAffine of each image in
   the DataLoader, with the ranges of vitkit's recipe.
-- `metric_learning`: timm's ViT of the size of `vae_cifar10.py`, a linear classifier with cross-entropy, and the triplets of
-  pytorch-metric-learning, mined in the batch; AdamW with lr 1e-4, batch 64, 100 epochs; torchvision's crop and flip of each image.
+- `metric_learning`: timm's ViT of the size of `vae_cifar10.py` (for MNIST: of `vae_mnist.py`), a linear classifier with cross-entropy,
+  and the triplets of pytorch-metric-learning, mined in the batch; AdamW with lr 1e-4, batch 64, 100 epochs; torchvision's crop and flip
+  of each image. It has no decoder.
 - `open_clip_pairs`: the towers of `clip_cifar100.py` with open_clip's ClipLoss and learned temperature, and the flags of the training
   command in open_clip's README: AdamW with lr 1e-3, weight decay 0.1, β = (0.9, 0.98), ε = 1e-6, batch 128, 30 epochs, and a cosine
   schedule. Its warm-up of 10,000 steps, as long as the whole training here, is shortened to one epoch.
@@ -84,11 +85,13 @@ def metric_learning(data: Any, epochs: int = 100, batch_size: int = 64) -> Itera
     from pytorch_metric_learning.miners import TripletMarginMiner
 
     torch.manual_seed(0)
-    model = TimmEncoder(img_size=32, patch_size=4, embed_dim=128, depth=4, num_heads=2)
+    channels, size, _ = data.shape
+    patch = 7 if size == 28 else 4
+    model = TimmEncoder(img_size=size, patch_size=patch, in_chans=channels, embed_dim=128, depth=4, num_heads=2)
     classifier = nn.Linear(128, len(data.classes))
     objective, miner = TripletMarginLoss(margin=0.2), TripletMarginMiner(margin=0.2, type_of_triplets="semihard")
     optimizer = torch.optim.AdamW([*model.parameters(), *classifier.parameters()], lr=1e-4)
-    batches = loader(data, batch_size, Views(data, 1, transforms.RandomCrop(32, 4), transforms.RandomHorizontalFlip()))
+    batches = loader(data, batch_size, Views(data, 1, transforms.RandomCrop(size, 4), transforms.RandomHorizontalFlip()))
     for _epoch in range(epochs):
         for views, labels in batches:
             model.train()

@@ -1,10 +1,12 @@
 """The recipes' own training steps and evaluations, as `vitkit run` trains them, on this processor and as if it had AVX2 only.
 
 Each recipe runs with its defaults up to `run.fit`, which is replaced: the model, optimiser, schedule, precision, gradient clipping,
-average of weights and augmented batches are those of a user's run, and so is the evaluation in the loop's body. Times are processor
-time, medians over the rounds; only their ratios are comparable between machines.
+average of weights and augmented batches are those of a user's run, and so is the evaluation in the loop's body. Beside it runs the
+peer's documented recipe for the same network (`peers.py`), per image, data included. Times are processor time, medians over the
+rounds; only their ratios are comparable between machines.
 """
 
+import itertools
 import json
 import os
 import statistics
@@ -20,10 +22,11 @@ from unittest import mock
 
 import torch
 
-from vitkit import Run
+from vitkit import Run, datasets
 from vitkit.training.ema import ModelEma
 from vitkit.training.recipe import Recipe
 
+from .peers import lightly_lejepa, metric_learning, open_clip_pairs
 from .timing import Options, Products, Row
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -34,6 +37,13 @@ STUDIES: dict[str, tuple[str, dict[str, Any]]] = {
     "VAE, CIFAR-10": ("vae_cifar10.py", {"dataset": "cifar10"}),
     "CLIP, CIFAR-100": ("clip_cifar100.py", {"dataset": "cifar100"}),
 }
+PEERS: dict[str, tuple[str, Callable[..., Iterator[Any]], int]] = {
+    "JEPA, MNIST": ("timm and lightly", lightly_lejepa, 64),
+    "VAE, MNIST": ("timm and pytorch-metric-learning", metric_learning, 64),
+    "VAE, CIFAR-10": ("timm and pytorch-metric-learning", metric_learning, 64),
+    "CLIP, CIFAR-100": ("open_clip", open_clip_pairs, 128),
+}
+"""For a study: the peer, its documented recipe, and the images of a step."""
 AVX2 = {
     "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "VITKIT_CPU_ISA": "avx2",
 }  # fmt: skip
@@ -52,7 +62,7 @@ def measure(recipe: Path, flags: dict[str, Any], *, rounds: int, evaluate: bool 
     results: dict[str, Any] = {}
 
     def fit(run: Any, model: Any, batches: Any, *, epochs: int, optimizer: Any, **options: Any) -> Iterator[Any]:
-        results.update(epochs=epochs, steps=epochs * len(batches), precision=run.session.precision)
+        results.update(epochs=epochs, steps=epochs * len(batches), images=batches.batch_size, precision=run.session.precision)
         results.update(_steps(run, model, batches, optimizer, rounds, **options))
         if evaluate:
             began = time.process_time()
@@ -139,6 +149,16 @@ def _steps(
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def peer_seconds(name: str, rounds: int) -> float:
+    """Median processor seconds for an image in the peer's documented recipe, data included."""
+    _, recipe, images = PEERS[name]
+    steps, marks = recipe(datasets.build(STUDIES[name][1]["dataset"])), []
+    for _ in range(rounds + 2):
+        next(steps)
+        marks.append(time.process_time())
+    return statistics.median(last - first for first, last in itertools.pairwise(marks[1:])) / images
+
+
 def _endless(batches: Any) -> Iterator[Any]:
     epoch = 0
     while True:
@@ -157,8 +177,12 @@ def line(name: str, isa: str, m: dict[str, Any]) -> Row:
         if "evaluation" in m
         else ""
     )
-    return Row(name, what, f"{around / m['step']:.0%} around the network", ceiling=f"{m['ceiling'] / m['step']:.0%}",
-               wanted="≤ 12 %, ≥ 75 %", peer=evaluated)  # fmt: skip
+    peer, ratio = evaluated, ""
+    if "peer" in m:
+        ratio = f"{m['peer'] * m['images'] / m['step']:.2f}"
+        peer = "; ".join(filter(None, [evaluated, f"peer: {PEERS[name][0]}"]))
+    return Row(name, what, f"{around / m['step']:.0%} around the network", ratio, ceiling=f"{m['ceiling'] / m['step']:.0%}",
+               wanted="≤ 12 %, ≥ 75 %", peer=peer)  # fmt: skip
 
 
 def rows(options: Options) -> list[Row]:
@@ -185,7 +209,10 @@ def main() -> None:
     name, (rounds, threads, evaluate) = sys.argv[1], map(int, sys.argv[2:5])
     torch.set_num_threads(threads)
     file, flags = STUDIES[name]
-    print(json.dumps(measure(RECIPES / file, flags, rounds=rounds, evaluate=bool(evaluate))))
+    measured = measure(RECIPES / file, flags, rounds=rounds, evaluate=bool(evaluate))
+    if name in PEERS:
+        measured["peer"] = peer_seconds(name, rounds)
+    print(json.dumps(measured))
 
 
 if __name__ == "__main__":

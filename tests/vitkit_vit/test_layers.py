@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from vitkit_vit import layers
-from vitkit_vit.layers import Block, drop, products_are_faster
+from vitkit_vit import products
+from vitkit_vit.layers import Block
+from vitkit_vit.products import drop, products_are_faster
 
 
 def make(dim: int = 16, num_heads: int = 2, dropout: float = 0.0, attn_dropout: float = 0.0) -> Block:
@@ -26,7 +27,7 @@ def test_batched_products_compute_torchs_attention(monkeypatch: pytest.MonkeyPat
     x = torch.randn(3, 5, 16, dtype=torch.double, requires_grad=True)
     results = []
     for chosen in (True, False):
-        monkeypatch.setattr(layers, "products_are_faster", lambda q, dropout, chosen=chosen: chosen)
+        monkeypatch.setattr(products, "products_are_faster", lambda q, dropout, chosen=chosen: chosen)
         y = block(x)
         results.append([y, *gradients(y, block, x)])
     for first, second in zip(*results, strict=True):
@@ -106,7 +107,7 @@ def test_products_are_chosen_on_a_cpu_in_reduced_precision_or_with_dropout_up_to
     assert products_are_faster(heads, 0.1)
     assert not products_are_faster(heads, 0.0)
     assert not products_are_faster(heads.bfloat16().to("meta"), 0.0)
-    assert not products_are_faster(torch.zeros(1, 2, layers.LONGEST_TOKENS + 1, 4).bfloat16(), 0.0)
+    assert not products_are_faster(torch.zeros(1, 2, products.LONGEST_TOKENS + 1, 4).bfloat16(), 0.0)
 
 
 def test_torch_compile_gives_the_same_gradients() -> None:

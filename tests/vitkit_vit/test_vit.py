@@ -30,7 +30,7 @@ def vit(**kwargs: object) -> ViT:
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways to compute attention."""
     chosen = request.param == "batched products"
-    monkeypatch.setattr("vitkit_vit.layers.products_are_faster", lambda q, dropout: chosen)
+    monkeypatch.setattr("vitkit_vit.products.products_are_faster", lambda q, dropout: chosen)
     return str(request.param)
 
 
@@ -330,7 +330,7 @@ WRONG = {
     "dropout": ({"dropout": 1.0}, "dropout is 1.0; expected a number in [0, 1)"),
     "drop_path": ({"drop_path": -0.1}, "drop_path is -0.1; expected a number in [0, 1)"),
     "pool": ({"pool": "max"}, "pool is 'max'; expected 'cls', 'mean'"),
-    "positions": ({"positions": "rope"}, "expected 'learned', 'sincos1d', 'sincos2d', 'none'"),
+    "positions": ({"positions": "rope"}, "expected 'learned', 'sincos1d', 'sincos2d', 'rotary', 'none'"),
     "preset": ({"preset": "huge"}, "preset is 'huge'; expected 'small', 'base', 'large'"),
     "mlp": ({"mlp_ratio": 0.01}, "mlp_ratio=0.01 leaves the MLP of embed_dim=32 no hidden channel"),
     "sincos1d": ({"embed_dim": 33, "num_heads": 3, "positions": "sincos1d"}, "needs an even embed_dim"),

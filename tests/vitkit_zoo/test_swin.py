@@ -8,8 +8,8 @@ from torchvision.models.swin_transformer import SwinTransformer as TorchvisionSw
 
 import vitkit
 from vitkit.errors import UsageError
+from vitkit_vit import from_windows, resize_table, shift_mask, to_windows
 from vitkit_zoo.swin import PRESETS, Swin
-from vitkit_zoo.windows import from_windows, resize_table, shift_mask, to_windows
 
 SIZES = {"patch_size": 2, "embed_dim": 8, "depths": [2, 3], "num_heads": [2, 4]}
 
