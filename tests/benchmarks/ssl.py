@@ -108,8 +108,7 @@ def finetuned(model: Path, folder: Path, shares: list[float], dataset: list[str]
         words = [*dataset, "--model", str(model), "--label-fraction", str(share)]
         result = recipe_run(FINETUNE, folder / f"finetune-{share:g}", words)
         if budget:
-            summary = json.loads((folder / f"finetune-{share:g}" / "summary.json").read_text())
-            epochs = round(summary["arguments"]["epochs"] or 5) if isinstance(summary["arguments"].get("epochs"), int) else 5
+            epochs = len((folder / f"finetune-{share:g}" / "losses.csv").read_text().splitlines()) - 1
             longer = min(round(epochs * (1 + budget / result["processor_seconds"])), SCRATCH_EPOCHS)
             rates = ["--layer-decay", "1", "--lr", "4e-3", "--epochs", str(longer), "--patience", "40"]
             result = recipe_run(FINETUNE, folder / f"scratch-{share:g}", [*words, *rates])
