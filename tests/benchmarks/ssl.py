@@ -67,7 +67,7 @@ def untrained(flags: Mapping[str, Any], seed: int, folder: Path) -> dict[str, fl
         finally:
             run.discard()
     model, data = caught["model"], caught["data"]
-    probes = [evaluators.build(f"vitkit:{name}") for name in ("knn", "linear_probe")]
+    probes = [evaluators.build(f"vitkit:{name}", train_size=flags.get("train_size")) for name in ("knn", "linear_probe")]
     scores = {name: value for probe in probes for name, value in probe(model, data).items()}
     scores |= evaluators.build("vitkit:rankme")(model, data, split="val")
     scores |= {f"pixels_{name}": value for name, value in raw_pixel_scores(data, *probes).items()}
