@@ -25,6 +25,7 @@ class Pyramid(nn.Module):
     embed_dim: int
     widths: tuple[int, ...]
     least_size: tuple[int, int] = (1, 1)
+    num_prefix_tokens = 0
 
     def maps(self, x: Tensor) -> Iterator[Tensor]:
         """Images `(b c h w)` → the map `(b h_i w_i d_i)` of each stage, one after another."""
