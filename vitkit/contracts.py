@@ -295,7 +295,16 @@ class Sheet:
     columns: int = 8
 
 
-ReportFigure = Confusion | Embeddings | Attention | Sheet
+@dataclass(frozen=True)
+class Proportions:
+    """A share for each name: `hits` of `totals` samples; the report draws each with its 95 % interval, the lowest share first."""
+
+    names: list[str]
+    hits: Any
+    totals: Any
+
+
+ReportFigure = Confusion | Embeddings | Attention | Sheet | Proportions
 
 
 class Scores(dict[str, float]):
@@ -365,6 +374,7 @@ __all__ = [
     "Loss",
     "Measurement",
     "MetricKind",
+    "Proportions",
     "ReportFigure",
     "Scores",
     "Sheet",

@@ -1,6 +1,7 @@
 """Evaluators of frozen features, and of a model's own classifier."""
 
-from vitkit_eval.accuracy import Accuracy
+from vitkit_eval.accuracy import Accuracy, own_logits
+from vitkit_eval.class_accuracy import ClassAccuracy, believable
 from vitkit_eval.collapse import AlphaReQ, FeatureStd, LiDAR, RankMe
 from vitkit_eval.features import (
     FeatureEvaluator,
@@ -28,6 +29,7 @@ __all__ = [
     "KNN",
     "Accuracy",
     "AlphaReQ",
+    "ClassAccuracy",
     "FeatureEvaluator",
     "FeatureStd",
     "FewShot",
@@ -40,6 +42,7 @@ __all__ = [
     "Silhouette",
     "Transfer",
     "adapted",
+    "believable",
     "check_labels",
     "classification",
     "confusion_matrix",
@@ -48,6 +51,7 @@ __all__ = [
     "model_classes",
     "named",
     "nearest_items",
+    "own_logits",
     "places",
     "rank_relevant",
     "retrieval_scores",

@@ -11,6 +11,8 @@ from vitkit.models import evaluating, extract_features
 from vitkit.validation import at_least
 from vitkit_eval.features import check_labels, classification, model_classes, named, split_of
 
+OWN = "the model's own classifier"
+
 
 class Accuracy:
     """Accuracy of the model's own `classifier`: `accuracy_top1`, and with more than ten classes `accuracy_top5`.
@@ -43,21 +45,29 @@ class Accuracy:
         check_labels(self.name, dataset, split)
 
     def __call__(self, model: Any, dataset: Any, split: SplitName = "test") -> Scores:
-        classifier, classes = getattr(model, "classifier", None), dataset.classes
-        if not isinstance(classifier, nn.Module):
-            raise UsageError(
-                f"accuracy needs a model with a classifier; {type(model).__name__} has none: use 'linear_probe' or 'knn'"
-            )
-        self.check(dataset, split)
-        columns = model_classes(model, dataset)
-        features = extract_features(model, split_of(dataset, split), size=self.test_size, seed=self.seed)
-        with evaluating(model):
-            logits: Tensor = classifier(features.features).float()
-        if logits.shape != (len(features.labels), len(classes)):
-            raise UsageError(
-                f"the classifier gave {tuple(logits.shape)} for {len(features.labels)} images of {len(classes)} classes; "
-                f"evaluate it on the dataset it was trained on"
-            )
-        note = "the model's own classifier"
-        scores = classification(self.name, logits[:, columns], features.labels, classes, split=split, frozen="", note=note)
+        logits, labels = own_logits(self.name, model, dataset, split, size=self.test_size, seed=self.seed)
+        scores = classification(self.name, logits, labels, dataset.classes, split=split, frozen="", note=OWN)
         return named(scores, split)
+
+
+def own_logits(
+    name: str, model: Any, dataset: Any, split: SplitName, *, size: int | None = None, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The logits `(n k)` of a model's own `classifier`, in the order of the dataset's classes, and the labels `(n,)`.
+
+    For the evaluator `name`, which messages name. Images, errors and ranks are those of `Accuracy`.
+    """
+    classifier = getattr(model, "classifier", None)
+    if not isinstance(classifier, nn.Module):
+        raise UsageError(f"{name} needs a model with a classifier; {type(model).__name__} has none: use 'linear_probe' or 'knn'")
+    check_labels(name, dataset, split)
+    columns = model_classes(model, dataset)
+    features = extract_features(model, split_of(dataset, split), size=size, seed=seed)
+    with evaluating(model):
+        logits: Tensor = classifier(features.features).float()
+    if logits.shape != (len(features.labels), len(dataset.classes)):
+        raise UsageError(
+            f"the classifier gave {tuple(logits.shape)} for {len(features.labels)} images of {len(dataset.classes)} classes; "
+            f"evaluate it on the dataset it was trained on"
+        )
+    return logits[:, columns], features.labels

@@ -47,7 +47,7 @@ def embed(
     from vitkit.models.image_sources import find_source
 
     source = find_source(images, split=split)
-    _print_left_out(source.left_out)
+    print_left_out(source.left_out)
     loaded, resolved = _load(model, device, precision)
     try:
         with _counting(len(source), "images") as count:
@@ -60,7 +60,7 @@ def embed(
         raise
     if result.resumed:
         err.print(f"{result.resumed:,} images were embedded before")
-    _print_left_out(result.skipped)
+    print_left_out(result.skipped)
     out.print(f"{printable(result.path)}: features of {result.count:,} images, {result.width} numbers each")
 
 
@@ -84,7 +84,7 @@ def predict(
     source = find_source(images)
     if not isinstance(source, Files):
         raise UsageError(f"{images[0]!r} is a dataset; predict takes image files; `vitkit eval` measures on datasets")
-    _print_left_out(source.left_out)
+    print_left_out(source.left_out)
     loaded, _ = _load(model, device, "fp32")
     place = next((parameter.device for parameter in loaded.parameters()), "cpu")
     predictions: dict[int, Any] = {}
@@ -104,7 +104,7 @@ def predict(
         out.print(text.encode("utf-8", "backslashreplace").decode())  # names may not be UTF-8; this is JSON's escape too
     else:
         _print_predictions([(source.name(index), prediction) for index, prediction in sorted(predictions.items())])
-        _print_left_out([f"{source.name(index)}: {problem}" for index, problem in problems.items()])
+        print_left_out([f"{source.name(index)}: {problem}" for index, problem in problems.items()])
     if problems:
         raise typer.Exit(1)
 
@@ -279,7 +279,7 @@ def _counting(total: int, unit: str) -> Iterator[Callable[[int, int], None]]:
     yield count
 
 
-def _print_left_out(lines: Sequence[str]) -> None:
+def print_left_out(lines: Sequence[str]) -> None:
     for line in lines[:LISTED_PROBLEMS]:
         err.print(f"left out: {printable(line)}")
     if len(lines) > LISTED_PROBLEMS:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from vitkit import __version__
-from vitkit.cli import catalogue, check, data, doctor, hub, inference, new, reproduce
+from vitkit.cli import attend, catalogue, check, data, doctor, hub, inference, new, reproduce
 from vitkit.cli.console import err, flush_streams, out, prepare_streams, print_error
 from vitkit.cli.plugin_commands import Commands
 from vitkit.errors import UsageError, VitkitError, printable
@@ -79,6 +79,7 @@ def compare_command(
 
 for _name, _command in inference.COMMANDS.items():
     app.command(_name)(_command)
+app.command("attend")(attend.attend)
 app.command("reproduce")(reproduce.reproduce)
 app.command("push")(hub.push)
 app.command("pull")(hub.pull)

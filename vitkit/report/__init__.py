@@ -11,7 +11,8 @@ finally:
     if _backend is not None:
         os.environ["MPLBACKEND"] = _backend
 
+from vitkit.report.attention_sheet import AttendedPicture, attention_sheet  # noqa: E402
 from vitkit.report.report import write_report  # noqa: E402
 from vitkit.report.sheet import is_sheet, write_sheet  # noqa: E402
 
-__all__ = ["is_sheet", "write_report", "write_sheet"]
+__all__ = ["AttendedPicture", "attention_sheet", "is_sheet", "write_report", "write_sheet"]

@@ -11,8 +11,9 @@ from matplotlib.lines import Line2D
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
-from vitkit.contracts import Attention, Confusion, Embeddings, ReportFigure, Sheet
+from vitkit.contracts import Attention, Confusion, Embeddings, Proportions, ReportFigure, Sheet
 from vitkit.report.formatting import title_of
+from vitkit.report.proportions import proportions
 from vitkit.report.sheet import as_array, sheet
 from vitkit.report.style import GRID, HALO, INK, MUTED, PALETTE, Plot, class_labels, drawable
 
@@ -27,11 +28,13 @@ MARKERS = "osD^vPX*<>hpd8"
 
 def draw_figure(name: str, figure: ReportFigure) -> Plot:
     """The plot of a figure. Raises `ValueError` if its arrays do not fit together."""
-    drawers: dict[type, Any] = {Confusion: confusion, Embeddings: embeddings, Attention: attention, Sheet: sheet}
+    drawers: dict[type, Any] = {
+        Confusion: confusion, Embeddings: embeddings, Attention: attention, Sheet: sheet, Proportions: proportions,
+    }  # fmt: skip
     for kind, draw in drawers.items():
         if isinstance(figure, kind):
             return draw(name, figure)
-    raise ValueError(f"a Confusion, Embeddings, Attention or Sheet was expected, not {type(figure).__name__}")
+    raise ValueError(f"a Confusion, Embeddings, Attention, Sheet or Proportions was expected, not {type(figure).__name__}")
 
 
 def confusion(name: str, given: Confusion) -> Plot:

@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -14,13 +15,14 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from vitkit.contracts import Evaluator, ReportFigure, SplitName
+from vitkit.contracts import Evaluator, ReportFigure, Scores, SplitName
 from vitkit.data.dataset import resolve, stand_in
 from vitkit.data.preprocess import Preprocessing
 from vitkit.errors import LINE_CHARACTERS, RunDirectoryError, UsageError, VitkitError, printable
 from vitkit.models import saving
 from vitkit.registry import Spec
 from vitkit.runs.directory import BEST, Claim, claim, read_summary
+from vitkit.runs.history import RESERVED
 from vitkit.training.accelerator import make_accelerator, resolve_device, resolve_precision, resolve_trackers
 from vitkit.training.checkpoint import load_state
 from vitkit.training.dry_run import preview
@@ -264,6 +266,27 @@ class Run:
             raise UsageError("measure_untrained comes after run.fit, which trains the model; call it before run.fit")
         if not self._dry_run:
             self.session.history.untrained |= measure(self.session, model.to(self.device), data, evaluators, split)
+
+    def evaluate(self, model: nn.Module, data: Any, *evaluators: Evaluator, split: SplitName = "test", note: str = "") -> Scores:
+        """After the loop: call evaluators on a split, as `Epoch.evaluate` does, and add their scores to the last epoch's row.
+
+        Use it to measure the checkpoint that `load_best` loaded; `note` then says so in each protocol. Ranks: each calls it. Raises
+        `UsageError` before `fit` has trained an epoch, and for a metric that the row has already.
+        """
+        history = self.session.history
+        if self._fit is None or not history.losses:
+            raise UsageError("run.evaluate comes after the loop over run.fit; in the loop use epoch.evaluate")
+        row = history.losses[-1]
+        measured = measure(self.session, model.to(self.device), data, evaluators, split)
+        epoch = Epoch(self.session, row["epoch"], self._fit.epochs, row["step"], {"loss": row["loss"]})
+        if history.metrics and history.metrics[-1]["epoch"] == row["epoch"]:
+            epoch.logged = {name: value for name, value in history.metrics[-1].items() if name not in RESERVED}
+        if taken := sorted(epoch.logged.keys() & measured.keys()):
+            raise UsageError(f"{', '.join(taken)} of epoch {row['epoch']} was logged before; measure it in the loop, or after it, not both")
+        for name, protocol in measured.protocols.items():
+            measured.protocols[name] = replace(protocol, note="; ".join(filter(None, (protocol.note, note))))
+        epoch.log(measured)
+        return measured
 
     def load_best(self, model: nn.Module) -> int:
         """After the loop, load the weights that were best in `monitor` into the `model` of `fit`; returns their epoch.

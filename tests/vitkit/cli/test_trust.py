@@ -61,7 +61,8 @@ def test_commands_on_local_files_contact_nothing_and_run_no_recipe(model_run, tm
     lines = [
         "--help", "--version", "list", "data list", "doctor", "show head linear", "check linear", "new recipe mine",
         "new plugin my-own-head --kind head", "data import pets --name pets", "data get digits",
-        "embed jepa pets -o features.safetensors", "eval jepa --dataset digits --evaluator knn --arg train_size=100 -o scores.json",
+        "embed jepa pets -o features.safetensors", "attend jepa pets --out attention.png",
+        "eval jepa --dataset digits --evaluator knn --arg train_size=100 -o scores.json",
         "export jepa --format torch-export -o jepa.pt2", "push jepa me/jepa --dry-run", "compare jepa copy --out page.html",
     ]  # fmt: skip
     copy = tmp_path / "copy"

@@ -264,3 +264,39 @@ def test_the_scale_of_fp16_is_in_the_checkpoint(tmp_path):
     resumed.close()
     assert scale["scale"] == 256.0
     assert resumed.session.accelerator.scaler.state_dict() == scale
+
+
+class Share:
+    """An evaluator of a number that is given, with its protocol."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __call__(self, model, data, split="test"):
+        name = "share" if split == "test" else f"{split}_share"
+        return Scores({name: self.value}, protocols={name: Measurement(split, 10, note="given")})
+
+
+def test_after_the_loop_scores_join_the_row_of_the_last_epoch(run):
+    data, model = build("digits").resized(8), Classifier()
+    with pytest.raises(UsageError, match="run.evaluate comes after the loop over run.fit; in the loop use epoch.evaluate"):
+        run.evaluate(model, data, Share(0.5))
+    for epoch in fit(run, model, data.train.batches(650), epochs=2):
+        epoch.evaluate(model, data, Share(0.1 * epoch.number), split="val")
+    scores = run.evaluate(model, data, Share(0.5), note="weights of epoch 1")
+    assert dict(scores) == {"share": 0.5}
+    row = run.session.history.metrics[-1]
+    assert (row["epoch"], row["val_share"], row["share"]) == (2, 0.2, 0.5)
+    assert [kept["val_share"] for kept in run.session.history.metrics] == [0.1, 0.2]
+    assert run.session.history.protocols["share"]["note"] == "given; weights of epoch 1"
+    assert run.session.history.protocols["val_share"]["note"] == "given"
+    with pytest.raises(UsageError, match="share of epoch 2 was logged before; measure it in the loop, or after it, not both"):
+        run.evaluate(model, data, Share(0.6))
+
+
+def test_after_the_loop_scores_have_a_row_of_their_own_where_the_last_epoch_was_not_evaluated(run):
+    data, model = build("digits").resized(8), Classifier()
+    for _ in fit(run, model, data.train.batches(650), epochs=1):
+        pass
+    run.evaluate(model, data, Share(0.5))
+    assert [(row["epoch"], row["share"]) for row in run.session.history.metrics] == [(1, 0.5)]

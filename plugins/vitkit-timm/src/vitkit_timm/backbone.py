@@ -2,8 +2,11 @@
 
 from dataclasses import replace
 from typing import Any, ClassVar
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import timm
+from huggingface_hub import constants, try_to_load_from_cache
 from torch import Tensor, nn
 
 from vitkit.data import ImageDataset, Preprocessing
@@ -12,6 +15,8 @@ from vitkit.registry import Spec
 
 WEIGHTS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "checkpoint_path", "cache_dir")
 """Arguments of timm's `create_model` for the source of weights: they are no architecture."""
+ANSWER_SECONDS = 6.0
+"""Time to wait for an answer of the Hub."""
 
 
 class TimmBackbone(nn.Module):
@@ -136,6 +141,8 @@ def _check_name(model: str) -> None:
 def _create(model: str, pretrained: bool, img_size: int | None, arguments: dict[str, Any]) -> Any:
     sized = arguments if img_size is None else {**arguments, "img_size": img_size}
     try:
+        if pretrained:
+            _require_answer(model)
         return timm.create_model(model, pretrained=pretrained, **sized)
     except TypeError as error:
         if img_size is not None and "img_size" in str(error):  # a model that takes images of any size
@@ -146,9 +153,28 @@ def _create(model: str, pretrained: bool, img_size: int | None, arguments: dict[
             raise VitkitError(
                 f"the pretrained weights of timm's {model!r} are not available: {type(error).__name__}: {error}; they come from "
                 f"huggingface.co/timm. Check the network; or download them elsewhere (`hf download timm/{model}`) and set "
-                f"HF_HOME to that cache; or leave pretrained out for random weights"
+                f"HF_HOME to that cache; or load a file of weights (on the command line --weights FILE); or leave pretrained "
+                f"out for random weights (--weights none)"
             ) from error
         raise UsageError(f"timm cannot build {model!r}: {type(error).__name__}: {error}") from error
+
+
+def _require_answer(model: str) -> None:
+    """`ConnectionError` within seconds where neither the Hub's cache has the weights nor the Hub answers: timm would try for a minute."""
+    config = timm.get_pretrained_cfg(model)
+    repository = getattr(config, "hf_hub_id", None)
+    files = ("model.safetensors", "pytorch_model.bin")
+    cached = (try_to_load_from_cache(repository, file, cache_dir=constants.HF_HUB_CACHE) for file in files if repository)
+    if not repository or any(isinstance(path, str) for path in cached):
+        return
+    if constants.HF_HUB_OFFLINE:
+        raise ConnectionError("HF_HUB_OFFLINE is set, and the weights are not in the cache of the Hub")
+    try:
+        urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=ANSWER_SECONDS).close()
+    except HTTPError as error:  # a host that refuses the page has answered
+        error.close()
+    except OSError as error:
+        raise ConnectionError(f"{constants.ENDPOINT} does not answer: {getattr(error, 'reason', error)}") from None
 
 
 def _fitted(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
