@@ -19,9 +19,11 @@ SKIPPED_SHOWN = 5
 
 
 def search(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="the directory of a run that saved a model of pairs")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="the directory of a run that saved a backbone, or a model of pairs")],
     query: Annotated[str, typer.Argument(metavar="QUERY", help="a caption, or the path of an image")],
-    dataset: Annotated[str | None, typer.Option(help="search pairs of its test images  [default: the dataset of the training]")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="search its test images, or pairs of them  [default: the dataset of the training]")
+    ] = None,
     dataset_arg: Annotated[
         list[str] | None, typer.Option("--dataset-arg", metavar="NAME=VALUE", help="an argument for --dataset; may be repeated")
     ] = None,
@@ -31,10 +33,11 @@ def search(
     seed: Annotated[int, typer.Option(help="seed of the choice of pairs")] = 0,
     path: Annotated[Path, typer.Option("--out", "-o", help="the PNG file to write")] = Path("search.png"),
 ) -> None:
-    """Search by caption or by image, and show the nearest images (and for an image the nearest captions).
+    """Search by image with any saved backbone, or by caption with a model of pairs, and show the nearest images.
 
-    Without --dataset and --folder it searches test pairs of the dataset of the training. An image about twice as wide as
-    high is a pair; any other image is placed on both halves.
+    Without --dataset and --folder it searches test images of the dataset of the training. A model of pairs of images and captions
+    (recipes/clip_cifar100.py) searches pairs, and also shows the captions nearest to an image. An image about twice as wide as high is
+    a pair; any other image is placed on both halves.
     """
     if path.suffix.lower() != ".png":
         raise UsageError(f"--out {path}: the file is a PNG; give a name that ends in .png")
@@ -63,6 +66,12 @@ def search(
         raise UsageError(f"--out {path} is the query image; give another name")
     check_output(path, overwrite=True, is_ours=is_sheet, kind="an image that vitkit drew", option="--out")
     model = vitkit.load(run)
+    if image is not None and getattr(model, "text", None) is None:
+        answer, gallery, searched = _similar(model, run, image, dataset, dataset_arg, folder, among, count)
+        _print(answer, gallery, searched)
+        write_sheet(path, answer.sheet)
+        out.print(f"{printable(path)}: {len(answer.sheet.captions)} images")
+        return
     check_towers(model)
     half = half_of(model)
     gallery, searched = _gallery(model, run, half, dataset, dataset_arg, folder, among, seed)
@@ -73,6 +82,25 @@ def search(
     _print(answer, gallery, searched)
     write_sheet(path, answer.sheet)
     out.print(f"{printable(path)}: {len(answer.sheet.captions)} images")
+
+
+def _similar(
+    model: "Model", run: str, image: Any, name: str | None, arguments: list[str] | None, folder: Path | None, among: int, count: int
+) -> "tuple[Answer, Gallery, str]":
+    """The images nearest to one image, by a backbone of single images."""
+    from vitkit import data
+    from vitkit.training import parse_arguments
+    from vitkit_clip.similar import SplitGallery, as_single, find_similar, preprocessing_of, similar_images
+    from vitkit_eval import training_data
+
+    preprocessing = preprocessing_of(model)
+    gallery: Any
+    if folder is not None:
+        gallery, searched = similar_images(folder, preprocessing, among), str(folder)
+    else:
+        dataset = training_data(model, run) if name is None else data.build(name, **parse_arguments(arguments or []))
+        gallery, searched = SplitGallery(dataset.with_preprocessing(preprocessing), among), dataset.name
+    return find_similar(model, as_single(image, preprocessing), gallery, count, preprocessing), gallery, searched
 
 
 def _is_image(query: str) -> bool:

@@ -1,6 +1,6 @@
 """Images nearest to a caption, and captions and images nearest to an image, by a saved model of pairs."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +20,18 @@ from vitkit_eval import nearest_items
 BATCH_SIZE = 250
 PAIR_WIDTH = 0.75
 """An image whose width-to-height ratio is at least this share of a pair's ratio counts as a pair."""
+
+
+def as_pair(image: Image.Image, half: Preprocessing) -> Tensor:
+    """An image of any mode → a normalised pair `(1 c h 2w)`.
+
+    An image that is about as wide as a pair is a pair. Any other image is placed on both halves.
+    """
+    channels, height, width = half.shape
+    if image.width * height >= PAIR_WIDTH * 2 * width * image.height:
+        return preprocess([image], replace(half, shape=(channels, height, 2 * width)))
+    one = preprocess([image], half)
+    return torch.cat([one, one], dim=-1)
 
 
 class Gallery(Protocol):
@@ -52,11 +64,12 @@ class PairGallery:
 
 @dataclass
 class FolderGallery:
-    """The images of a folder and its subfolders, each as a pair; `skipped` names the unreadable ones."""
+    """The images of a folder and its subfolders, each prepared by `prepare`, by default as a pair; `skipped` names the unreadable ones."""
 
     folder: Path
     preprocessing: Preprocessing
     most: int
+    prepare: Callable[[Image.Image, Preprocessing], Tensor] = as_pair
     skipped: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -71,7 +84,7 @@ class FolderGallery:
         read: list[Tensor] = []
         for path in self._candidates:
             try:
-                read.append(as_pair(open_image(path), self.preprocessing))
+                read.append(self.prepare(open_image(path), self.preprocessing))
             except UsageError as error:
                 self.skipped.append(str(error))
                 continue
@@ -86,7 +99,7 @@ class FolderGallery:
 
     def show(self, numbers: list[int]) -> tuple[Tensor, list[str]]:
         paths = [self.paths[number] for number in numbers]
-        pairs = torch.cat([as_pair(open_image(path), self.preprocessing) for path in paths])
+        pairs = torch.cat([self.prepare(open_image(path), self.preprocessing) for path in paths])
         return denormalised(pairs, self.preprocessing), [str(path.relative_to(self.folder)) for path in paths]
 
 
@@ -109,18 +122,6 @@ class Answer:
     sheet: Sheet
     captions: Nearest | None = None
     unknown: tuple[str, ...] = ()
-
-
-def as_pair(image: Image.Image, half: Preprocessing) -> Tensor:
-    """An image of any mode → a normalised pair `(1 c h 2w)`.
-
-    An image that is about as wide as a pair is a pair. Any other image is placed on both halves.
-    """
-    channels, height, width = half.shape
-    if image.width * height >= PAIR_WIDTH * 2 * width * image.height:
-        return preprocess([image], replace(half, shape=(channels, height, 2 * width)))
-    one = preprocess([image], half)
-    return torch.cat([one, one], dim=-1)
 
 
 def denormalised(pairs: Tensor, preprocessing: Preprocessing) -> Tensor:

@@ -10,6 +10,8 @@ from vitkit.errors import UsageError
 from vitkit.models import attention, encode_image, evaluating
 
 BATCH = 256
+EVEN = 3.0
+"""Attention to a patch is bright from this many times the mean on."""
 
 
 def mistake_figures(model: Any, data: Any, split: SplitName = "test", *, count: int = 16) -> dict[str, ReportFigure]:
@@ -17,7 +19,8 @@ def mistake_figures(model: Any, data: Any, split: SplitName = "test", *, count: 
 
     `surest_mistakes` is a sheet of the images, each with its class, the class it was taken for, and the probability. Where the backbone
     attends from all tokens to all in its last block, `attention_over_mistakes` shows the mean of its heads: the attention of the CLS token
-    to each patch, or of all patches to each patch. Each map is scaled so that its highest value is 1.
+    to each patch, or of all patches to each patch. Each map is divided by its highest value, or by three times its mean where no value is
+    that high: even attention stays dark.
     """
     images, labels = getattr(data, split), []
     sure: list[Tensor] = []
@@ -45,7 +48,8 @@ def mistake_figures(model: Any, data: Any, split: SplitName = "test", *, count: 
         maps = attention(model.backbone, few.preprocessing.normalise(pixels.clone()).to(device)).head_maps().mean(dim=1)
     except UsageError:  # no attention between all tokens
         return figures
-    maps = maps / maps.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
+    brightest = torch.maximum(maps.amax(dim=(1, 2)), EVEN * maps.mean(dim=(1, 2)))
+    maps = maps / brightest.clamp(min=1e-12)[:, None, None]
     names = [f"{data.classes[int(truth[row])]} → {data.classes[int(guesses[row])]}" for row in chosen.tolist()]
     figures["attention_over_mistakes"] = Attention(pixels.numpy(), maps.cpu().numpy(), names)
     return figures

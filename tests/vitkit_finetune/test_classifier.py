@@ -157,7 +157,8 @@ def test_the_surest_mistakes_come_first_with_the_attention_over_them():
         assert short == f"{truth} → {taken.removeprefix('taken for ')}"
         assert truth != taken.removeprefix("taken for ")
     assert maps.maps.shape == (5, 4, 4)
-    assert maps.maps.max(axis=(1, 2)) == pytest.approx(1.0)
+    assert (maps.maps.max(axis=(1, 2)) <= 1).all()
+    assert (maps.maps.mean(axis=(1, 2)) <= 1 / 3 + 1e-6).all()  # even attention is a third
     torch.nn.init.zeros_(model.classifier.linear.weight)
     right = data.test.subset((data.test.labels == 0).nonzero().squeeze(1))
     assert mistake_figures(model, type("Data", (), {"test": right, "classes": data.classes})()) == {}
