@@ -39,6 +39,12 @@ class Pyramid(nn.Module):
         """What the last map `(b h w d)` goes through."""
         return x
 
+    def layers_in_order(self) -> list[nn.Module]:
+        """The embedding of pixels, then what begins a stage and each of its blocks: learning rates fall towards the input."""
+        first, *stages = (module for name, module in self.named_children() if name not in ("norm", "final_conv"))
+        parts = [part for stage in stages for child in stage for part in child.children()]
+        return [first, *(layer for part in parts for layer in (part if isinstance(part, nn.Sequential) else [part]))]
+
     @property
     def grid_sizes(self) -> list[tuple[int, int]]:
         return [self.grid_after(stage, self.img_size) for stage in range(1, len(self.widths) + 1)]

@@ -4,16 +4,17 @@
                                              [--sizes tiny small base] [--out architectures.md]
 
 `recipes/finetune.py --model none` trains each backbone from scratch, with its defaults for colour images beside `--mix both` and
-`--batch-size`. The number of epochs follows from the time of a step, which is measured before each training; the table tells the
-processor time that the training took. Accuracy is that on the test split with the weights that were best on the validation
+`--batch-size`. The number of epochs follows from the time of a step, which is measured before each training; evaluations are not
+counted. Accuracy is that on the test split with the weights that were best on the validation
 split; nothing is chosen on the test split. Each row is written when it is finished, and a second call with the same `--out` trains
 only what is missing.
 
 | column | what it is |
 |---|---|
 | parameters | of the backbone without classifier |
-| MFLOPs | multiplications and additions of a forward pass of one image, counted by torch |
-| images/s | images that a training step takes a second of processor time |
+| MMACs | multiplications with an addition in the forward pass of one image, in millions, counted by torch |
+| images/s | images that training steps take a second of processor time |
+| processor time | of the whole run: training, evaluations and report |
 """
 
 import argparse
@@ -47,7 +48,7 @@ BACKBONES: dict[str, dict[str, dict[str, Any]]] = {
         for name in ("convnext", "swin", "pvt", "mobilevit")
     },
 }
-COLUMNS = ("dataset", "backbone", "size", "test accuracy", "val accuracy", "parameters", "MFLOPs", "images/s", "epochs", "processor time")
+COLUMNS = ("dataset", "backbone", "size", "test accuracy", "val accuracy", "parameters", "MMACs", "images/s", "epochs", "processor time")
 
 
 def flags(dataset: str, name: str, size: str, **more: Any) -> dict[str, Any]:
@@ -62,13 +63,13 @@ def requested(recipe: Recipe, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def model_facts(name: str, size: str, shape: tuple[int, int, int]) -> dict[str, float]:
-    """Parameters and MFLOPs of a backbone for images `(c h w)`."""
+    """Parameters and MMACs of a backbone for images `(c h w)`."""
     channels, height, _ = shape
     model = backbones.build(f"vitkit:{name}", img_size=height, in_chans=channels, **BACKBONES[name][size]).eval()
     # torch counts no fused attention on a CPU: on the meta device the products are counted.
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.to("meta").encode_image(torch.zeros(1, channels, height, height, device="meta"))
-    return {"parameters": sum(p.numel() for p in model.parameters()), "mflops": counter.get_total_flops() / 2e6}
+    return {"parameters": sum(p.numel() for p in model.parameters()), "mmacs": counter.get_total_flops() / 2e6}
 
 
 def trained(dataset: str, name: str, size: str, *, seconds: float, batch_size: int, extra: dict[str, Any]) -> dict[str, Any]:
@@ -93,7 +94,7 @@ def trained(dataset: str, name: str, size: str, *, seconds: float, batch_size: i
 def line(row: dict[str, Any]) -> str:
     cells = (
         row["dataset"], row["backbone"], row["size"], f"{row['test']:.4f}", f"{row['val']:.4f}", f"{row['parameters']:,}",
-        f"{row['mflops']:.1f}", f"{row['rate']:.0f}", str(row["epochs"]), f"{row['seconds']:.0f} s",
+        f"{row['mmacs']:.1f}", f"{row['rate']:.0f}", str(row["epochs"]), f"{row['seconds']:.0f} s",
     )  # fmt: skip
     return "| " + " | ".join(cells) + " |"
 

@@ -102,6 +102,13 @@ def test_clip_encodes_each_half_by_it(name, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_supervised_recipe_trains_it_from_scratch(tmp_path):
+    model = train("finetune", tmp_path / "run", *backbone_flags("mobilevit"))
+    assert model.backbone.spec.name == "mobilevit"
+    assert encoded(model).shape == (3, 256)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cct", "vit"])
 def test_a_label_enters_the_stack_of_the_jepa(name, tmp_path):
     model = train("jepa_mnist", tmp_path / "run", *backbone_flags(name), "--img-size", "16", "--eval-size", "64", "--keep", "0.5")
