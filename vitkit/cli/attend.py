@@ -75,7 +75,7 @@ def attend(
         err.print(printable(first.problem, 500))
     elif first.rollout is None:
         err.print("no rollout: not every block attends between all tokens")
-    query = "from the CLS token" if first.has_cls else "from all patches, for there is no CLS token"
+    query = "from the CLS token" if first.has_cls else "from all patches, because there is no CLS token"
     grid = f"{first.grid[0]}×{first.grid[1]} patches, {first.prefix} other tokens, {query}"
     out.print(f"{printable(path)}: {len(rows)} pictures{f' of {more:,}' if more > len(rows) else ''}; {opened.origin}; {grid}")
 

@@ -315,7 +315,7 @@ def test_a_picture_that_cannot_be_drawn_costs_only_itself(make_run):
         "first: a confusion matrix has shape (k, k) for k class names; got (2, 3) and 2 names",
         "second: features are (n, d) and labels (n,); got (3, 2) and (2,)",
         "third: images are (n, c, h, w), maps (n, h, w) and captions n texts; got (1, 1, 4, 4), (1, 4, 4) and 0",
-        "fourth: a Confusion, Embeddings, Attention or Sheet was expected, not str",
+        "fourth: a Confusion, Embeddings, Attention, Sheet or Proportions was expected, not str",
         "1 of 1 right",
     ):
         assert text in parsed.text
