@@ -41,8 +41,8 @@ class Pyramid(nn.Module):
 
     def layers_in_order(self) -> list[nn.Module]:
         """The embedding of pixels, then what begins a stage and each of its blocks: learning rates fall towards the input."""
-        first, *stages = (module for name, module in self.named_children() if name not in ("norm", "final_conv"))
-        parts = [part for stage in stages for child in stage for part in child.children()]
+        first, stages = [module for name, module in self.named_children() if name not in ("norm", "final_conv")]
+        parts = [part for stage in stages.children() for part in stage.children()]
         return [first, *(layer for part in parts for layer in (part if isinstance(part, nn.Sequential) else [part]))]
 
     @property
