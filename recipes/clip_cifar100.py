@@ -38,6 +38,7 @@ def main(
     patience: Annotated[int, "stop after this many evaluations without a better val_i2t_top1"] = 5,
     ema: Annotated[float, "decay of the averaged weights that are evaluated and saved"] = 0.998,
     tower: Annotated[Literal["baseline", "enhanced", "best", "small"], "image tower: a preset of the backbone pair_vit"] = "best",
+    backbone: Annotated[Component, "image tower; any but pair_vit encodes each half by itself"] = Component("backbone", "vitkit:pair_vit"),
     text: Annotated[Component, "text tower; auto: openclip_text if available"] = Component("backbone", "vitkit:text_transformer"),
     freeze_text: Annotated[bool, "do not train the text tower"] = False,
     loss: Annotated[Component, "compares pairs with captions"] = Component("loss", "vitkit:info_nce", temperature=0.07),
@@ -62,13 +63,12 @@ def main(
     train = data.train if train_size is None else data.train.stratified_subset(train_size, seed=run.seed)
     pairs = Pairs(train, data.classes, batch_size, different=different, augment=AUGMENTS[augment], augment_pair=augment_pair,
                   mixing=MIXES[mix], drop_last=True)  # fmt: skip
-    model = build_clip(data, tower=tower, text=text, loss=loss, proj_dim=proj_dim, classify=classify, label_smoothing=label_smoothing,
-                       freeze_text=freeze_text, caption_positives=caption_positives, say=run.say)  # fmt: skip
+    model = build_clip(data, tower=tower, backbone=backbone, text=text, loss=loss, proj_dim=proj_dim, classify=classify,
+                       label_smoothing=label_smoothing, freeze_text=freeze_text, caption_positives=caption_positives, say=run.say)
     trained = model if chunk is None else GradCache(model, chunk)
     lr = {"muon": 4e-3, "adamw": 1e-3}[optimizer] if lr is None else lr
     stepped = (muon_adamw if optimizer == "muon" else adamw)(trained, lr=lr, weight_decay=weight_decay)
-    warm = round(min(warmup, epochs) * run.steps(pairs))
-    schedule = warmup_cosine(stepped, run.steps(pairs, epochs), warmup=warm, floor=0.01)
+    schedule = warmup_cosine(stepped, run.steps(pairs, epochs), warmup=round(min(warmup, epochs) * run.steps(pairs)), floor=0.01)
     for label, lines in REFERENCE.items() if data.name == "cifar100" else ():
         run.reference(label, **lines)
     evaluate = evaluators.build("vitkit:pair_retrieval")

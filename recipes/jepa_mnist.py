@@ -34,6 +34,7 @@ def main(
     embed_dim: Annotated[int, "width of the encoder"] = 128,
     depth: Annotated[int, "number of transformer blocks"] = 4,
     num_heads: Annotated[int, "number of attention heads"] = 2,
+    backbone: Annotated[Component, "around which the encoder is built; labels need vit or cct"] = Component("backbone", "vitkit:vit"),
     proj_dim: Annotated[int, "dimensions of the projection"] = 32,
     projector: Annotated[Component, "maps features to the space of the loss"] = Component("head", "vitkit:mlp", hidden=256, norm="batch"),
     lamda: Annotated[float, "weight λ of SIGReg; invariance has weight 1 − λ"] = 0.05,
@@ -56,15 +57,14 @@ def main(
         raise UsageError(f"the images of {data.name} have no labels; give --no-multimodal to train on images alone")
     data = data.resized(img_size)
     train = data.train if train_size is None else data.train.stratified_subset(train_size, seed=run.seed)
-    if label_fraction != 1.0:
-        train = train.mask_labels(label_fraction, seed=run.seed).oversample_labelled(0.25)
+    train = train if label_fraction == 1.0 else train.mask_labels(label_fraction, seed=run.seed).oversample_labelled(0.25)
     augment = RandomAffine(degrees=15, translate=0.1, scale=(0.85, 1.15), shear=10)
     batches = train.batches(batch_size, shuffle=True, drop_last=True, augment=augment, views=views)
-    backbone = backbones.build(
+    encoder = backbones.build(
         "vitkit:multimodal_vit", num_classes=max(len(data.classes), 1), img_size=img_size, patch_size=patch_size, in_chans=data.shape[0],
-        embed_dim=embed_dim, depth=depth, num_heads=num_heads, positions="sincos2d")  # fmt: skip
-    head, loss = projector.build(in_dim=embed_dim, out_dim=proj_dim), losses.build("vitkit:lejepa", lamda=lamda)
-    model = JEPA(backbone, head, loss, objective=objective if multimodal else "images", swap=0.5 if swap is None else swap, keep=keep)
+        embed_dim=embed_dim, depth=depth, num_heads=num_heads, positions="sincos2d", backbone=backbone.name, backbone_args=backbone.kwargs)
+    head, loss = projector.build(in_dim=encoder.embed_dim, out_dim=proj_dim), losses.build("vitkit:lejepa", lamda=lamda)
+    model = JEPA(encoder, head, loss, objective=objective if multimodal else "images", swap=0.5 if swap is None else swap, keep=keep)
     optimizer = muon_adamw(model, lr=lr)
     schedule = warmup_cosine(optimizer, run.steps(batches, epochs), warmup=min(100, run.steps(batches)))
     if data.name == "mnist":  # the document's best epochs, each metric at its own
@@ -73,7 +73,7 @@ def main(
     probes = [evaluators.build(f"vitkit:{name}", train_size=eval_size) for name in ("linear_probe", "knn")]
     transfer = [evaluators.build("vitkit:transfer", dataset=probe_dataset, train_size=eval_size)] if probe_dataset else []
     monitors = [evaluators.build(f"vitkit:{name}") for name in ("rankme", "alpha_req", "feature_std", "neighbours") if not data.classes]
-    evaluate = run.check(data, *probes, *transfer, evaluators.build("vitkit:label_retrieval"), *monitors)
+    evaluate = run.check(data, *probes, *transfer, *[evaluators.build("vitkit:label_retrieval")] * encoder.takes_labels, *monitors)
     run.measure_untrained(model, data, *transfer, *monitors)
     for epoch in run.fit(model, batches, epochs=epochs, optimizer=optimizer, schedule=schedule, clip=1.0, ema=0.99):
         if epoch.due(eval_every):

@@ -31,7 +31,7 @@ def main(
     embed_dim: Annotated[int, "width of the encoder"] = 128,
     depth: Annotated[int, "number of transformer blocks"] = 4,
     num_heads: Annotated[int, "number of attention heads"] = 2,
-    encoder: Annotated[Component, "the encoder"] = Component("backbone", "vitkit:vae_encoder", stem="conv", latent_dim=64),
+    encoder: Annotated[Component, "encoder, or its --backbone"] = Component("backbone", "vitkit:vae_encoder", stem="conv", latent_dim=64),
     triplet: Annotated[float, "weight of the triplet loss"] = 1.0,
     classification: Annotated[float, "weight of the cross-entropy; 0: no classifier"] = 0.5,
     reconstruction: Annotated[float, "weight of the reconstruction; 0: no decoder"] = 1.0,

@@ -323,6 +323,12 @@ class Component:
         return REGISTRIES[self.kind].build(self.name, **{**kwargs, **self.kwargs})
 
 
+NESTED_BACKBONE: dict[str, Any] = {"backbone": r"([\w.-]+:)?[\w.-]+", "backbone_args": {r"[a-z_]+": r"[\w.]*"}}
+"""`vitkit_architecture` of a component that builds a backbone from its arguments `backbone`, a registered name, and `backbone_args`.
+
+The arguments are checked again where the backbone is built.
+"""
+
 backbones = Registry("backbone")
 heads = Registry("head")
 losses = Registry("loss")

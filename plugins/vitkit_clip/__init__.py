@@ -6,6 +6,7 @@ from vitkit_clip.clip import CLIP
 from vitkit_clip.contrastive import FocalNCE, HardNegativeNCE, InfoNCE, MarginTriplet, SigLIP
 from vitkit_clip.image import PairViT
 from vitkit_clip.multitask import PairMultiTask
+from vitkit_clip.pair_backbone import PairBackbone
 from vitkit_clip.pairs import Pairs, captions
 from vitkit_clip.retrieval import PairRetrieval
 from vitkit_clip.text import TextTransformer, vocabulary_of
@@ -19,6 +20,7 @@ __all__ = [
     "HardNegativeNCE",
     "InfoNCE",
     "MarginTriplet",
+    "PairBackbone",
     "PairMultiTask",
     "PairRetrieval",
     "PairViT",

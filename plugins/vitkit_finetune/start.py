@@ -85,8 +85,8 @@ def training_images(data: ImageDataset, *, label_fraction: float = 1.0, train_si
 def _from_scratch(data: ImageDataset, img_size: int | None, scratch: Component) -> tuple[nn.Module, ImageDataset, str]:
     size = -(-data.shape[1] // MULTIPLE) * MULTIPLE if img_size is None else img_size
     data = data.resized(size)
-    given = {"img_size": size, "in_chans": data.shape[0], "patch_size": max(size // 8, 4)} | scratch.kwargs
-    backbone = Component("backbone", scratch.name, **given).build()
+    patches = {"patch_size": max(size // 8, 4)} if scratch.name in ("vit", "vitkit:vit") else {}  # others know what suits them
+    backbone = scratch.build(img_size=size, in_chans=data.shape[0], **patches)
     return backbone, data, f"random weights of {scratch.name}"
 
 

@@ -1,12 +1,16 @@
 """A vision transformer whose blocks process a label token beside the patches."""
 
-from typing import Any, Literal
+import inspect
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from vitkit import backbones
 from vitkit.errors import UsageError
+from vitkit.models import encode_image
+from vitkit.registry import NESTED_BACKBONE
 
 
 class MultimodalViT(nn.Module):
@@ -17,9 +21,16 @@ class MultimodalViT(nn.Module):
     patches and label, or the CLS token.
 
     All classes start from the same embedding, zero, so that before training, and in a model trained without
-    labels, all classes are equally near to every image. Training makes them different from its first step. The
-    other arguments are those of `vit`. Raises `UsageError` for fewer than one class and if `vit` does.
+    labels, all classes are equally near to every image. Training makes them different from its first step.
+
+    `backbone` is the registered backbone around which the model is built, `backbone_args` its arguments beside `img_size` and
+    `in_chans`. A label can enter only a stack that takes `extra_tokens`, such as `vit` and `cct`; another backbone (`takes_labels` is
+    False) encodes images alone. The other arguments here, from `patch_size` on, are those of `vit`.
+
+    Raises `UsageError` for fewer than one class, if the backbone does, and for a label or a choice of patches that it cannot take.
     """
+
+    vitkit_architecture: ClassVar = NESTED_BACKBONE
 
     def __init__(
         self,
@@ -38,21 +49,26 @@ class MultimodalViT(nn.Module):
         positions: Literal["learned", "sincos1d", "sincos2d", "none"] = "learned",
         registers: int = 0,
         checkpoint: bool = False,
+        backbone: str = "vitkit:vit",
+        backbone_args: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if num_classes < 1:
             raise UsageError(f"num_classes is {num_classes}; expected at least 1")
-        self.vit = backbones.build(
-            "vitkit:vit", img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim,
-            depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio, dropout=dropout, drop_path=drop_path,
-            pool=pool, positions=positions, registers=registers, checkpoint=checkpoint,
-        )  # fmt: skip
+        of_vit = {
+            "patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads, "mlp_ratio": mlp_ratio,
+            "dropout": dropout, "drop_path": drop_path, "pool": pool, "positions": positions, "registers": registers,
+            "checkpoint": checkpoint,
+        }  # fmt: skip
+        given = (of_vit if backbone in ("vit", "vitkit:vit") else {}) | dict(backbone_args or {})
+        self.vit = backbones.build(backbone, img_size=img_size, in_chans=in_chans, **given)
+        self.takes_labels = "extra_tokens" in inspect.signature(self.vit.forward).parameters
         self.num_classes = num_classes
         self.embed_dim: int = self.vit.embed_dim
-        self.num_patches: int = self.vit.num_patches
-        self.grid_size: tuple[int, int] = self.vit.grid_size
-        self.label_embed = nn.Embedding(num_classes, embed_dim)
-        self.label_type = nn.Parameter(torch.empty(1, embed_dim))
+        self.num_patches: int = getattr(self.vit, "num_patches", 0)
+        self.grid_size: tuple[int, int] = getattr(self.vit, "grid_size", (0, 0))
+        self.label_embed = nn.Embedding(num_classes, self.embed_dim)
+        self.label_type = nn.Parameter(torch.empty(1, self.embed_dim))
         nn.init.zeros_(self.label_embed.weight)
         nn.init.normal_(self.label_type, std=0.02)
 
@@ -68,13 +84,25 @@ class MultimodalViT(nn.Module):
         self, x: Tensor | None, *, extra_tokens: Tensor | None = None, keep: Tensor | None = None
     ) -> Tensor:
         """Images `(b c h w)` → tokens `(b n d)`; arguments as for `vit`."""
+        if extra_tokens is None and keep is None:
+            return self.vit(x)
+        self.check_takes_labels()
         return self.vit(x, extra_tokens=extra_tokens, keep=keep)
+
+    def check_takes_labels(self) -> None:
+        """Raise `UsageError` if the backbone's stack takes no further tokens, and so neither a label nor a choice of patches."""
+        if not self.takes_labels:
+            raise UsageError(
+                f"{type(self.vit).__name__} takes neither a label's token nor a choice of patches: its windows or convolutions have room "
+                f"for whole maps only; take vit or cct, or train without labels (--no-multimodal) on all patches"
+            )
 
     def label_tokens(self, labels: Tensor) -> Tensor:
         """Labels `(b,)` → tokens `(b 1 d)`: int64 in [0, num_classes), or −1 for a token without a class.
 
         Raises `UsageError` as `check_labels` does.
         """
+        self.check_takes_labels()
         self.check_labels(labels)
         labelled = (labels >= 0)[:, None]
         return (self.label_embed(labels.clamp(min=0)) * labelled + self.label_type)[:, None]
@@ -97,6 +125,9 @@ class MultimodalViT(nn.Module):
 
     def encode_image(self, x: Tensor, *, keep: Tensor | None = None) -> Tensor:
         """Images `(b c h w)` → `(b d)`; `keep` `(b k)` names the patches to use."""
+        if keep is None:
+            return encode_image(self.vit, x)
+        self.check_takes_labels()
         return self.vit.encode_image(x, keep=keep)
 
     def encode_label(self, labels: Tensor) -> Tensor:

@@ -57,6 +57,8 @@ class JEPA(GradCacheable):
         in_range(0, 1, low_included=False, keep=keep)
         self.backbone, self.projector, self.loss = backbone, projector, loss
         self.objective, self.swap, self.keep = objective, swap, keep
+        if (objective != "images" or keep < 1) and hasattr(backbone, "check_takes_labels"):
+            backbone.check_takes_labels()
         if objective == "images":
             # The loss does not use it: weight decay would still change it, and DDP would wait for its gradient.
             backbone.label_embed.requires_grad_(False)

@@ -1,6 +1,8 @@
 """Earlier names of the VAE recipes' flags: `ALIASES = VAE_ALIASES` in a recipe keeps them working."""
 
 VAE_ALIASES = {
+    "backbone": "encoder",
+    "backbone_arg": "encoder_arg",
     "emb_dim": "embed_dim",
     "latent_dim": "encoder.latent_dim",
     "stem": "encoder.stem",

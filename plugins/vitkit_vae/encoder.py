@@ -1,7 +1,7 @@
 """A vision transformer with a variational latent and an embedding of it."""
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +9,11 @@ from torch import Tensor, nn
 from vitkit import backbones
 from vitkit.distributed import draw_rows
 from vitkit.errors import UsageError
+from vitkit.models import encode_image
+from vitkit.registry import NESTED_BACKBONE, Component
 from vitkit.validation import at_least
 
+VIT = ("vit", "vitkit:vit")
 LOG_VAR_LIMIT = 10.0
 LOG_VAR_START = -4.0
 """With σ near 1 from the start, noise would be larger than μ, and training would stall for long."""
@@ -19,16 +22,21 @@ LOG_VAR_START = -4.0
 class VAEEncoder(nn.Module):
     """Images `(b c h w)` → μ and log σ² `(b latent_dim)` → z → embeddings `(b embedding_dim)`.
 
-    The backbone `vit` gives tokens. A linear map of the pooled tokens gives μ and log σ². `embed`, two linear layers with
-    GELU between them, maps a latent to its embedding. `depths` lists numbers of blocks, 1 … depth. The tokens after each of
-    them are pooled and concatenated, which gives a hierarchical embedding ("all": after every block; None: after the last
-    block).
+    The registered `backbone` gives tokens. A linear map of the pooled tokens gives μ and log σ². `embed`, two linear layers with
+    GELU between them, maps a latent to its embedding. `depths` lists numbers of blocks, 1 … depth, or of stages of a pyramid. The
+    tokens after each of them are pooled and concatenated, which gives a hierarchical embedding ("all": after every block; None: after the
+    last block).
 
     log σ² = 10·tanh(a/10) of the linear map's output a: for any a, it lies in [−10, 10] and σ in [0.0067, 148]. Latents are
-    computed in fp32. Before training, log σ² is near −4 and μ near 0. The other arguments are those of `vit`.
+    computed in fp32. Before training, log σ² is near −4 and μ near 0.
 
-    Raises `UsageError` for dimensions below one, depths that are empty or outside 1 … depth, and if `vit` does.
+    `backbone_args` are the backbone's arguments beside `img_size` and `in_chans`. The other arguments here, from `patch_size` on, are
+    those of `vit` and have no meaning for another backbone.
+
+    Raises `UsageError` for dimensions below one, depths that are empty or outside 1 … depth, and if the backbone does.
     """
+
+    vitkit_architecture: ClassVar = NESTED_BACKBONE
 
     def __init__(
         self,
@@ -50,22 +58,27 @@ class VAEEncoder(nn.Module):
         registers: int = 0,
         checkpoint: bool = False,
         stem: Literal["patch", "conv"] = "patch",
+        backbone: str = "vitkit:vit",
+        backbone_args: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         at_least(1, latent_dim=latent_dim, embedding_dim=embedding_dim)
-        chosen = range(1, depth + 1) if depths == "all" else (depth,) if depths is None else depths
+        of_vit = {
+            "patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads, "mlp_ratio": mlp_ratio,
+            "dropout": dropout, "drop_path": drop_path, "pool": pool, "positions": positions, "registers": registers,
+            "checkpoint": checkpoint, "stem": stem,
+        }  # fmt: skip
+        given = (of_vit if backbone in VIT else {}) | dict(backbone_args or {})
+        self.vit = backbones.build(backbone, img_size=img_size, in_chans=in_chans, **given)
+        widths = self._widths()
+        chosen = range(1, len(widths) + 1) if depths == "all" else (len(widths),) if depths is None else depths
         self.depths = tuple(chosen)
-        if not self.depths or not all(1 <= number <= depth for number in self.depths):
-            raise UsageError(f"depths are {list(self.depths)}; expected numbers of blocks in 1 … {depth}")
-        self.vit = backbones.build(
-            "vitkit:vit", img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth,
-            num_heads=num_heads, mlp_ratio=mlp_ratio, dropout=dropout, drop_path=drop_path, pool=pool,
-            positions=positions, registers=registers, checkpoint=checkpoint, stem=stem,
-        )  # fmt: skip
-        self.embed_dim, self.latent_dim, self.embedding_dim = embed_dim, latent_dim, embedding_dim
+        if not self.depths or not all(1 <= number <= len(widths) for number in self.depths):
+            raise UsageError(f"depths are {list(self.depths)}; expected numbers of blocks in 1 … {len(widths)}")
+        self.embed_dim, self.latent_dim, self.embedding_dim = self.vit.embed_dim, latent_dim, embedding_dim
         self.img_size: tuple[int, int] = self.vit.img_size
         self.in_chans = in_chans
-        self.to_latent = nn.Linear(len(self.depths) * embed_dim, 2 * latent_dim)
+        self.to_latent = nn.Linear(sum(widths[number - 1] for number in self.depths), 2 * latent_dim)
         nn.init.constant_(self.to_latent.bias[latent_dim:], LOG_VAR_START)
         hidden = 2 * max(latent_dim, embedding_dim)
         self.to_embedding = nn.Sequential(nn.Linear(latent_dim, hidden), nn.GELU(), nn.Linear(hidden, embedding_dim))
@@ -82,9 +95,16 @@ class VAEEncoder(nn.Module):
     def encode_features(self, images: Tensor, depths: Sequence[int] | None = None) -> Tensor:
         """Images `(b c h w)` → pooled tokens `(b len(depths)·d)` in front of the latent, after `depths` blocks (None: `self.depths`)."""
         chosen = self.depths if depths is None else tuple(depths)
-        if chosen == (len(self.vit.blocks),):
-            return self.vit.encode_image(images)
-        return torch.cat([self.vit.pool(tokens) for tokens in self.vit.forward_features(images, chosen)], dim=1)
+        if chosen == (len(self._widths()),):
+            return encode_image(self.vit, images)
+        pool = getattr(self.vit, "pool", lambda tokens: tokens.mean(dim=1))
+        return torch.cat([pool(tokens) for tokens in self.vit.forward_features(images, chosen)], dim=1)
+
+    def _widths(self) -> list[int]:
+        """The width of the backbone's tokens after each depth that `forward_features` knows; else that of its output."""
+        if not hasattr(self.vit, "forward_features"):
+            return [self.vit.embed_dim]
+        return list(getattr(self.vit, "widths", None) or [self.vit.embed_dim] * len(self.vit.blocks))
 
     def encode_latent(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images `(b c h w)` → μ and log σ², each float32 `(b latent_dim)`."""
@@ -102,6 +122,19 @@ class VAEEncoder(nn.Module):
         """Images `(b c h w)` → the embeddings `(b embedding_dim)` of their μ."""
         mu, _ = self.encode_latent(images)
         return self.embed(mu)
+
+
+def build_encoder(encoder: Component, *, img_size: Any, in_chans: int, **vit: Any) -> Any:
+    """The encoder of a VAE recipe: `encoder` itself if it has latents, else a `vae_encoder` around it.
+
+    `vit` are the arguments of the vision transformer in the recipe's own encoder; another backbone takes its own arguments only.
+    """
+    if hasattr(backbones.get(encoder.name), "encode_latent"):
+        return encoder.build(img_size=img_size, in_chans=in_chans, **vit)
+    wrapped = {"backbone": encoder.name, "backbone_args": encoder.kwargs}
+    if encoder.name in VIT:
+        return backbones.build("vitkit:vae_encoder", img_size=img_size, in_chans=in_chans, **vit, **wrapped)
+    return backbones.build("vitkit:vae_encoder", img_size=img_size, in_chans=in_chans, **wrapped)
 
 
 def sample_latent(mu: Tensor, log_var: Tensor, *, views: int = 1) -> Tensor:

@@ -267,7 +267,7 @@ def attention_figure(model: Any, split: ImageSplit, classes: Sequence[str], *, c
     with evaluating(model):
         weights = vit.attention_maps(images)[:, -1].float().mean(dim=1)  # (b n n)
         patches = slice(vit.num_prefix_tokens, vit.num_prefix_tokens + vit.num_patches)
-        queries = slice(0, 1) if vit.cls_token is not None else patches
+        queries = slice(0, 1) if getattr(vit, "cls_token", None) is not None else patches
         maps = weights[:, queries, patches].mean(dim=1).unflatten(1, vit.grid_size)  # (b h w)
         maps = maps / maps.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
     return Attention(pixels.cpu().numpy(), maps.cpu().numpy(), [class_name(classes, label) for label in labels.tolist()])
@@ -288,7 +288,7 @@ def figures(model: Any, dataset: Any, *, seed: int = 0) -> dict[str, ReportFigur
     by_name: dict[str, ReportFigure] = {
         "embeddings": Embeddings(features.features.cpu().numpy(), features.labels.cpu().numpy(), classes)
     }
-    if hasattr(getattr(model, "backbone", None), "vit"):
+    if hasattr(getattr(getattr(model, "backbone", None), "vit", None), "attention_maps"):
         by_name["attention"] = attention_figure(model, test, classes, seed=seed)
     if getattr(model, "decoder", None) is not None:
         by_name["samples"] = sample_sheet(model, seed=seed, classes=classes)

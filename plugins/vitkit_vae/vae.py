@@ -15,7 +15,7 @@ from vitkit.errors import UsageError
 from vitkit.registry import Component
 from vitkit.training import GradCacheable
 from vitkit_vae.elbo import KLLoss, ReconstructionLoss
-from vitkit_vae.encoder import sample_latent
+from vitkit_vae.encoder import build_encoder, sample_latent
 from vitkit_vae.triplet import TripletLoss
 from vitkit_vae.weighting import MultiTaskLoss
 
@@ -109,14 +109,15 @@ class MultiTaskVAE(GradCacheable):
     ) -> "MultiTaskVAE":
         """The model of the VAE recipes, for a dataset: each part is built through its registry.
 
-        The backbone is `encoder` with the arguments `vit` of its vision transformer. The classifier has 128 hidden
+        The backbone is `encoder` with the arguments `vit` of its vision transformer, or a
+        `vae_encoder` around another backbone. The classifier has 128 hidden
         dimensions. It is left out if its weight is 0, or without `supervised`. The decoder (see `ConvDecoder`) is left out
         if its weight is 0. The KL weight grows over the share `kl_warmup` of `steps` training steps. With progressive
         weights, the weight of a part grows over a sixth of the steps.
         """
         channels, height, width = data.shape
         classes = len(data.classes)
-        backbone = encoder.build(img_size=height if height == width else (height, width), in_chans=channels, **vit)
+        backbone = build_encoder(encoder, img_size=height if height == width else (height, width), in_chans=channels, **vit)
         classifier = decoder = None
         if weights["classification"] and supervised:
             classifier = heads.build("vitkit:mlp", in_dim=backbone.embedding_dim, out_dim=classes, hidden=CLASSIFIER_WIDTH)

@@ -25,6 +25,7 @@ class Pyramid(nn.Module):
     embed_dim: int
     widths: tuple[int, ...]
     least_size: tuple[int, int] = (1, 1)
+    num_prefix_tokens = 0
 
     def maps(self, x: Tensor) -> Iterator[Tensor]:
         """Images `(b c h w)` → the map `(b h_i w_i d_i)` of each stage, one after another."""
@@ -37,6 +38,12 @@ class Pyramid(nn.Module):
     def finish(self, x: Tensor) -> Tensor:
         """What the last map `(b h w d)` goes through."""
         return x
+
+    def layers_in_order(self) -> list[nn.Module]:
+        """The embedding of pixels, then what begins a stage and each of its blocks: learning rates fall towards the input."""
+        first, stages = [module for name, module in self.named_children() if name not in ("norm", "final_conv")]
+        parts = [part for stage in stages.children() for part in stage.children()]
+        return [first, *(layer for part in parts for layer in (part if isinstance(part, nn.Sequential) else [part]))]
 
     @property
     def grid_sizes(self) -> list[tuple[int, int]]:

@@ -3,6 +3,9 @@
     python -m tests.benchmarks [jepa clip vae triplets evaluation data_path start] [--quick] [--no-compile] [--rounds 5] [--threads 1]
 
     python -m tests.benchmarks time-to-accuracy [mnist cifar10 cifar100]
+    python -m tests.benchmarks attention-cost
+    python -m tests.benchmarks architectures [cifar10 cifar100] [--seconds 1800]
+    python -m tests.benchmarks ssl [--seconds 3600] [--finetune 0.01 0.1 1]
 
 It needs `pip install -e '.[bench]'`. In each row vitkit, the peer as its documentation shows it, the same peer tuned by hand and the
 ceiling take turns in one process, so that a slow minute of the machine affects all of them and hardly changes their ratios. A cell of
@@ -25,6 +28,8 @@ from vitkit.runs import processor
 from .timing import Options, Row
 
 SYSTEMS = ("jepa", "clip", "vae", "triplets", "evaluation", "data_path", "start", "recipes")
+OWN_TABLES = ("time-to-accuracy", "attention-cost", "architectures", "ssl")
+"""Benchmarks with flags and a table of their own."""
 COLUMNS = (
     "system", "row", "vitkit", "× as documented", "× tuned by hand", "% of ceiling", "target", "compared with",
 )  # fmt: skip
@@ -48,10 +53,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="small batches and two rounds: a test that the benchmarks run")
     parser.add_argument("--no-compile", action="store_true", help="peers tuned by hand without torch.compile")
-    if sys.argv[1:2] == ["time-to-accuracy"]:
-        from .time_to_accuracy import main as time_to_accuracy
-
-        return time_to_accuracy(sys.argv[2:])
+    if sys.argv[1:2] in ([name] for name in OWN_TABLES):
+        module = importlib.import_module("." + sys.argv[1].replace("-", "_"), __package__)
+        return module.main(sys.argv[2:])
     given = parser.parse_args()
     unknown = [name for name in given.systems if name not in SYSTEMS]
     if unknown:

@@ -77,3 +77,16 @@ def test_torch_compile_and_export_give_the_same_tokens(name):
     expected = model(x)
     torch.testing.assert_close(torch.compile(model, backend="eager")(x), expected)
     torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_layer_decay_falls_from_the_last_block_to_the_pixels(name):
+    model = small(name)
+    layers = model.layers_in_order()
+    rates = {id(p): group["lr"] for group in adamw(model, lr=1.0, layer_decay=0.5).param_groups for p in group["params"]}
+    for number, layer in enumerate(layers):
+        assert {rates[id(parameter)] for parameter in layer.parameters()} <= {0.5 ** (len(layers) - number)}
+    covered = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    others = {name.split(".")[0] for name, parameter in model.named_parameters() if id(parameter) not in covered}
+    assert others <= {"norm", "final_conv", "stages"}
+    assert {rates[id(parameter)] for parameter in model.parameters() if id(parameter) not in covered} <= {1.0}

@@ -92,7 +92,8 @@ def adamw(
 
     `layer_decay` in (0, 1] makes learning rates smaller towards the input, for fine-tuning (BEiT, arXiv 2106.08254): a module
     with L `blocks` trains block i of 0 … L − 1 with lr·layer_decay^(L − i), its modules and tokens before the blocks with
-    lr·layer_decay^(L + 1), all other parameters with lr.
+    lr·layer_decay^(L + 1), all other parameters with lr. A module whose blocks lie in several stages offers `layers_in_order()`, the
+    list of its L modules from the input on; layer i has lr·layer_decay^(L − i).
 
     Raises `UsageError` for a value that is out of range and for a model without a trainable parameter.
     """
@@ -127,9 +128,15 @@ def _layer_scales(model: nn.Module, layer_decay: float | None) -> dict[int, floa
     if layer_decay is None:
         return scales
     in_range(0, 1, layer_decay=layer_decay, low_included=False)
+    staged: set[int] = set()
     for module in model.modules():
+        if callable(layers := getattr(module, "layers_in_order", None)):
+            groups = [list(layer.parameters()) for layer in layers()]
+            for depth, group in enumerate(groups):
+                scales |= {id(parameter): layer_decay ** (len(groups) - depth) for parameter in group}
+            staged |= {id(part) for part in module.modules()}
         blocks = getattr(module, "blocks", None)
-        if not isinstance(blocks, nn.Sequential | nn.ModuleList):
+        if id(module) in staged or not isinstance(blocks, nn.Sequential | nn.ModuleList):
             continue
         names = list(dict(module.named_children()))
         after = tuple(f"{name}." for name in names[names.index("blocks") + 1 :])
