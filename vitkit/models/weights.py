@@ -128,9 +128,9 @@ def _load_published(backbone: nn.Module, prefix: str, module: Any, path: Path, s
             reason = f"the backbone has {tuple(inner[name].shape)}" if name in inner else "the backbone has none"
             report.unused.append(f"{source} {shape}: {reason}")
             continue
-        whole = f"{prefix}.{name}" if prefix else name
-        values[whole] = fit
-        report.changed.extend([f"{whole} {shape} → {tuple(fit.shape)}: {change}"] if change else [])
+        full_name = f"{prefix}.{name}" if prefix else name
+        values[full_name] = fit
+        report.changed.extend([f"{full_name} {shape} → {tuple(fit.shape)}: {change}"] if change else [])
     check_loaded(path, list(values), report.unused, target)
     with torch.no_grad():
         for name, value in values.items():
