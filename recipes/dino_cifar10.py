@@ -16,7 +16,7 @@ DATASET = "cifar10"
 PRESETS = {
     "default": {},
     "digits": {"epochs": 20, "batch_size": 64, "img_size": 16, "patch_size": 2, "embed_dim": 96, "depth": 4, "num_heads": 3,
-               "eval_every": 10},
+               "eval_every": 10, "momentum": 0.95},
 }  # fmt: skip
 
 
@@ -63,7 +63,7 @@ def main(
     model = DINO(backbone, dino_head, loss.build(out_dim=prototypes), momentum=cosine(momentum, 1.0), koleo=koleo, keep=keep)
     optimizer = muon_adamw(model, lr=lr, weight_decay=weight_decay)
     schedule = warmup_cosine(optimizer, run.steps(batches, epochs), warmup=round(min(warmup, epochs) * run.steps(batches)))
-    monitors = Monitors.of(run, data, size=eval_size, probe_dataset=probe_dataset)
+    monitors = Monitors.of(run, data, size=eval_size, train_size=train_size, probe_dataset=probe_dataset)
     monitors.measure_untrained(model)
     for epoch in run.fit(model, batches, epochs=epochs, optimizer=optimizer, schedule=schedule, clip=1.0, ema=ema):
         monitors.after(epoch, model, eval_every)

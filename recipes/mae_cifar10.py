@@ -62,7 +62,7 @@ def main(
     model = MAE(backbone, pixels, loss.build(), mask=mask)
     optimizer = muon_adamw(model, lr=lr, weight_decay=weight_decay)
     schedule = warmup_cosine(optimizer, run.steps(batches, epochs), warmup=round(min(warmup, epochs) * run.steps(batches)))
-    monitors = Monitors.of(run, data, size=eval_size, probe_dataset=probe_dataset)
+    monitors = Monitors.of(run, data, size=eval_size, train_size=train_size, probe_dataset=probe_dataset)
     monitors.measure_untrained(model)
     for epoch in run.fit(model, batches, epochs=epochs, optimizer=optimizer, schedule=schedule, clip=1.0, ema=ema):
         monitors.after(epoch, model, eval_every)

@@ -18,6 +18,7 @@ from vitkit_eval.few_shot import FewShot
 from vitkit_eval.knn import KNN
 from vitkit_eval.linear import LinearProbe, fit_logistic
 from vitkit_eval.neighbours import Neighbours
+from vitkit_eval.object_attention import ObjectAttention
 from vitkit_eval.ranking import Ranking, nearest_items, rank_relevant
 from vitkit_eval.retrieval import retrieval_scores
 from vitkit_eval.silhouette import Silhouette
@@ -37,6 +38,7 @@ __all__ = [
     "LiDAR",
     "LinearProbe",
     "Neighbours",
+    "ObjectAttention",
     "RankMe",
     "Ranking",
     "Silhouette",

@@ -1,6 +1,6 @@
 """DINO: self-distillation with a momentum teacher and crops of several sizes."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,10 +32,11 @@ class DINOHead(nn.Module):
         hidden: int | None = None,
         bottleneck: int = 64,
         depth: int = 3,
+        norm: Literal["layer", "batch", "none"] = "batch",
     ) -> None:
         super().__init__()
         at_least(1, in_dim=in_dim, out_dim=out_dim, hidden=hidden, bottleneck=bottleneck, depth=depth)
-        self.mlp = MLPHead(in_dim, bottleneck, hidden=4 * in_dim if hidden is None else hidden, depth=depth, norm="none")
+        self.mlp = MLPHead(in_dim, bottleneck, hidden=4 * in_dim if hidden is None else hidden, depth=depth, norm=norm)
         self.prototypes = nn.Parameter(torch.randn(out_dim, bottleneck))
 
     def no_weight_decay(self) -> set[str]:

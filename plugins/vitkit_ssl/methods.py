@@ -8,6 +8,7 @@ from torch import nn
 from vitkit import heads, losses
 from vitkit.data import View
 from vitkit.errors import UsageError
+from vitkit.training import cosine
 from vitkit.validation import one_of
 from vitkit_ssl.byol import BYOL
 from vitkit_ssl.dino import DINO
@@ -34,7 +35,7 @@ def views_of(method: Method, augment: Augment, channels: int, img_size: int, *, 
     return multi_crop(augment, channels, img_size, local=local if method == "dino" else 0)
 
 
-def build_method(method: Method, backbone: Any, *, classes: int = 0, keep: float = 1.0) -> nn.Module:
+def build_method(method: Method, backbone: Any, *, classes: int = 0, keep: float = 1.0, momentum: float = 0.99) -> nn.Module:
     """The model of a method over `backbone`, with the heads and the loss of its registered names.
 
     - "mae": `mae_decoder`, `masked_reconstruction`; three quarters of the patches are masked.
@@ -42,8 +43,9 @@ def build_method(method: Method, backbone: Any, *, classes: int = 0, keep: float
     - "simclr": `mlp` with batch norm, `nt_xent`. "byol": two of them, `byol`. "lejepa": one of them, `lejepa`.
     - "supervised": `linear` and cross entropy, for the comparison; `classes` is the number of classes.
 
-    `keep` is the share of the patches that each view of the student uses; MAE masks patches by itself, and "supervised" uses all. Raises
-    `UsageError` for an unknown method, and for "supervised" without classes.
+    `keep` is the share of the patches that each view of the student uses; MAE masks patches by itself, and "supervised" uses all.
+    `momentum` is that of the teacher of DINO and BYOL at the first step; it rises to 1. Raises `UsageError` for an unknown method, and
+    for "supervised" without classes.
     """
     one_of(METHODS, method=method)
     width: int = backbone.embed_dim
@@ -58,9 +60,10 @@ def build_method(method: Method, backbone: Any, *, classes: int = 0, keep: float
         return MAE(backbone, decoder, losses.build("vitkit:masked_reconstruction"))
     if method == "dino":
         head = heads.build("vitkit:dino", in_dim=width, out_dim=PROTOTYPES)
-        return DINO(backbone, head, losses.build("vitkit:dino", out_dim=PROTOTYPES), keep=keep)
+        return DINO(backbone, head, losses.build("vitkit:dino", out_dim=PROTOTYPES), momentum=cosine(momentum, 1.0), keep=keep)
     if method == "byol":
-        return BYOL(backbone, projector(width), projector(int(PROJECTION["out_dim"])), losses.build("vitkit:byol"), keep=keep)
+        heads_of_byol = projector(width), projector(int(PROJECTION["out_dim"]))
+        return BYOL(backbone, *heads_of_byol, losses.build("vitkit:byol"), momentum=cosine(momentum, 1.0), keep=keep)
     if method == "supervised":
         if classes < 2:
             raise UsageError("method 'supervised' needs images with labels of two classes or more; take another method for these images")

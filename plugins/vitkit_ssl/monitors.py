@@ -26,7 +26,7 @@ class Monitors:
     - `watched` measure on the validation split as the training goes: kNN and linear probe (of `size` training and validation images, None:
       all), RankMe, α-ReQ and LiDAR. Without labels the standard deviation of the features and a sheet of nearest images take the place of
       kNN and linear probe.
-    - `final` measure kNN and linear probe on all test images, with all training images, for the record.
+    - `final` measure kNN and linear probe on all test images, for the record; their training images are all, or `train_size`.
     - With `probe_dataset` both also measure on another dataset (the evaluator `transfer`).
     """
 
@@ -36,7 +36,9 @@ class Monitors:
     final: list[Evaluator]
 
     @classmethod
-    def of(cls, run: Run, data: Any, *, size: int | None = None, probe_dataset: str | None = None) -> "Monitors":
+    def of(
+        cls, run: Run, data: Any, *, size: int | None = None, train_size: int | None = None, probe_dataset: str | None = None
+    ) -> "Monitors":
         """The monitors that suit `data`; a line reports each that is left out."""
         sizes = {"train_size": size, "test_size": size}
         transfer = [evaluators.build("vitkit:transfer", dataset=probe_dataset, **sizes)] if probe_dataset else []
@@ -49,7 +51,8 @@ class Monitors:
             evaluators.build("vitkit:lidar", images=LIDAR_IMAGES, views=LIDAR_VIEWS),
             split="val",
         )
-        final = run.check(data, *(evaluators.build(f"vitkit:{name}") for name in ("knn", "linear_probe") if data.classes), *transfer)
+        probes = (evaluators.build(f"vitkit:{name}", train_size=train_size) for name in ("knn", "linear_probe") if data.classes)
+        final = run.check(data, *probes, *transfer)
         return cls(run, data, watched, final)
 
     def measure_untrained(self, model: nn.Module) -> None:

@@ -5,6 +5,7 @@
     python -m tests.benchmarks time-to-accuracy [mnist cifar10 cifar100]
     python -m tests.benchmarks attention-cost
     python -m tests.benchmarks architectures [cifar10 cifar100] [--seconds 1800]
+    python -m tests.benchmarks ssl [--seconds 3600] [--finetune 0.01 0.1 1]
 
 It needs `pip install -e '.[bench]'`. In each row vitkit, the peer as its documentation shows it, the same peer tuned by hand and the
 ceiling take turns in one process, so that a slow minute of the machine affects all of them and hardly changes their ratios. A cell of
@@ -27,7 +28,7 @@ from vitkit.runs import processor
 from .timing import Options, Row
 
 SYSTEMS = ("jepa", "clip", "vae", "triplets", "evaluation", "data_path", "start", "recipes")
-OWN_TABLES = ("time-to-accuracy", "attention-cost", "architectures")
+OWN_TABLES = ("time-to-accuracy", "attention-cost", "architectures", "ssl")
 """Benchmarks with flags and a table of their own."""
 COLUMNS = (
     "system", "row", "vitkit", "× as documented", "× tuned by hand", "% of ceiling", "target", "compared with",
