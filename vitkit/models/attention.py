@@ -146,7 +146,8 @@ class _Capture(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             self._add(_weights(*args, **kwargs))
         elif func is F.multi_head_attention_forward:  # of `nn.MultiheadAttention`, whose own operations are not seen here
-            self._add(func(*args, **kwargs | {"need_weights": True, "average_attn_weights": False})[1].float())
+            weights: Any = func(*args, **kwargs | {"need_weights": True, "average_attn_weights": False})[1]
+            self._add(weights.float())
         elif func in SOFTMAX and isinstance(result, Tensor) and result.ndim == 4 and _over_last(args, kwargs):
             self._add(result.float())
         return result
