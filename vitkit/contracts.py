@@ -77,6 +77,10 @@ class Backbone(Protocol):
     `extra_tokens` of shape `(b m d)` by keyword. A backbone may offer `encode_image(images) -> (b d)`, its own
     pooled features; where it does not, evaluators take the mean over its tokens. A backbone whose weights other libraries
     publish under other names may offer `published_names`, see `vitkit.load_weights`.
+
+    A backbone whose first tokens are no patches gives their number as `num_prefix_tokens`, and the first of them, if it is a CLS token, as
+    `cls_token`, as timm's models do. The others are patches in row-major order, unless `tokens_in_rows` is False. `vitkit attend` reads
+    these attributes.
     """
 
     embed_dim: int

@@ -84,6 +84,7 @@ class PairViT(nn.Module):
             )
         self.tower = tower
         self.embed_dim: int = tower.embed_dim
+        self.tokens_in_rows = not by_halves  # else all tokens of the left half come first
 
     @staticmethod
     def vitkit_example(samples: int) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -66,10 +66,11 @@ def attention(backbone: nn.Module, images: Tensor) -> AttentionMaps:
     """The tokens of preprocessed images `(b c h w)` and the attention between them, without gradients, in evaluation mode.
 
     The number of CLS and register tokens is the attribute `num_prefix_tokens` of the backbone or of the first of its modules that has one,
-    0 without one; there is a CLS token if that module's `cls_token` is not None. Memory: n² numbers for each head of one block.
+    0 without one; there is a CLS token if that module's `cls_token` is not None. The other tokens are patches in row-major order, unless
+    the backbone's `tokens_in_rows` is False. Memory: n² numbers for each head of one block.
 
-    Ranks: no rank waits for another. Raises `UsageError` for a backbone that does not give tokens `(b n d)`, and where n − prefix tokens
-    make no grid with the proportions of the image.
+    Ranks: no rank waits for another. Raises `UsageError` for a backbone that does not give tokens `(b n d)` in rows, and where n − prefix
+    tokens make no grid with the proportions of the image.
     """
     with evaluating(backbone), _Capture() as capture:
         tokens = backbone(images)
@@ -78,6 +79,8 @@ def attention(backbone: nn.Module, images: Tensor) -> AttentionMaps:
         raise UsageError(f"{type(backbone).__name__} gave {given} for {len(images)} images; expected tokens (b, n, d)")
     owner: Any = next((module for module in backbone.modules() if isinstance(getattr(module, "num_prefix_tokens", None), int)), None)
     prefix = 0 if owner is None else owner.num_prefix_tokens
+    if not getattr(backbone, "tokens_in_rows", True):
+        raise UsageError(f"the patch tokens of {type(backbone).__name__} are not in row-major order, so they cannot be drawn over an image")
     grid = _grid(tokens.shape[1] - prefix, (images.shape[-2], images.shape[-1]))
     if grid is None:
         raise UsageError(
@@ -158,9 +161,10 @@ class _Capture(TorchFunctionMode):
         shape = tuple(self.last.shape)
         if len(shape) == 4 and shape[0] == images and shape[2] == shape[3] == tokens:
             return ""
-        kind = "within windows" if len(shape) == 4 and shape[2] == shape[3] and shape[0] > images else "not between all tokens"
+        windows = len(shape) == 4 and shape[2] == shape[3] and shape[0] > images
+        kind = "attends within windows" if windows else "does not attend between all tokens"
         return (
-            f"the last block of {name} attends {kind}: its weights are {shape}, those between all tokens would be "
+            f"the last block of {name} {kind}: its weights are {shape}, those between all tokens would be "
             f"({images}, heads, {tokens}, {tokens}); so there are no attention maps; the colours of its tokens remain"
         )
 

@@ -170,6 +170,20 @@ def test_other_outputs_are_refused():
         attention(Tokens(torch.zeros(1, 7, 4)), images(1))
 
 
+def test_tokens_that_do_not_lie_in_rows_are_not_drawn():
+    pairs = backbones.build("pair_vit", img_size=16, stem=[8, 16, 16], depth=2, num_heads=2, mlp_dim=32)
+    with pytest.raises(UsageError, match="the patch tokens of PairViT are not in row-major order, so they cannot be drawn over an image"):
+        attention(pairs, torch.randn(1, 3, 16, 32))
+
+
+def test_attention_to_fewer_keys_has_no_maps():
+    pyramid = backbones.build("timm/pvt_v2_b0", img_size=64)
+    found = attention(pyramid, torch.randn(1, 3, 64, 64))
+    assert found.rollout is None
+    with pytest.raises(UsageError, match="attention rollout needs attention between all tokens in every block"):
+        found.rollout_map()
+
+
 def test_masks_scales_and_grouped_keys_are_those_of_torchs_operation():
     class Masked(nn.Module):
         def forward(self, x):
