@@ -34,8 +34,8 @@ def written(folder: Path, state: dict[str, Tensor]) -> Path:
     return file
 
 
-def close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
     """Equal to `tolerance` of the expected values' size, and not constant."""
     expected = expected.detach()
     assert expected.std() > 1e-2 * expected.abs().max()
-    torch.testing.assert_close(found.detach(), expected, rtol=0, atol=tolerance * max(1.0, float(expected.abs().max())))
+    torch.testing.assert_close(actual.detach(), expected, rtol=0, atol=tolerance * max(1.0, float(expected.abs().max())))

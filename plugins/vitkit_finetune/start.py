@@ -35,7 +35,7 @@ def start_from(
     if not data.classes or not bool((data.train.labels != UNLABELLED).any()):
         raise UsageError(
             f"the training images of {data.name} have no labels; fine-tuning needs a folder for each class. Train on images alone first, "
-            f"for example with recipes/jepa_mnist.py --no-multimodal, then give --model RUN and a labelled dataset"
+            f"for example with recipes/ssl_cifar10.py, then give --model RUN and a labelled dataset"
         )
     if source == SCRATCH:
         if weights != "auto":

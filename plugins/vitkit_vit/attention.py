@@ -167,9 +167,9 @@ class Attention(nn.Module):
         everything = None
         if self.relative_position_bias_table is not None:
             rows = layout.relative_rows()
-            own = to_windows(torch.arange(layout.count, device=q.device)[patches].view(1, *grid, 1), window)[0, 0, :, 0]
-            keys = torch.cat([special, own])
-            bias = bias + self._table(rows[own][:, keys])
+            members = to_windows(torch.arange(layout.count, device=q.device)[patches].view(1, *grid, 1), window)[0, 0, :, 0]
+            keys = torch.cat([special, members])
+            bias = bias + self._table(rows[members][:, keys])
             everything = self._table(rows[special])
         keys, values = cut(k), cut(v)
         if first + last:

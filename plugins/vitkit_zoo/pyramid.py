@@ -75,13 +75,13 @@ class Pyramid(nn.Module):
         wrong = [depth for depth in depths if not 1 <= depth <= stages]
         if wrong:
             raise UsageError(f"depths {wrong} lie outside 1 … {stages}, the number of stages")
-        found = {}
+        tokens = {}
         for number, features in enumerate(self.maps(self._checked(x)), start=1):
             if number in depths:
-                found[number] = self._tokens(self.finish(features) if number == stages else features)
+                tokens[number] = self._tokens(self.finish(features) if number == stages else features)
             if number == max(depths, default=0):
                 break
-        return [found[depth] for depth in depths]
+        return [tokens[depth] for depth in depths]
 
     def _last(self, x: Tensor) -> Tensor:
         for features in self.maps(self._checked(x)):

@@ -254,7 +254,7 @@ class Block(nn.Module):
         x = from_windows(x, self.window, padded)
         if any(shift):
             x = x.roll(shift, dims=(1, 2))
-        return x[:, :rows, :columns]
+        return x if padded == grid else x[:, :rows, :columns]
 
     def _padded(self, grid: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of the smallest map that holds `grid` and that windows divide."""

@@ -27,7 +27,7 @@ from vitkit.runs import processor
 
 from .timing import Options, Row
 
-SYSTEMS = ("jepa", "clip", "vae", "triplets", "evaluation", "data_path", "start", "recipes")
+SYSTEMS = ("jepa", "clip", "vae", "triplets", "evaluation", "data_path", "start", "recipes", "zoo")
 OWN_TABLES = ("time-to-accuracy", "attention-cost", "architectures", "ssl")
 """Benchmarks with flags and a table of their own."""
 COLUMNS = (

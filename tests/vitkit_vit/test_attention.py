@@ -48,9 +48,9 @@ def test_patches_in_another_order_keep_their_places(options: str, tokens: str, e
     extra_tokens = images(2, extra, 32, seed=3) if extra else None
     order, first = torch.randperm(32, generator=torch.Generator().manual_seed(0)), model.num_prefix_tokens
     expected = model(pictures(), extra_tokens=extra_tokens)
-    found = model(pictures(), extra_tokens=extra_tokens, keep=order.expand(2, -1))
-    close(found[:, first : first + 32], expected[:, first : first + 32][:, order])
-    close(found[:, first + 32 :], expected[:, first + 32 :]) if extra else None
+    actual = model(pictures(), extra_tokens=extra_tokens, keep=order.expand(2, -1))
+    close(actual[:, first : first + 32], expected[:, first : first + 32][:, order])
+    close(actual[:, first + 32 :], expected[:, first + 32 :]) if extra else None
     pooled = model.encode_image(pictures(), extra_tokens=extra_tokens)
     close(pooled, model.pool(expected))
 
@@ -60,13 +60,13 @@ def test_windowed_attention_is_masked_full_attention_gradients_included(relative
     model = vit(attention="windowed", relative_bias=relative_bias, registers=1).double()
     x, extra = pictures().double(), images(2, 1, 32, seed=3).double()
     weights = images(2, 2 + 32 + 1, 32, seed=4).double()
-    found = []
+    actual = []
     for keep in (None, torch.arange(32).expand(2, -1)):
         model.zero_grad()
         tokens = model(x, extra_tokens=extra, keep=keep)
         (tokens * weights).sum().backward()
-        found.append([tokens.detach(), *(parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None)])
-    for windows, masked in zip(*found, strict=True):
+        actual.append([tokens.detach(), *(parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None)])
+    for windows, masked in zip(*actual, strict=True):
         torch.testing.assert_close(windows, masked, rtol=1e-6, atol=1e-8)
 
 

@@ -25,8 +25,8 @@ def published(model):
             number = name.split(".")[2]
             state[f"tokenizer.conv_layers.{number}.0.weight"] = value
             continue
-        ours = next((part for part in names if part in name), None)
-        state["classifier." + (name.replace(ours, names[ours]) if ours else name)] = value
+        part = next((part for part in names if part in name), None)
+        state["classifier." + (name.replace(part, names[part]) if part else name)] = value
     return state | {"classifier.fc.weight": torch.randn(5, model.embed_dim), "classifier.fc.bias": torch.randn(5)}
 
 
@@ -46,17 +46,17 @@ def features_by_the_paper(state, x, heads, kernel):
 
     block = 0
     while f"classifier.blocks.{block}.linear1.weight" in state:
-        own = {name.removeprefix(f"classifier.blocks.{block}."): value for name, value in state.items()}
+        inner = {name.removeprefix(f"classifier.blocks.{block}."): value for name, value in state.items()}
         name = f"classifier.blocks.{block}"
-        q, k, v = (normed(x, f"{name}.pre_norm") @ own["self_attn.qkv.weight"].T).split(width, dim=-1)
+        q, k, v = (normed(x, f"{name}.pre_norm") @ inner["self_attn.qkv.weight"].T).split(width, dim=-1)
         mixed = []
         for head in range(heads):
             part = slice(head * width // heads, (head + 1) * width // heads)
             scores = torch.einsum("bnd,bmd->bnm", q[..., part], k[..., part]) / (width // heads) ** 0.5
             mixed.append(scores.exp() / scores.exp().sum(-1, keepdim=True) @ v[..., part])
-        x = x + torch.cat(mixed, dim=-1) @ own["self_attn.proj.weight"].T + own["self_attn.proj.bias"]
+        x = x + torch.cat(mixed, dim=-1) @ inner["self_attn.proj.weight"].T + inner["self_attn.proj.bias"]
         x = normed(x, f"{name}.norm1")  # the residual of the MLP is the normed sum
-        x = x + F.gelu(x @ own["linear1.weight"].T + own["linear1.bias"]) @ own["linear2.weight"].T + own["linear2.bias"]
+        x = x + F.gelu(x @ inner["linear1.weight"].T + inner["linear1.bias"]) @ inner["linear2.weight"].T + inner["linear2.bias"]
         block += 1
     x = normed(x, "classifier.norm")
     scores = (x * state["classifier.attention_pool.weight"]).sum(-1) + state["classifier.attention_pool.bias"]

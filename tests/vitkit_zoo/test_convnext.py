@@ -40,8 +40,8 @@ def test_timms_weights_give_timms_tokens_and_features(tmp_path, size, conv_mlp):
     features = reference.forward_features(x)
     close(backbone(x), features.flatten(2).mT)
     close(backbone.encode_image(x), reference.forward_head(features, pre_logits=True))
-    for found, expected in zip(backbone.forward_features(x, [1, 2, 3]), reference.forward_intermediates(x)[1], strict=False):
-        close(found, expected.flatten(2).mT)
+    for actual, expected in zip(backbone.forward_features(x, [1, 2, 3]), reference.forward_intermediates(x)[1], strict=False):
+        close(actual, expected.flatten(2).mT)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (75, 50)], ids=str)

@@ -29,9 +29,9 @@ def test_timms_weights_give_timms_tokens_and_features(tmp_path, size):
     close(backbone(x), tokens(features))
     close(backbone.encode_image(x), reference.forward_head(features, pre_logits=True))
     expected = reference.stem(x)
-    for found, stage in zip(backbone.forward_features(x, [1, 2, 3, 4]), reference.stages, strict=False):
+    for actual, stage in zip(backbone.forward_features(x, [1, 2, 3, 4]), reference.stages, strict=False):
         expected = stage(expected)
-        close(found, tokens(expected))
+        close(actual, tokens(expected))
     assert backbone.grid_after(5, size) == tuple(features.shape[2:])
 
 
@@ -39,10 +39,10 @@ def test_gradients_and_running_statistics_are_timms():
     reference, backbone = timm_model().double().train(), MobileViT(preset="xxs", img_size=32).double().train()
     backbone.load_state_dict({name: value for name, value in reference.state_dict().items() if not name.startswith("head.")})
     x = images(4, 3, 64, 64).double()
-    found, expected = backbone(x), tokens(reference.forward_features(x))
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
-    weights = torch.randn_like(found)
-    (found * weights).sum().backward()
+    actual, expected = backbone(x), tokens(reference.forward_features(x))
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-8)
+    weights = torch.randn_like(actual)
+    (actual * weights).sum().backward()
     (expected * weights).sum().backward()
     gradients = {name: parameter.grad for name, parameter in reference.named_parameters()}
     for name, parameter in backbone.named_parameters():

@@ -35,8 +35,8 @@ def test_timms_weights_give_timms_tokens_and_features(tmp_path, size, reduction)
     features, stages = reference.forward_intermediates(x)
     close(backbone(x), features.flatten(2).mT)
     close(backbone.encode_image(x), reference.forward_head(features, pre_logits=True))
-    for found, expected in zip(backbone.forward_features(x, [1, 2, 3, 4]), stages, strict=True):
-        close(found, expected.flatten(2).mT)
+    for actual, expected in zip(backbone.forward_features(x, [1, 2, 3, 4]), stages, strict=True):
+        close(actual, expected.flatten(2).mT)
     assert backbone.grid_after(2, size) == tuple(stages[1].shape[2:])
 
 

@@ -76,8 +76,9 @@ def attend(
     elif first.rollout is None:
         err.print("no rollout: not every block attends between all tokens")
     query = "from the CLS token" if first.has_cls else "from all patches, because there is no CLS token"
+    noun = "picture" if len(rows) == 1 else "pictures"
     grid = f"{first.grid[0]}×{first.grid[1]} patches, {first.prefix} other tokens, {query}"
-    out.print(f"{printable(path)}: {len(rows)} pictures{f' of {more:,}' if more > len(rows) else ''}; {opened.origin}; {grid}")
+    out.print(f"{printable(path)}: {len(rows)} {noun}{f' of {more:,}' if more > len(rows) else ''}; {opened.origin}; {grid}")
 
 
 def _read(words: list[str], count: int) -> tuple[list[str], list[Any], int]:

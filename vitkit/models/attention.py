@@ -1,7 +1,8 @@
 """The attention of a transformer's blocks, captured while the backbone computes its tokens.
 
 Attention weights are computed beside the forward pass from the queries and keys that it uses. So the backbone needs no method for this, it
-may use fused attention or not, and its tokens are exactly those of a forward pass without the capture.
+may use fused attention or not, and its tokens are exactly those of a forward pass without the capture. (`nn.TransformerEncoderLayer` has
+a path of its own for evaluation, which is not taken during the capture: there the tokens agree up to rounding.)
 """
 
 from dataclasses import dataclass
@@ -144,6 +145,9 @@ class _Capture(TorchFunctionMode):
         result = func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             self._add(_weights(*args, **kwargs))
+        elif func is F.multi_head_attention_forward:  # of `nn.MultiheadAttention`, whose own operations are not seen here
+            weights: Any = func(*args, **kwargs | {"need_weights": True, "average_attn_weights": False})[1]
+            self._add(weights.float())
         elif func in SOFTMAX and isinstance(result, Tensor) and result.ndim == 4 and _over_last(args, kwargs):
             self._add(result.float())
         return result

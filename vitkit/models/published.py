@@ -45,12 +45,12 @@ def renamed(module: Any, state: Mapping[str, Tensor]) -> tuple[dict[str, str], l
             for pattern, replacement in patterns:
                 name = re.sub(pattern, replacement, name)
             names[source] = name
-        if not best or _known(names, target) > _known(best, target):
+        if not best or _matches(names, target) > _matches(best, target):
             best = names
     return best, [name for name in state if name not in best]
 
 
-def _known(names: Mapping[str, str], target: Mapping[str, Tensor]) -> int:
+def _matches(names: Mapping[str, str], target: Mapping[str, Tensor]) -> int:
     return sum(name in target for name in names.values())
 
 

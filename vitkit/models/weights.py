@@ -117,28 +117,25 @@ def load_weights(backbone: nn.Module, file: str | Path, *, key: str | None = Non
 
 def _load_published(backbone: nn.Module, prefix: str, module: Any, path: Path, state: Mapping[str, Tensor]) -> LoadedWeights:
     """Load the tensors whose names and shapes `module`, the part of the backbone named `prefix`, knows to change into its own."""
-    target, inner, report = backbone.state_dict(), module.state_dict(), LoadedWeights(path)
+    target, inner = backbone.state_dict(), module.state_dict()
     names, beside = renamed(module, state)
-    report.unused.extend(f"{source} {tuple(state[source].shape)}: not part of the model" for source in beside)
-    values = {}
+    unused = [f"{source} {tuple(state[source].shape)}: not part of the model" for source in beside]
+    values, changed = {}, []
     for source, name in names.items():
         value, shape = state[source], tuple(state[source].shape)
         fit, change = fitted(module, name, value, inner[name], fit_channels) if name in inner else (None, "")
         if fit is None:
             reason = f"the backbone has {tuple(inner[name].shape)}" if name in inner else "the backbone has none"
-            report.unused.append(f"{source} {shape}: {reason}")
+            unused.append(f"{source} {shape}: {reason}")
             continue
-        whole = f"{prefix}.{name}" if prefix else name
-        values[whole] = fit
-        report.changed.extend([f"{whole} {shape} → {tuple(fit.shape)}: {change}"] if change else [])
-    check_loaded(path, list(values), report.unused, target)
+        full_name = f"{prefix}.{name}" if prefix else name
+        values[full_name] = fit
+        changed += [f"{full_name} {shape} → {tuple(fit.shape)}: {change}"] if change else []
+    check_loaded(path, list(values), unused, target)
     with torch.no_grad():
         for name, value in values.items():
             target[name].copy_(value)
-    report.loaded.extend(values)
-    report.missing.extend(sorted(target.keys() - values.keys()))
-    report.unused.sort()
-    return report
+    return LoadedWeights(path, list(values), changed, sorted(target.keys() - values.keys()), sorted(unused))
 
 
 def _state_dict(path: Path, key: str | None) -> dict[str, Tensor]:

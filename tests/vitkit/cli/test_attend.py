@@ -46,7 +46,7 @@ def test_a_row_for_each_picture_of_any_size(vitkit, tmp_path):
 def test_the_first_pictures_of_a_folder_or_dataset_and_broken_ones_are_named(vitkit, tmp_path):
     (tmp_path / "pictures" / "0.png").write_bytes(b"")
     done = vitkit("attend", "vit", "pictures", "--count", "1")
-    assert (done.returncode, done.stdout.split(";")[0]) == (0, "attention.png: 1 pictures of 3")
+    assert (done.returncode, done.stdout.split(";")[0]) == (0, "attention.png: 1 picture of 3")
     assert "left out: pictures/0.png cannot be read as an image" in done.stderr
     done = vitkit("attend", "vit", "digits", "--count", "2")
     assert done.stdout.startswith("attention.png: 2 pictures of 382; ")

@@ -170,6 +170,27 @@ def test_other_outputs_are_refused():
         attention(Tokens(torch.zeros(1, 7, 4)), images(1))
 
 
+def test_torchs_own_encoder_layers_have_maps():
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+            self.patch, self.layers = nn.Conv2d(3, 16, 8, 8), nn.TransformerEncoder(layer, 2)
+
+        def forward(self, x):
+            return self.layers(self.patch(x).flatten(2).mT)
+
+    torch.manual_seed(0)
+    backbone = spread(Encoder())
+    found = attention(backbone, images())
+    with torch.no_grad():
+        torch.testing.assert_close(found.tokens, backbone(images()), atol=1e-5, rtol=1e-5)
+        between = backbone.layers.layers[0](backbone.patch(images()).flatten(2).mT)
+        _, expected = backbone.layers.layers[1].self_attn(between, between, between, average_attn_weights=False)
+    torch.testing.assert_close(found.heads, expected, atol=1e-5, rtol=1e-5)
+    assert found.rollout_map().shape == (2, 4, 4)
+
+
 def test_tokens_that_do_not_lie_in_rows_are_not_drawn():
     pairs = backbones.build("pair_vit", img_size=16, stem=[8, 16, 16], depth=2, num_heads=2, mlp_dim=32)
     with pytest.raises(UsageError, match="the patch tokens of PairViT are not in row-major order, so they cannot be drawn over an image"):
