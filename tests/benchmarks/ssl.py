@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks ssl [--seconds 3600] [--dataset cifar10] [--seeds 3] [--out runs/ssl] [--methods mae dino]
                                    [--finetune 0.01 0.1 1] [-- --embed-dim 128 --depth 4]
+    python -m tests.benchmarks ssl --cost [--shares 0 0.5 0.75]      # what masking saves
 
 Each method trains with `recipes/ssl_cifar10.py` for `--seconds` of processor time: its step is timed first, and as many epochs are run as
 fit, at least one. The words after `--` are flags of that recipe, the same for every method. Rows beside the methods: the same network
@@ -9,6 +10,9 @@ trained with labels for the same time, the untrained network, and raw pixels. Co
 epoch, RankMe on the validation split, and the processor time of training and evaluation. With `--finetune` each network is also fine-tuned
 by `recipes/finetune.py` with these shares of the labels; the untrained network is then trained for as long as pretraining and fine-tuning
 take together. Nothing is selected on the test split.
+
+`--cost` prints another table: the processor time of a masked autoencoder's encoder, and of its step without the optimiser, for each share
+of masked patches, forward and backward in bf16, 64 images of 32 pixels, as shares of the first row.
 
 Finished runs in `--out` are not repeated, so the command can be called again after an interruption. With several seeds a cell is the mean,
 with the smallest and the largest value.
@@ -22,18 +26,19 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 
-from vitkit import Run, evaluators
+from vitkit import Run, backbones, evaluators
 from vitkit.models import save
 from vitkit.runs import processor
 from vitkit.training import Recipe, parse_arguments
-from vitkit_ssl import METHODS, raw_pixel_scores
+from vitkit_ssl import METHODS, build_method, raw_pixel_scores
 
 from .recipes import RECIPES, measure
 
@@ -116,6 +121,39 @@ def finetuned(model: Path, folder: Path, shares: list[float], dataset: list[str]
     return scores
 
 
+def costs(shares: list[float], rounds: int = 3) -> str:
+    """The Markdown table of the processor time of MAE's encoder and step by the share of masked patches."""
+    torch.manual_seed(0)
+    backbone = backbones.build("vitkit:vit", embed_dim=192, depth=6, num_heads=3, dropout=0.0, pool="mean", positions="sincos2d")
+    model, images = build_method("mae", backbone), torch.randn(64, 3, 32, 32)
+    order = torch.rand(64, backbone.num_patches).argsort(dim=1)
+    rows: dict[float, list[float]] = {}
+    for share in shares:
+        model.num_masked = round(share * backbone.num_patches)
+        keep = order[:, model.num_masked :]
+        calls = [lambda keep=keep: backbone(images, keep=keep).square().mean()]
+        calls += [lambda: model({"images": images})["loss"]] if model.num_masked else []
+        rows[share] = [seconds_of(call, rounds) for call in calls]
+    first = rows[shares[0]][0]
+    lines = ["| masked | encoder | encoder, decoder and loss |", "|---|---|---|"]
+    for share, seconds in rows.items():
+        cells = [f"{second / first:.2f} ({1e3 * second / 64:.1f} ms an image)" for second in seconds]
+        lines.append(f"| {share:.0%} | " + " | ".join([*cells, ""][:2]) + " |")
+    return "\n".join(lines)
+
+
+def seconds_of(call: Callable[[], torch.Tensor], rounds: int) -> float:
+    """The median processor time of a call and its backward pass, after one that is not counted."""
+    times = []
+    for _ in range(rounds + 1):
+        began = time.process_time()
+        with torch.autocast("cpu", torch.bfloat16):
+            value = call()
+        value.backward()
+        times.append(time.process_time() - began)
+    return statistics.median(times[1:])
+
+
 def cell(values: list[float], digits: int = 4) -> str:
     """A value, or mean (least–most) of several seeds; empty for none."""
     if not values:
@@ -144,12 +182,16 @@ def main(words: list[str]) -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--finetune", nargs="*", type=float, default=[], metavar="SHARE", help="shares of the labels")
+    parser.add_argument("--cost", action="store_true", help="print what masking saves, and train nothing")
+    parser.add_argument("--shares", nargs="+", type=float, default=[0.0, 0.25, 0.5, 0.75, 0.9], help="masked shares for --cost")
     parser.add_argument("--out", type=Path, default=Path("runs/ssl"))
     split = words.index("--") if "--" in words else len(words)
     given, more = parser.parse_args(words[:split]), words[split + 1 :]
     if given.finetune and not FINETUNE.exists():
         parser.error(f"--finetune needs {FINETUNE}")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    if given.cost:
+        return print(f"{costs(given.shares)}\n\n{processor()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}")
     flags = {"dataset": given.dataset, **recipe_flags(more)}
     rows: dict[str, list[Mapping[str, float]]] = {}
     for seed in range(given.seeds):

@@ -3,7 +3,7 @@
 import pytest
 
 import vitkit
-from benchmarks.ssl import cell, recipe_flags, table, untrained
+from benchmarks.ssl import cell, costs, recipe_flags, table, untrained
 from vitkit.errors import UsageError
 
 
@@ -36,3 +36,10 @@ def test_the_untrained_network_and_pixels_are_measured_and_the_network_is_saved(
     scores = untrained(flags, 0, tmp_path)
     assert {"knn_top1", "linear_top1", "val_rankme", "pixels_knn_top1", "pixels_linear_top1"} <= set(scores)
     assert vitkit.load(tmp_path / "model").backbone.embed_dim == 32
+
+
+def test_masking_three_quarters_saves_more_than_half_of_the_encoder():
+    header, _, whole, quarter = costs([0.0, 0.75], rounds=1).splitlines()
+    assert header == "| masked | encoder | encoder, decoder and loss |"
+    assert whole.startswith("| 0% | 1.00 (")
+    assert float(quarter.split("|")[2].split()[0]) < 0.5
