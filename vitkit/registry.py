@@ -234,7 +234,7 @@ class Registry:
         """The factory of `name` or `dist:name`, imported now."""
         return self.entry(name).load()
 
-    def build(self, name: str, **kwargs: Any) -> Any:
+    def build(self, name: str, /, **kwargs: Any) -> Any:
         """Call the factory of `name` (or `dist:name`) with `kwargs` and set the attribute `spec` of its result.
 
         Raises `UnknownNameError`, `AmbiguousNameError`, `PluginError`, and `ArgumentsError` for arguments that do

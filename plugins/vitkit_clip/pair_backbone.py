@@ -29,11 +29,13 @@ class PairBackbone(nn.Module):
         self, backbone: str = "vitkit:vit", *, img_size: int | Sequence[int] = 32, in_chans: int = 3,
         backbone_args: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        super().__init__()
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-        self.img_size, self.in_chans = (height, 2 * width), in_chans
         size = height if height == width else [height, width]
-        self.backbone = backbones.build(backbone, img_size=size, in_chans=in_chans, **(backbone_args or {}))
+        given = {"img_size": size, "in_chans": in_chans} | dict(backbone_args or {})
+        half = backbones.build(backbone, **given)  # refuses arguments before a module exists
+        super().__init__()
+        self.img_size, self.in_chans = (height, 2 * width), in_chans
+        self.backbone = half
         self.embed_dim: int = self.backbone.embed_dim
         self.pair = nn.Linear(2 * self.embed_dim, self.embed_dim)
 

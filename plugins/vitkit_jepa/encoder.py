@@ -52,7 +52,6 @@ class MultimodalViT(nn.Module):
         backbone: str = "vitkit:vit",
         backbone_args: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__()
         if num_classes < 1:
             raise UsageError(f"num_classes is {num_classes}; expected at least 1")
         of_vit = {
@@ -61,7 +60,9 @@ class MultimodalViT(nn.Module):
             "checkpoint": checkpoint,
         }  # fmt: skip
         given = (of_vit if backbone in ("vit", "vitkit:vit") else {}) | dict(backbone_args or {})
-        self.vit = backbones.build(backbone, img_size=img_size, in_chans=in_chans, **given)
+        vit = backbones.build(backbone, **{"img_size": img_size, "in_chans": in_chans} | given)  # refuses arguments before a module exists
+        super().__init__()
+        self.vit = vit
         self.takes_labels = "extra_tokens" in inspect.signature(self.vit.forward).parameters
         self.num_classes = num_classes
         self.embed_dim: int = self.vit.embed_dim

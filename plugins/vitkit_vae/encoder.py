@@ -61,7 +61,6 @@ class VAEEncoder(nn.Module):
         backbone: str = "vitkit:vit",
         backbone_args: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__()
         at_least(1, latent_dim=latent_dim, embedding_dim=embedding_dim)
         of_vit = {
             "patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads, "mlp_ratio": mlp_ratio,
@@ -69,7 +68,9 @@ class VAEEncoder(nn.Module):
             "checkpoint": checkpoint, "stem": stem,
         }  # fmt: skip
         given = (of_vit if backbone in VIT else {}) | dict(backbone_args or {})
-        self.vit = backbones.build(backbone, img_size=img_size, in_chans=in_chans, **given)
+        vit = backbones.build(backbone, **{"img_size": img_size, "in_chans": in_chans} | given)  # refuses arguments before a module exists
+        super().__init__()
+        self.vit = vit
         widths = self._widths()
         chosen = range(1, len(widths) + 1) if depths == "all" else (len(widths),) if depths is None else depths
         self.depths = tuple(chosen)

@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 
 from vitkit import Spec, backbones, heads
 from vitkit.component_arguments import check_arguments, fits
@@ -108,6 +109,14 @@ def test_arguments_that_do_not_fit_come_with_the_signature(install, kwargs, text
     with pytest.raises(ArgumentsError, match=text) as caught:
         heads.build("wide", **kwargs)
     assert "wide(in_dim: int, out_dim: int = 3" in str(caught.value)
+
+
+def test_a_component_may_call_an_argument_as_the_registry_calls_its_own():
+    registry = Registry("head")
+    registry.add("named", lambda name, self: torch.nn.Linear(name, self))
+    built = registry.build("named", name=2, self=3)
+    assert (built.in_features, built.out_features) == (2, 3)
+    assert built.spec.kwargs == {"name": 2, "self": 3}
 
 
 def test_adding_by_hand_never_replaces_silently():

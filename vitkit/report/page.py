@@ -210,7 +210,7 @@ def _table(record: Record, results: Sequence[Result]) -> dict[str, Any] | None:
 
 
 def _best(record: Record, result: Result) -> str:
-    """The best value; with a validation split it is the test value at the epoch with the best validation value."""
+    """The best value; with a validation split it is the test value at the epoch with the best validation value, if it was measured then."""
     chooser = result.metrics.get("val", result.main)
     best = record.best(chooser)
     if best is None:
@@ -218,7 +218,7 @@ def _best(record: Record, result: Result) -> str:
     series = record.metrics.get(result.main)
     if chooser != result.main and series is not None and best[1] in series.epochs:
         return f"{format_number(float(series.values[series.epochs == best[1]][-1]))} (epoch {best[1]})"
-    return f"{format_number(best[0])} (epoch {best[1]})"
+    return f"{'validation ' if chooser != result.main else ''}{format_number(best[0])} (epoch {best[1]})"
 
 
 def _protocol(record: Record, result: Result) -> str:

@@ -144,6 +144,15 @@ def test_a_run_whose_process_lives_has_not_ended_and_one_that_was_killed_says_ho
     assert '<span class="chip stopped">stopped</span>' in path.read_text()
 
 
+def test_the_best_is_the_validation_value_where_the_test_split_was_not_measured_then(make_run):
+    metrics = [{"epoch": 1, "val_knn_top1": 0.9}, {"epoch": 2, "val_knn_top1": 0.8, "knn_top1": 0.7}]
+    protocol = {"samples": 100, "kind": "proportion"}
+    protocols = {"knn_top1": {"split": "test", **protocol}, "val_knn_top1": {"split": "val", **protocol}}
+    best = {"val_knn_top1": {"value": 0.9, "epoch": 1}, "knn_top1": {"value": 0.7, "epoch": 2}}
+    parsed = Page(write_report(make_run(metrics=metrics, protocols=protocols, best=best, references={})))
+    assert "knn_top1 0.8000 0.7000 validation 0.9000 (epoch 1)" in parsed.text
+
+
 def test_validation_and_test_stand_side_by_side_and_say_which_is_which(make_run):
     metrics = [
         {"epoch": e, "val_knn_top1": v, "knn_top1": t, "psnr": 20.0 + e} for e, v, t in ((1, 0.9, 0.81), (2, 0.95, 0.82), (3, 0.93, 0.83))
