@@ -174,8 +174,9 @@ def _is_numeric(annotation: Any) -> bool:
 
 def _signature(factory: Callable[..., Any]) -> inspect.Signature:
     """A factory's signature; a class that inherits torch's `Module.__init__(*args, **kwargs)` takes no arguments."""
-    init = getattr(factory, "__init__", None) if inspect.isclass(factory) else None
-    if (getattr(init, "__module__", ""), getattr(init, "__qualname__", "")) == ("torch.nn.modules.module", "Module.__init__"):
+    classes = inspect.getmro(factory) if inspect.isclass(factory) else ()
+    first = next((c for c in classes if "__init__" in vars(c)), None)  # the class, because libraries replace torch's own method
+    if first is not None and (first.__module__, first.__qualname__) == ("torch.nn.modules.module", "Module"):
         return inspect.Signature()
     return inspect.signature(factory)
 

@@ -203,8 +203,13 @@ def test_a_family_that_cannot_be_imported_says_so(install):
         heads.build("zoo/lion")
 
 
-def test_a_module_without_its_own_init_takes_no_arguments():
+@pytest.mark.parametrize("replaced", [False, True], ids=["torch's own", "replaced by another library"])
+def test_a_module_without_its_own_init_takes_no_arguments(replaced, monkeypatch):
     from torch import nn
+
+    if replaced:
+        original = nn.Module.__init__
+        monkeypatch.setattr(nn.Module, "__init__", lambda self, *args, **kwargs: original(self, *args, **kwargs))
 
     class Plain(nn.Module):
         pass
