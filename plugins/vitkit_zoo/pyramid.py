@@ -152,9 +152,9 @@ def check_heads(widths: Sequence[int], num_heads: Sequence[int]) -> None:
 
 def rates(drop_path: float, depths: Sequence[int]) -> list[list[float]]:
     """The probability of stochastic depth of each block of each stage, growing linearly from 0 at the first to `drop_path`."""
-    total = sum(depths)
-    flat = [drop_path * number / max(total - 1, 1) for number in range(total)]
-    return [[flat.pop(0) for _ in range(depth)] for depth in depths]
+    last = max(sum(depths) - 1, 1)
+    starts = [sum(depths[:stage]) for stage in range(len(depths))]
+    return [[drop_path * (start + number) / last for number in range(depth)] for start, depth in zip(starts, depths, strict=True)]
 
 
 def channels_first(x: Tensor) -> Tensor:
