@@ -163,7 +163,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "dim": (lambda: DINOLoss(8)(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4)), "expected (s, n, 8) of the student and (t, n, 8)"),
     "targets": (lambda: DINOLoss(8)(torch.zeros(2, 3, 8), torch.zeros(3, 3, 8)), "outputs are (2, 3, 8) and (3, 3, 8)"),
     "one view": (lambda: DINOLoss(8)(torch.zeros(1, 3, 8), torch.zeros(1, 3, 8)), "two views or more of the student"),
-    "centring": (lambda: DINOLoss(8, centring="median"), "centring is 'median'; did you mean 'mean'? expected 'mean', 'sinkhorn'"),  # type: ignore[arg-type]
+    "centring": (lambda: DINOLoss(8, centring="median"), "centring is 'median'; did you mean 'mean'? expected 'mean', 'sinkhorn'"),
     "temperature": (lambda: DINOLoss(8, student_temperature=0.0), "student_temperature is 0.0; expected a finite positive number"),
     "warmup": (lambda: DINOLoss(8, warmup=2.0), "warmup is 2.0; expected a number in [0, 1]"),
     "koleo": (lambda: KoLeoLoss()(torch.zeros(2, 3, 4)), "features are (2, 3, 4); expected (samples, dimensions)"),

@@ -64,7 +64,7 @@ def test_views_are_two_crops_and_for_dino_small_ones_too() -> None:
 
 def test_grey_images_are_not_mirrored_and_mae_keeps_colours() -> None:
     names = {
-        (augment, channels): [type(step).__name__ for step in augmentation(augment, channels).transforms]  # type: ignore[attr-defined]
+        (augment, channels): [type(step).__name__ for step in augmentation(augment, channels).transforms]
         for augment, channels in (("auto", 1), ("auto", 3), ("crop", 3))
     }
     assert "HorizontalFlip" not in names["auto", 1]
@@ -105,7 +105,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "views": (lambda: encode_views(backbone(), gaussian(2, 1, 8, 8)), "views are (2, 1, 8, 8); expected (batch, views, channels,"),
     "patches": (lambda: encode_views(torch.nn.Identity(), gaussian(1, 2, 1, 8, 8), 0.5), "Identity has no num_patches; give keep=1"),
     "no views": (lambda: method_model("dino")({"images": gaussian(2, 1, 8, 8)}), "the batch has no views; give the batches views="),
-    "augment": (lambda: augmentation("blur", 3), "augment is 'blur'; did you mean 'colour'? expected 'auto', 'colour', 'crop', 'shape'"),  # type: ignore[arg-type]
+    "augment": (lambda: augmentation("blur", 3), "augment is 'blur'; did you mean 'colour'? expected 'auto', 'colour', 'crop', 'shape'"),
     "local": (lambda: multi_crop("auto", 3, 32, local=-1), "local is -1; expected at least 0"),
 }
 
